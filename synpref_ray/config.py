@@ -1,0 +1,82 @@
+"""YAML plus dotted overrides in, validated and frozen settings out.
+
+Every setting is a field of a pydantic model that lives beside the code that uses it; YAML mirrors the models one to one, and the command line may
+override any field as `section.key=value` (the value is read as YAML).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from synpref_ray.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Base of every configuration model: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def load_config(cls: type[SettingsT], file: str | None, overrides: Sequence[str]) -> SettingsT:
+    """Read `file` (YAML, may be None), apply `a.b=value` overrides in order, and validate.
+
+    Raises:
+        ConfigError: the file is missing or not a mapping, an override has no `=`, or a key or value is not valid; one line.
+    """
+    values = _read_yaml(file) if file is not None else {}
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, file)) from None
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {file}: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold a mapping of settings, found {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"expected key=value or section.key=value, found {override!r}")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        value = text
+    *sections, key = path.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{override!r}: {section!r} is a value, not a section")
+        values = inner
+    values[key] = value
+
+
+def _one_line(error: ValidationError, file: str | None) -> str:
+    problems = []
+    for problem in error.errors()[:3]:
+        where = ".".join(str(part) for part in problem["loc"]) or "config"
+        found = "" if problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})"
+        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        problems.append(f"{where}: {what}{found}")
+    more = f" and {error.error_count() - 3} more" if error.error_count() > 3 else ""
+    return f"bad settings{f' in {file}' if file else ''}: {'; '.join(problems)}{more}"

@@ -1,0 +1,33 @@
+"""The package's exceptions: what a user can mend, told in one line.
+
+Every class takes exactly one string, because Ray pickles exceptions between processes and a constructor with more arguments comes back as
+`UnserializableException`. Jobs turn `SynprefError` into one line on standard error and exit code 2; anything else is a bug and exits 1.
+"""
+
+
+class SynprefError(Exception):
+    """Base of every error that the user can mend; its message says what was expected, what was found, where, and what to do."""
+
+
+class ConfigError(SynprefError):
+    """A setting is unknown, of the wrong type, or contradicts another."""
+
+
+class InputError(SynprefError):
+    """A file, folder or model that the user named is missing, unreadable or not what it should be."""
+
+
+class SchemaError(SynprefError):
+    """A table lacks a column, or has one of another type, than a step needs."""
+
+
+class ReplyParseError(SynprefError):
+    """An LLM's reply does not have the promised shape."""
+
+
+class RunConflictError(SynprefError):
+    """Another driver holds the table, or the table on disk does not belong to this configuration."""
+
+
+class CleanGoldError(SynprefError):
+    """Gold would leak into where it must never be (DESIGN: gold is clean, or nothing is)."""

@@ -1,0 +1,88 @@
+"""Connecting to Ray: a given cluster, or a local one that this process starts, with the settings that shard-aligned streaming needs."""
+
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from synpref_ray.config import Settings
+from synpref_ray.errors import InputError
+from synpref_ray.tables.pools import MAX_BYTES_PER_SHARD
+from synpref_ray.tables.storage import Storage
+
+
+class RayConfig(Settings):
+    """How a job reaches Ray. Inside `ray job submit`, or with RAY_ADDRESS set, the given cluster is used and `num_cpus` ignored."""
+
+    num_cpus: int = 8  # ours: logical, so that actors that wait on each other never starve on a 2-core laptop
+    object_store_memory_bytes: int = 1 * 2**30  # ours: shards of 64 MiB stream; a local run needs no more
+
+
+def configure_ray_data() -> None:
+    """Set what whole-shard streaming relies on: large blocks are not split, and errors of ours arrive as themselves."""
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = 16 * MAX_BYTES_PER_SHARD  # a decoded shard with embeddings stays one block
+    context.raise_original_map_exception = True
+
+
+@contextmanager
+def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
+    """Connect to the given cluster, or start a local Ray and stop it again; check that every node sees the workspace."""
+    given = bool(os.environ.get("RAY_ADDRESS"))
+    if ray.is_initialized():
+        configure_ray_data()
+        yield
+        return
+    if given:
+        ray.init()
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(config.num_cpus, os.cpu_count() or 1),
+            object_store_memory=config.object_store_memory_bytes,
+            include_dashboard=False,
+        )
+    configure_ray_data()
+    try:
+        probe_workspace(storage)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def probe_workspace(storage: Storage) -> None:
+    """Check that a local workspace on more than one node is a shared file system.
+
+    Raises:
+        InputError: a node cannot read what the driver wrote, or the driver cannot read what the node wrote.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if not storage.is_local or len(nodes) < 2:
+        return
+    token = uuid.uuid4().hex
+    storage.write_bytes(f"probe/{token}/driver", token.encode())
+    try:
+        for node in nodes:
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            answer = ray.get(_probe.options(scheduling_strategy=where).remote(storage, token))
+            if answer != token or not storage.exists(f"probe/{token}/{node['NodeID']}"):
+                raise InputError(
+                    f"the workspace {storage.url} is a local folder that node {node['NodeManagerHostname']} does not share with "
+                    f"{socket.gethostname()}; use a shared file system or an s3:// workspace"
+                )
+    finally:
+        for path in storage.list_files(f"probe/{token}"):
+            storage.delete(path)
+
+
+@ray.remote(num_cpus=0)
+def _probe(storage: Storage, token: str) -> str:
+    path = f"probe/{token}/driver"
+    if not storage.exists(path):
+        return ""
+    storage.write_bytes(f"probe/{token}/{ray.get_runtime_context().get_node_id()}", b"seen")
+    return storage.read_bytes(path).decode()

@@ -1,0 +1,116 @@
+"""What every job script shares: the command line, exit codes, the run folder, Ray, and the closing lines."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from synpref_ray.config import Settings, load_config
+from synpref_ray.errors import ConfigError, SynprefError
+from synpref_ray.pipeline.cluster import RayConfig, ray_session
+from synpref_ray.reporting.run import Run
+from synpref_ray.tables.storage import Storage
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+class JobConfig(Settings):
+    """Settings every job has."""
+
+    workspace: str = "workspace"  # ours: a folder beside the user's data, or an s3:// prefix
+    ray: RayConfig = RayConfig()
+
+    @property
+    def storage(self) -> Storage:
+        """The workspace as storage."""
+        return Storage(self.workspace)
+
+
+ConfigT = TypeVar("ConfigT", bound=JobConfig)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A parsed command line."""
+
+    verb: str | None
+    config: str | None
+    overrides: tuple[str, ...]
+    dry_run: bool
+
+
+def parse_arguments(argv: Sequence[str], verbs: Sequence[str] = ()) -> Arguments:
+    """Read `[VERB] [--config FILE] [key=value …] [--dry-run]`.
+
+    Raises:
+        ConfigError: anything else is on the line, or a verb is missing or unknown.
+    """
+    verb: str | None = None
+    config: str | None = None
+    dry_run = False
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--dry-run":
+            dry_run = True
+        elif word == "--config" or word.startswith("--config="):
+            config = word.partition("=")[2] or next(words, None)
+            if not config:
+                raise ConfigError("--config needs a file")
+        elif word.startswith("-"):
+            raise ConfigError(f"unknown option {word}; usage: {'VERB ' if verbs else ''}[--config FILE] [key=value ...] [--dry-run]")
+        elif "=" in word:
+            overrides.append(word)
+        elif verbs and verb is None and word in verbs:
+            verb = word
+        else:
+            raise ConfigError(f"expected {'one of ' + ', '.join(verbs) + ' or ' if verbs else ''}key=value, found {word!r}")
+    if verbs and verb is None:
+        raise ConfigError(f"name what to do: {', '.join(verbs)}")
+    return Arguments(verb, config, tuple(overrides), dry_run)
+
+
+def run_job(
+    name: str,
+    argv: Sequence[str],
+    config_class: type[ConfigT],
+    body: Callable[[ConfigT, Run], str],
+    *,
+    check: Callable[[ConfigT], None] | None = None,
+    usage: str | None = None,
+) -> int:
+    """Run a job and return its exit code: 0 done or nothing to do, 2 bad usage, config or input (one line, no traceback), 1 anything else.
+
+    Args:
+        body: does the work and returns the closing table; `run.metrics` becomes metrics.json.
+        check: validates inputs without a GPU; all that `--dry-run` does after the config.
+        usage: printed for `--help`.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        print(usage or f"usage: python jobs/{name}.py [--config FILE] [key=value ...] [--dry-run]")  # noqa: T201  # asked for
+        return EXIT_DONE
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    for noisy in ("httpx", "transformers", "sentence_transformers", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        arguments = parse_arguments(argv)
+        config = load_config(config_class, arguments.config, arguments.overrides)
+        if check is not None:
+            check(config)
+        if arguments.dry_run:
+            print(f"{name}: config and inputs are valid")  # noqa: T201  # the job's summary
+            return EXIT_DONE
+        storage = config.storage
+        run = Run(storage, name, config)
+        with ray_session(config.ray, storage):
+            summary = body(config, run)
+        run.finish()
+    except SynprefError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201  # the one clear line
+        return EXIT_USAGE
+    print(summary)  # noqa: T201  # the job's summary
+    print(f"run: {storage.join(run.folder)}")  # noqa: T201  # the job's last line
+    return EXIT_DONE

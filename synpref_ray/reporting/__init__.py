@@ -1,0 +1,1 @@
+"""Tables, metrics and events that a run leaves behind."""

@@ -1,0 +1,93 @@
+"""Sets: named selections of labelled pairs, kept as (pool version, verdict sidecar, filter) and never as copies."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synpref_ray.errors import InputError
+from synpref_ray.tables.pools import content_digest, open_pool
+from synpref_ray.tables.sidecars import Sidecar, open_sidecar, zip_shard
+from synpref_ray.tables.storage import Storage
+
+SET_COLUMNS = ("comparison_id", "prompt_group", "prompt", "chosen", "rejected", "source")
+
+
+@dataclass(frozen=True)
+class Member:
+    """The rows of one sealed sidecar whose columns have the wanted values; `sidecar` has a boolean column `flipped`."""
+
+    sidecar: Sidecar
+    where: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Members read one after the other; `digest` names exactly these rows."""
+
+    name: str
+    members: tuple[Member, ...]
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits over the members' identities and filters."""
+        return content_digest([[m.sidecar.pool.digest, m.sidecar.fingerprint, m.where] for m in self.members])
+
+    def read(self) -> pa.Table:
+        """Return all pairs with `chosen` the preferred reply (flips applied): pair_id, SET_COLUMNS, flipped."""
+        tables = [
+            read_member(member, shard.number) for member in self.members for shard in member.sidecar.pool.shards
+        ]
+        if not tables:
+            raise InputError(f"set {self.name!r} has no shards to read")
+        return pa.concat_tables(tables).combine_chunks()
+
+
+def read_member(member: Member, number: int) -> pa.Table:
+    """Return the selected pairs of one shard, flips applied."""
+    filters = {name: f"where.{name}" for name, _ in member.where}
+    table = zip_shard(member.sidecar.pool, number, SET_COLUMNS, [(member.sidecar, {"flipped": "flipped", **filters})])
+    for name, values in member.where:
+        table = table.filter(pc.is_in(table[f"where.{name}"], value_set=pa.array(values, pa.string())))
+    table = table.drop_columns([f"where.{name}" for name, _ in member.where])
+    flipped = pc.fill_null(table["flipped"], False)
+    preferred = pc.if_else(flipped, table["rejected"], table["chosen"])
+    other = pc.if_else(flipped, table["chosen"], table["rejected"])
+    index = table.column_names.index
+    table = table.set_column(index("chosen"), "chosen", preferred).set_column(index("rejected"), "rejected", other)
+    return table.set_column(index("flipped"), "flipped", flipped)
+
+
+def save_set(storage: Storage, name: str, members: Sequence[Member]) -> PairSet:
+    """Write `sets/<name>.json` and return the set."""
+    pairs = PairSet(name, tuple(members))
+    storage.write_json(
+        f"sets/{name}.json",
+        {
+            "name": name,
+            "digest": pairs.digest,
+            "members": [
+                {
+                    "pool": m.sidecar.pool.name,
+                    "version": m.sidecar.pool.version,
+                    "sidecar": m.sidecar.name,
+                    "fingerprint": m.sidecar.fingerprint,
+                    "where": {key: list(values) for key, values in m.where},
+                }
+                for m in members
+            ],
+        },
+    )
+    return pairs
+
+
+def load_set(storage: Storage, name: str) -> PairSet:
+    """Return the set of that name; a set that is not there is an `InputError`."""
+    manifest = storage.read_json(f"sets/{name}.json")
+    members = []
+    for entry in manifest["members"]:
+        pool = open_pool(storage, entry["pool"], entry["version"])
+        where = tuple((key, tuple(values)) for key, values in entry["where"].items())
+        members.append(Member(open_sidecar(pool, entry["sidecar"], entry["fingerprint"]), where))
+    return PairSet(name, tuple(members))

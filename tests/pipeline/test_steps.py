@@ -1,0 +1,159 @@
+"""`run_step`: the same tables inline and on Ray, pending shards only, whole shards, rejects, leases."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from synpref_ray.errors import RunConflictError, SchemaError, SynprefError
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.schema import POOL_SCHEMA, DropReason
+from synpref_ray.tables.leases import Lease
+from synpref_ray.tables.pools import Pool, commit_pool, shard_path, write_pool_shard
+from synpref_ray.tables.sidecars import open_sidecar
+from synpref_ray.tables.storage import Storage
+from tests.builders import make_pairs
+
+LENGTHS = pa.schema([pa.field("pair_id", pa.string(), nullable=False), ("chosen_characters", pa.int64()), ("drop_reason", pa.string())])
+
+
+class CharacterCounter:
+    """Counts characters; logs every shard that it computes, so that a test can count calls across processes."""
+
+    def __init__(self, log: str, delay_seconds: float = 0.0, fail_above: int = 10**9):
+        self._log = log
+        self._delay = delay_seconds
+        self._fail_above = fail_above
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        time.sleep(self._delay * (key.number % 3))
+        with open(self._log, "a") as log:
+            log.write(f"{key.table}:{key.number}\n")
+        lengths = [len(text) for text in shard["chosen"].to_pylist()]
+        long = [length > self._fail_above for length in lengths]
+        columns = [
+            shard["pair_id"],
+            pa.array([None if bad else length for length, bad in zip(lengths, long, strict=True)], pa.int64()),
+            pa.array([DropReason.TOO_LONG.value if bad else None for bad in long], pa.string()),
+        ]
+        return pa.table(columns, schema=LENGTHS), {"pairs": shard.num_rows}
+
+
+class Shuffler:
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        table = shard.select(["pair_id"]).append_column("chosen_characters", pa.array([0] * shard.num_rows))
+        return table.append_column("drop_reason", pa.nulls(shard.num_rows, pa.string())).take(list(range(shard.num_rows))[::-1]), {}
+
+
+def make_pool(root: Path, name: str, sizes: list[int]) -> Pool:
+    storage = Storage(str(root))
+    pairs = make_pairs(sum(sizes), topic=name)
+    shards, start = [], 0
+    for number, size in enumerate(sizes):
+        shards.append(write_pool_shard(storage, name, number, pairs.slice(start, size)))
+        start += size
+    return commit_pool(storage, name, "f" * 32, shards, {})
+
+
+def counting_step(log: Path, resources: Resources, **arguments: float) -> Step:
+    return Step(
+        name="count",
+        version=1,
+        worker=CharacterCounter,
+        outputs=(Output("lengths", LENGTHS),),
+        settings={},
+        worker_arguments=lambda _: {"log": str(log), **arguments},
+        resources=resources,
+    )
+
+
+def read_log(log: Path) -> list[str]:
+    return sorted(log.read_text().split()) if log.exists() else []
+
+
+def test_a_second_run_computes_nothing(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [3, 0, 2])
+    step = counting_step(tmp_path / "log", Resources())
+    first = run_step(step, [StepInput(pool, ("chosen",))])
+    second = run_step(step, [StepInput(pool, ("chosen",))])
+    assert (first.shards_computed, first.rows_computed, first.counters) == (2, 5, {"pairs": 5})
+    assert (second.shards_computed, second.rows_computed) == (0, 0)
+    assert read_log(tmp_path / "log") == ["0:0", "0:2"]
+    sidecar = open_sidecar(pool, "lengths")
+    assert sidecar.read_all(["pair_id"])["pair_id"].to_pylist() == pool.read_all(["pair_id"])["pair_id"].to_pylist()
+    assert sidecar.read(1).num_rows == 0
+
+
+def test_only_missing_shards_are_computed_after_a_kill(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [2, 2, 2])
+    step = counting_step(tmp_path / "log", Resources())
+    sidecar = run_step(step, [StepInput(pool, ("chosen",))]).sidecars[0][0]
+    before = pool.storage.read_bytes(shard_path(sidecar.folder, 1))
+    pool.storage.delete(f"{sidecar.folder}/manifest.json")
+    pool.storage.delete(shard_path(sidecar.folder, 1))
+    (tmp_path / "log").unlink()
+    run_step(step, [StepInput(pool, ("chosen",))])
+    assert read_log(tmp_path / "log") == ["0:1"]
+    assert pool.storage.read_bytes(shard_path(sidecar.folder, 1)) == before
+
+
+def test_rejects_are_written_whole_and_counted(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [4])
+    longest = max(len(text) for text in pool.read(0)["chosen"].to_pylist())
+    step = counting_step(tmp_path / "log", Resources(), fail_above=longest - 1)
+    result = run_step(step, [StepInput(pool, ("chosen",))])
+    assert result.rejected == {"too_long": 1}
+    files = pool.storage.list_files("rejects/count")
+    assert len(files) == 1
+    reject = pool.storage.read_table(files[0]).to_pylist()[0]
+    assert len(reject["chosen"]) == longest
+    assert reject["drop_reason"] == "too_long"
+    with pytest.raises(SynprefError, match="rejected 1 of 4 rows"):
+        run_step(replace(step, version=2, max_failed_fraction=0.1), [StepInput(pool, ("chosen",))])
+
+
+def test_a_worker_that_reorders_rows_is_an_error(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [4])
+    step = Step("shuffle", 1, Shuffler, (Output("lengths", LENGTHS),), {})
+    with pytest.raises(SchemaError, match="changed the rows or the order"):
+        run_step(step, [StepInput(pool, ("chosen",))])
+
+
+def test_a_second_driver_is_refused(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [4])
+    step = counting_step(tmp_path / "log", Resources())
+    folder = run_step(step, [StepInput(pool, ("chosen",))]).sidecars[0][0].folder
+    pool.storage.delete(f"{folder}/manifest.json")
+    with Lease(pool.storage, f"{folder}/lease.json"), pytest.raises(RunConflictError, match="is held by process"):
+        run_step(step, [StepInput(pool, ("chosen",))])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_many_shards_on_actors_equal_the_inline_run(tmp_path: Path) -> None:
+    sizes = [3, 1, 0, 5, 2, 4, 7, 1, 6, 2]
+    pool, other = make_pool(tmp_path / "a", "seed", sizes), make_pool(tmp_path / "a", "wild", [2, 2])
+    actors = counting_step(tmp_path / "log", Resources(num_workers=2, num_cpus=0.5, concurrent_shards=2), delay_seconds=0.05)
+    result = run_step(actors, [StepInput(pool, ("chosen",)), StepInput(other, ("chosen",))])
+    assert result.rows_computed == sum(sizes) + 4
+    assert len(read_log(tmp_path / "log")) == 11
+    inline_pool = make_pool(tmp_path / "b", "seed", sizes)
+    inline = [run_step(counting_step(tmp_path / "log2", Resources()), [StepInput(inline_pool, ("chosen",))]).sidecars[0][0]]
+    for number in range(len(sizes)):
+        assert result.sidecars[0][0].read(number).equals(inline[0].read(number))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_error_of_ours_in_a_worker_reaches_the_driver_as_itself(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [4, 4])
+    step = Step("shuffle", 1, Shuffler, (Output("lengths", LENGTHS),), {}, resources=Resources(num_workers=1))
+    with pytest.raises(SchemaError, match="changed the rows or the order"):
+        run_step(step, [StepInput(pool, ("chosen",))])
+
+
+def test_pool_schema_is_what_the_builder_makes() -> None:
+    assert make_pairs(2).schema.equals(POOL_SCHEMA)
