@@ -60,7 +60,7 @@ def probe_workspace(storage: Storage) -> None:
     Raises:
         InputError: a node cannot read what the driver wrote, or the driver cannot read what the node wrote.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     if not storage.is_local or len(nodes) < 2:
         return
     token = uuid.uuid4().hex

@@ -1,0 +1,73 @@
+"""Reward models over pools: one pass, one or two models, one sidecar of rewards each.
+
+Paper: Sec. 3.2 Step 2 (p on gold) and Sec. 3.3 (best and gold RM over the wild pool). Our choice: with two models a worker holds both, so that the
+pool is read and tokenised once.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+
+from synpref_ray.bundled import digest_folder
+from synpref_ray.config import Settings
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, run_step
+from synpref_ray.reporting.run import Run
+from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards
+from synpref_ray.schema import REWARDS_SCHEMA
+from synpref_ray.tables.models import StoredModel
+from synpref_ray.tables.pools import Pool
+
+SCORE_VERSION = 1
+SCORE_COLUMNS = ("prompt", "chosen", "rejected")
+
+
+class ScoreConfig(Settings):
+    """How pools are scored; which model is the caller's business."""
+
+    scorer: ScorerConfig = ScorerConfig(model="")
+    num_workers: int = 1  # ours: one per GPU; on a laptop one process with all its threads
+    num_gpus_per_worker: float = 0.0
+    max_failed_fraction: float = 0.5  # ours: more than half unscorable means the wrong data or length limit
+
+
+class ScoreWorker:
+    """Loads its models once per actor."""
+
+    def __init__(self, models: Sequence[tuple[str, StoredModel | str]], config: ScoreConfig):
+        self._scorers = []
+        for prefix, model in models:
+            folder = model if isinstance(model, str) else model.local_folder()
+            self._scorers.append((prefix, PairScorer.load(config.scorer.model_copy(update={"model": folder}))))
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        result = shard.select(["pair_id"])
+        for prefix, scorer in self._scorers:
+            rewards = add_rewards(shard, scorer)
+            for field in REWARDS_SCHEMA:
+                if field.name != "pair_id":
+                    result = result.append_column(prefix + field.name, rewards[field.name])
+        return result, {"scored_pairs": float(shard.num_rows * len(self._scorers))}
+
+
+def score_pools(run: Run, name: str, pools: Sequence[Pool], models: Mapping[str, StoredModel | str], config: ScoreConfig) -> StepResult:
+    """Score every pair of every pool with every model; the sidecar of model `m` is called `rewards.<m>`.
+
+    Args:
+        models: short name (best, gold, …) to a stored model, or a local folder.
+    """
+    prefixes = [(f"{short}." if len(models) > 1 else "", model) for short, model in models.items()]
+    digests = {short: digest_folder(model) if isinstance(model, str) else model.digest for short, model in models.items()}
+    step = Step(
+        name=name,
+        version=SCORE_VERSION,
+        worker=ScoreWorker,
+        outputs=tuple(Output(f"rewards.{short}", REWARDS_SCHEMA, prefix) for (prefix, _), short in zip(prefixes, models, strict=True)),
+        settings=config.scorer.model_dump(mode="json", include={"dtype", "max_length_tokens"}),
+        digests=digests,
+        worker_arguments=lambda _: {"models": prefixes, "config": config},
+        resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),
+        max_failed_fraction=config.max_failed_fraction,
+    )
+    result = run_step(step, [StepInput(pool, SCORE_COLUMNS) for pool in pools])
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
+    return result

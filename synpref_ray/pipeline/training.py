@@ -1,0 +1,70 @@
+"""Training as a step: a set of labelled pairs in, a model folder under its fingerprint out; a model that is there already is not trained again."""
+
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import pyarrow as pa
+
+from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.reporting.run import Run
+from synpref_ray.reward.ray_trainer import train_reward_model
+from synpref_ray.reward.trainer import TrainConfig, TrainingRecord
+from synpref_ray.tables.leases import Lease
+from synpref_ray.tables.models import RECORD_FILE, StoredModel, model_is_stored, store_model
+from synpref_ray.tables.sidecars import fingerprint
+from synpref_ray.tables.storage import Storage
+
+TRAIN_VERSION = 1
+RESOURCE_SETTINGS = {"num_threads", "storage_dir"}  # what a config says about the machine and not about the result
+
+
+def train_model(
+    run: Run, storage: Storage, name: str, *, train: tuple[pa.Table, str], gold: tuple[pa.Table, str] | None, config: TrainConfig
+) -> tuple[StoredModel, TrainingRecord]:
+    """Train `models/<name>-<fp8>`, or return it if it is there.
+
+    Args:
+        train: pairs with `chosen` the preferred reply, and their digest.
+        gold: the pairs that pick the checkpoint, and their digest; None keeps the last step.
+    """
+    started = time.monotonic()
+    backbone = resolve_model(config.backbone)
+    digests = {"backbone": digest_folder(backbone), "train": train[1], "gold": gold[1] if gold else ""}
+    settings = config.model_dump(mode="json", exclude=RESOURCE_SETTINGS | {"backbone"})
+    stored = f"{name}-{fingerprint('train', TRAIN_VERSION, settings, digests)[:8]}"
+    computed = 0
+    if not model_is_stored(storage, stored):
+        with Lease(storage, f"models/.lease-{stored}.json"):
+            _train(storage, stored, train[0], gold[0] if gold else None, config.model_copy(update={"backbone": backbone}))
+        computed = train[0].num_rows
+    record = TrainingRecord.model_validate(json.loads(storage.read_bytes(f"models/{stored}/{RECORD_FILE}")))
+    model = StoredModel(storage, stored, _digest(storage, stored))
+    run.step(f"train {name}", rows=train[0].num_rows, computed=computed, rejected={}, seconds=time.monotonic() - started)
+    return model, record
+
+
+def _train(storage: Storage, stored: str, train: pa.Table, gold: pa.Table | None, config: TrainConfig) -> None:
+    parent = Path(storage.local_path("tmp")) if storage.is_local else Path(tempfile.gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)
+    for left_over in parent.glob(f"{stored}-*"):  # of a run that was killed; the lease says that nobody else is at it
+        shutil.rmtree(left_over, ignore_errors=True)
+    scratch = tempfile.mkdtemp(dir=parent, prefix=f"{stored}-")
+    try:
+        output = str(Path(scratch) / "model")
+        train_reward_model(train, gold, config, output, str(Path(scratch) / "ray"))
+        store_model(storage, stored, output)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _digest(storage: Storage, stored: str) -> str:
+    """Return the model's content digest, from its own local folder, or as first written down on object storage."""
+    path = f"models/{stored}.digest"
+    if storage.is_local:
+        return digest_folder(storage.local_path(f"models/{stored}"))
+    if not storage.exists(path):
+        storage.write_bytes(path, digest_folder(StoredModel(storage, stored, f"new-{stored}").local_folder()).encode())
+    return storage.read_bytes(path).decode()
