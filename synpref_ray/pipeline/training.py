@@ -11,14 +11,15 @@ import pyarrow as pa
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.ray_trainer import train_reward_model
-from synpref_ray.reward.trainer import TrainConfig, TrainingRecord
+from synpref_ray.reward.training_config import TrainConfig
+from synpref_ray.reward.training_record import TrainingRecord
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.models import RECORD_FILE, StoredModel, model_is_stored, store_model
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 
 TRAIN_VERSION = 1
-RESOURCE_SETTINGS = {"num_threads", "storage_dir"}  # what a config says about the machine and not about the result
+RESOURCE_SETTINGS = {"num_threads", "use_gpu"}  # what a config says about the machine and not about the result
 
 
 def train_model(

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from synpref_ray.schema import LabelSource, Verdict
 
-VERDICT_SCHEMA = pa.schema(
+LABEL_SCHEMA = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
         pa.field("label_source", pa.string(), nullable=False),
@@ -38,11 +38,10 @@ class LabelReason(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about one pair; verdicts refer to the pair as ingested, None means not asked."""
+    """What is known about one pair; verdicts refer to the pair as ingested. No judge verdict: none was asked, answered, or may decide here."""
 
     human: Verdict | None
     judge: Verdict | None
-    judge_may_decide: bool
     shares_gold_prompt: bool
     contradicted: bool
 
@@ -69,29 +68,27 @@ def label_pair(evidence: Evidence) -> Label:
         return Label(LabelSource.GOLD, evidence.human is Verdict.REJECTED, LabelReason.HUMAN)
     if evidence.shares_gold_prompt:
         return Label(LabelSource.UNVERIFIED, False, LabelReason.GOLD_PROMPT)
-    if evidence.judge_may_decide:
-        if evidence.judge is None or evidence.judge is Verdict.ABSTAIN:
-            return Label(LabelSource.UNVERIFIED, False, LabelReason.JUDGE_ABSTAINED)
+    if evidence.judge is Verdict.ABSTAIN:
+        return Label(LabelSource.UNVERIFIED, False, LabelReason.JUDGE_ABSTAINED)
+    if evidence.judge is not None:
         return Label(LabelSource.SILVER, evidence.judge is Verdict.REJECTED, LabelReason.JUDGE)
     if evidence.contradicted:
         return Label(LabelSource.UNVERIFIED, False, LabelReason.CONTRADICTED)
     return Label(LabelSource.SILVER, False, LabelReason.SOURCE_LABEL)
 
 
-def label_shard(shard: pa.Table, *, gold_groups: Set[str], trusted_categories: Set[str]) -> pa.Table:
-    """Return the labels of a shard (schema `VERDICT_SCHEMA`, rows in order).
+def label_shard(shard: pa.Table, gold_groups: Set[str]) -> pa.Table:
+    """Return the labels of a shard (schema `LABEL_SCHEMA`, rows in order).
 
     Args:
-        shard: columns pair_id, prompt_group, contradicted, human_verdict, gold_split, judge_verdict, task_category.
+        shard: columns pair_id, prompt_group, contradicted, human_verdict, gold_split, judge_verdict (null: the fallback).
         gold_groups: prompt groups of all gold, working and audit.
-        trusted_categories: task categories in which the judges may decide.
     """
     rows = []
     for row in shard.to_pylist():
         evidence = Evidence(
             human=Verdict(row["human_verdict"]) if row["human_verdict"] else None,
             judge=Verdict(row["judge_verdict"]) if row["judge_verdict"] else None,
-            judge_may_decide=row["task_category"] in trusted_categories,
             shares_gold_prompt=row["prompt_group"] in gold_groups,
             contradicted=bool(row["contradicted"]),
         )
@@ -106,4 +103,4 @@ def label_shard(shard: pa.Table, *, gold_groups: Set[str], trusted_categories: S
                 "judge_verdict": row["judge_verdict"],
             }
         )
-    return pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA)
+    return pa.Table.from_pylist(rows, schema=LABEL_SCHEMA)

@@ -1,0 +1,54 @@
+# make setup   .venv from the lock, the project in it (editable), the bundled models in the user's cache. Quick when done.
+# make demo    setup if needed, then the whole pipeline once on the embedded example (jobs/demo.py).
+# make test    setup if needed, check, the fast tests, then one tiny real case per engine (Ray, vLLM, DeepSpeed, FAISS).
+# make test-slow, make check: the long tests; formatting, lint and types.
+#
+# PYTHON=python3.12   another interpreter (3.11 or newer; the locks were made and run with 3.11)
+# VARIANT=gpu         requirements/gpu.txt instead of requirements/cpu.txt
+# pip reads its own settings as ever (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf): the place for PyTorch's CPU wheel index.
+
+VARIANT ?= cpu
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation
+LOCK := requirements/$(VARIANT).txt
+STAMP := $(VENV)/.installed-$(VARIANT)
+PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+REAL := (ray or engine) and not slow and not gpu and not cluster
+
+.PHONY: setup demo test test-slow check
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+	@$(VENV)/bin/python -m synpref_ray.bundled
+
+# A run that was cut off goes on where it stopped.
+$(STAMP): $(LOCK) pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one, or name it: make setup PYTHON=..." >&2; exit 2; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(LOCK); this takes a few minutes"
+	$(PIP) $$(grep -E '^setuptools==' $(LOCK))
+	@grep -vE '^deepspeed==' $(LOCK) > $(VENV)/wheels.txt
+	$(PIP) -r $(VENV)/wheels.txt
+	@$(VENV)/bin/python -c 'import torch' || { \
+		echo "error: torch does not load; where there is no GPU, pip must see a CPU build of it: Setup in README.md says how" >&2; exit 2; }
+	DS_BUILD_OPS=0 $(PIP) $$(grep -E '^deepspeed==' $(LOCK))
+	$(PIP) -e .
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/python jobs/demo.py
+
+check: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test: check
+	$(PYTEST)
+	$(PYTEST) -m "$(REAL)"
+
+test-slow: setup
+	$(PYTEST) -m "slow and not gpu and not cluster"

@@ -1,0 +1,24 @@
+"""Train a Bradley-Terry reward model on a set of the workspace, or on a file of pairs.
+
+Paper: Sec. 4 and App. E.
+Inputs: `set` (a name under sets/) or `pairs` (a file); gold pairs that pick the checkpoint, if any; a backbone.
+Outputs: `models/<name>-<fingerprint>/`, which plain AutoModelForSequenceClassification loads, with its training record.
+
+Laptop:  python jobs/train.py --config jobs/configs/laptop_train.yaml set=curated-wild-kept-and-flipped
+Cluster: ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/train_8b.yaml workspace=s3://bucket/run
+"""
+
+import sys
+from collections.abc import Sequence
+
+from synpref_ray.pipeline.train_set import TrainJobConfig, check_train, run_train
+from synpref_ray.pipeline.job import run_job
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job; see `run_job` for the exit codes."""
+    return run_job("train", argv, TrainJobConfig, run_train, check=check_train, usage=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

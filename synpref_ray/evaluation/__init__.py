@@ -1,0 +1,1 @@
+"""Measuring reward models and labels: accuracies with their uncertainty. Numpy only."""

@@ -1,0 +1,77 @@
+"""How good curated labels are, where the truth is known. Used by the demo's final report only: nothing that decides labels may call it.
+
+Paper: Table 19 gives the agreement of kept and of flipped pairs with humans; here the truth takes the humans' place.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from synpref_ray.evaluation.accuracy import Accuracy, pair_accuracy
+from synpref_ray.schema import Decision, Verdict
+
+
+@dataclass(frozen=True)
+class LabelQuality:
+    """Accuracy of labels by decision, over the pairs whose truth is known; an accuracy of no pairs is NaN.
+
+    `raw` is the source labels of all these pairs, `dropped` those of the dropped ones; `kept_share` and `flipped_share` are shares of all
+    these pairs. `confusion[decision][truth]` counts pairs.
+    """
+
+    raw: Accuracy
+    kept: Accuracy
+    flipped: Accuracy
+    kept_and_flipped: Accuracy
+    dropped: Accuracy
+    kept_share: float
+    flipped_share: float
+    num_without_truth: int
+    confusion: Mapping[str, Mapping[str, int]]
+
+
+def label_quality(decisions: Sequence[str], truth: Sequence[str | None], *, confidence: float = 0.95) -> LabelQuality:
+    """Compare decisions with the truth.
+
+    Args:
+        decisions: keep, flip or drop, one per pair.
+        truth: which reply of the pair as ingested is really better; None or abstain is not known, and such a pair is only counted.
+
+    Raises:
+        ValueError: the lengths differ, or a value is neither of these.
+    """
+    decided = np.array([Decision(decision).value for decision in decisions], dtype=object)
+    better = np.array([Verdict(value).value if value is not None else Verdict.ABSTAIN.value for value in truth], dtype=object)
+    if decided.shape != better.shape:
+        raise ValueError(f"expected a truth for each of {len(decided)} decisions, found {len(better)}")
+    known = better != Verdict.ABSTAIN.value
+    decided, better = decided[known], better[known]
+    label_right = better == Verdict.CHOSEN.value
+    kept, flipped, dropped = (decided == decision.value for decision in (Decision.KEEP, Decision.FLIP, Decision.DROP))
+    curated_right = np.where(flipped, ~label_right, label_right).astype(bool)
+
+    def accuracy(rows: np.ndarray, right: np.ndarray) -> Accuracy:
+        return pair_accuracy(right[rows].astype(bool), confidence=confidence)
+
+    return LabelQuality(
+        raw=accuracy(np.ones(len(decided), dtype=bool), label_right),
+        kept=accuracy(kept, curated_right),
+        flipped=accuracy(flipped, curated_right),
+        kept_and_flipped=accuracy(kept | flipped, curated_right),
+        dropped=accuracy(dropped, label_right),
+        kept_share=_share(kept),
+        flipped_share=_share(flipped),
+        num_without_truth=int((~known).sum()),
+        confusion={
+            decision.value: {
+                verdict.value: int(((decided == decision.value) & (better == verdict.value)).sum())
+                for verdict in (Verdict.CHOSEN, Verdict.REJECTED)
+            }
+            for decision in Decision
+        },
+    )
+
+
+def _share(flags: np.ndarray) -> float:
+    return float(flags.mean()) if len(flags) else float("nan")

@@ -1,0 +1,197 @@
+"""Asks an LLM which reply of a pair is better, with retrieved gold pairs as exemplars. Paper: arXiv:2507.01352, Sec. 3.2, Step 3.
+
+Paper: at most 8 exemplars, each with attributes and human label, then the pair with its attributes as Candidate 1 and Candidate 2, in
+random order.
+Our choice: both orders are asked, always, so that position bias shows as disagreement and a merge rule can abstain. Every vote is stored;
+merging them is a rule of its own (`rules/votes.py`), and whether the judge may decide at all another (`rules/judges.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from synpref_ray.config import Settings
+from synpref_ray.errors import ReplyParseError, SchemaError
+from synpref_ray.llm.engine import Engine, Reply, Request
+from synpref_ray.llm.journal import Journal, generate_once
+from synpref_ray.llm.parsing import parse_choice
+from synpref_ray.llm.prompts import JUDGE_CHOICES, JUDGE_PROMPT_VERSION, JUDGE_REPLY_START, JudgedExample, judge_prompt
+from synpref_ray.schema import DropReason, Verdict, stable_hash
+
+REQUIRES = ("pair_id", "prompt", "chosen", "rejected")
+ADDS = ("votes", "num_exemplars")
+
+VOTE = pa.struct(
+    [
+        pa.field("judge", pa.string(), nullable=False),
+        pa.field("order", pa.int8(), nullable=False),  # 0: candidate 1 is the chosen reply; 1: candidate 1 is the rejected one
+        pa.field("sample", pa.int8(), nullable=False),
+        pa.field("raw", pa.string(), nullable=False),
+        pa.field(
+            "verdict", pa.string(), nullable=False
+        ),  # of the pair as ingested, whatever the order; abstain: the reply named no candidate
+        pa.field("logprob", pa.float32()),  # of the candidate named, normalised over both; null if the engine cannot tell
+    ]
+)
+VOTES_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("votes", pa.list_(VOTE)),
+        pa.field("num_exemplars", pa.int32()),
+        pa.field("drop_reason", pa.string()),
+    ]
+)
+
+Attribute = Literal["task_category", "objectivity", "controversiality", "desired_attributes", "annotation_guideline"]
+
+
+class JudgeConfig(Settings):
+    """How pairs are judged; all of it changes results."""
+
+    judge: str  # the name that its votes carry
+    max_exemplars: int = Field(default=8, ge=0, le=8)  # Sec. 3.2, Step 3
+    attributes: tuple[Attribute, ...] = (  # Sec. 3.2, Step 3: the target and the exemplars carry all five
+        "task_category",
+        "objectivity",
+        "controversiality",
+        "desired_attributes",
+        "annotation_guideline",
+    )
+    num_samples: int = Field(default=1, gt=0, le=127)  # ours: per order; the paper's number is not published
+    temperature: float = Field(default=0.0, ge=0)  # ours: greedy; above 0 with several samples
+    max_input_tokens: int = Field(default=1536, gt=0)  # ours
+    use_chat_template: bool = True  # ours: judging is a task for instruct models
+    seed: int = 0  # of the exemplars' candidate order
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.num_samples > 1) != (self.temperature > 0):
+            raise ValueError("several samples need a temperature above 0, and one sample needs temperature 0")
+        return self
+
+
+class _Plan(NamedTuple):
+    """What is sent for one pair: requests by (order, sample), or the reason why none is."""
+
+    requests: dict[tuple[int, int], Request]
+    num_exemplars: int
+    drop_reason: DropReason | None
+
+
+def judge_pairs(shard: pa.Table, exemplars: pa.Table, engine: Engine, config: JudgeConfig, journal: Journal | None = None) -> pa.Table:
+    """Return the judge's votes on every pair of the shard, same rows and order (VOTES_SCHEMA).
+
+    Args:
+        shard: pairs with the configured attribute columns and, unless `max_exemplars` is 0, `exemplar_ids` (most similar first).
+        exemplars: gold pairs with the same columns and `human_verdict`; rows that no pair names are ignored.
+
+    Raises:
+        SchemaError: a column or a named exemplar is missing, or an exemplar's verdict is not one of the two replies.
+        EngineDied: the engine ended; what it finished is in the journal.
+    """
+    _require(shard, exemplars, config)
+    named = {row["pair_id"]: row for row in exemplars.to_pylist()}
+    pairs = shard.to_pylist()
+    plans = [_plan(pair, _exemplars_of(pair, named, config), engine, config) for pair in pairs]
+    requests = {request.key: request for plan in plans for request in plan.requests.values()}
+    replies = {reply.key: reply for reply in generate_once(list(requests.values()), engine, journal)}
+    rows = [_row(pair["pair_id"], plan, replies, config) for pair, plan in zip(pairs, plans, strict=True)]
+    return pa.Table.from_pylist(rows, schema=VOTES_SCHEMA)
+
+
+def _require(shard: pa.Table, exemplars: pa.Table, config: JudgeConfig) -> None:
+    needed = {"the shard": (shard, (*REQUIRES, *config.attributes, *(("exemplar_ids",) if config.max_exemplars else ())))}
+    if config.max_exemplars:
+        needed["the exemplar table"] = (exemplars, (*REQUIRES, *config.attributes, "human_verdict"))
+    for name, (table, columns) in needed.items():
+        missing = [column for column in columns if column not in table.column_names]
+        if missing:
+            raise SchemaError(f"judge: {name} lacks {', '.join(missing)}; found {', '.join(table.column_names)}")
+
+
+def _exemplars_of(pair: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]], config: JudgeConfig) -> list[JudgedExample]:
+    """Return the pair's exemplars. Which candidate wins alternates, from a start that depends on the pair, so that no answer is the usual
+    one.
+    """
+    if not config.max_exemplars:
+        return []
+    ids = pair["exemplar_ids"] or []
+    unknown = [name for name in ids if name not in named]
+    if unknown:
+        raise SchemaError(f"judge: pair {pair['pair_id']} names exemplars that the exemplar table lacks: {', '.join(unknown[:3])}")
+    usable = [named[name] for name in ids if _attributes(named[name], config) is not None][: config.max_exemplars]
+    start = stable_hash(config.seed, pair["pair_id"], "exemplar-order")
+    return [_exemplar(row, config, winner_first=(start + number) % 2 == 0) for number, row in enumerate(usable)]
+
+
+def _exemplar(row: Mapping[str, Any], config: JudgeConfig, *, winner_first: bool) -> JudgedExample:
+    if row["human_verdict"] not in {Verdict.CHOSEN, Verdict.REJECTED}:
+        raise SchemaError(
+            f"judge: exemplar {row['pair_id']} has human_verdict {row['human_verdict']!r}; only chosen or rejected can be shown"
+        )
+    order = 0 if (row["human_verdict"] == Verdict.CHOSEN) == winner_first else 1
+    return _example(row, config, order=order, answer="1" if winner_first else "2")
+
+
+def _example(row: Mapping[str, Any], config: JudgeConfig, *, order: int, answer: str | None = None) -> JudgedExample:
+    first, second = (row["chosen"], row["rejected"]) if order == 0 else (row["rejected"], row["chosen"])
+    return JudgedExample(
+        prompt=row["prompt"], candidate_1=first, candidate_2=second, attributes=_attributes(row, config) or {}, answer=answer
+    )
+
+
+def _attributes(row: Mapping[str, Any], config: JudgeConfig) -> dict[str, str] | None:
+    attributes: dict[str, Any] = {str(name): row[name] for name in config.attributes}
+    return None if None in attributes.values() else attributes
+
+
+def _plan(pair: Mapping[str, Any], exemplars: Sequence[JudgedExample], engine: Engine, config: JudgeConfig) -> _Plan:
+    """Fit both orders with as many exemplars as `max_input_tokens` allows, the least similar dropped first; candidates are never cut."""
+    if _attributes(pair, config) is None:
+        return _Plan({}, 0, DropReason.NO_ATTRIBUTES)
+    targets = [_example(pair, config, order=order) for order in (0, 1)]
+    for num_exemplars in range(len(exemplars), -1, -1):
+        prompts = [judge_prompt(target, exemplars[:num_exemplars]) for target in targets]
+        if max(engine.count_tokens(prompt + JUDGE_REPLY_START) for prompt in prompts) <= config.max_input_tokens:
+            return _Plan(_requests(prompts, config), num_exemplars, None)
+    return _Plan({}, 0, DropReason.TOO_LONG)
+
+
+def _requests(prompts: Sequence[str], config: JudgeConfig) -> dict[tuple[int, int], Request]:
+    return {
+        (order, sample): Request.of(
+            prompt,
+            prompt_version=JUDGE_PROMPT_VERSION,
+            max_new_tokens=4,
+            choices=JUDGE_CHOICES,
+            temperature=config.temperature,
+            chat=config.use_chat_template,
+            reply_start=JUDGE_REPLY_START,
+            sample=sample,
+        )
+        for order, prompt in enumerate(prompts)
+        for sample in range(config.num_samples)
+    }
+
+
+def _row(pair_id: str, plan: _Plan, replies: Mapping[str, Reply], config: JudgeConfig) -> dict[str, Any]:
+    if plan.drop_reason is not None:
+        return {"pair_id": pair_id, "drop_reason": plan.drop_reason.value}
+    votes = [_vote(order, sample, replies[request.key], config.judge) for (order, sample), request in plan.requests.items()]
+    if all(vote["verdict"] == Verdict.ABSTAIN for vote in votes):
+        return {"pair_id": pair_id, "drop_reason": DropReason.UNPARSABLE_REPLY.value}
+    return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars}
+
+
+def _vote(order: int, sample: int, reply: Reply, judge: str) -> dict[str, Any]:
+    vote = {"judge": judge, "order": order, "sample": sample, "raw": reply.text, "verdict": Verdict.ABSTAIN.value, "logprob": None}
+    try:
+        choice = parse_choice(reply.text)
+    except ReplyParseError:
+        return vote
+    vote["verdict"] = (Verdict.CHOSEN if (choice == 1) == (order == 0) else Verdict.REJECTED).value
+    if reply.choice_logprobs is not None:
+        vote["logprob"] = reply.choice_logprobs[choice - 1]
+    return vote

@@ -1,0 +1,74 @@
+"""Writes the five attributes of a pair with an LLM. Paper: arXiv:2507.01352, Sec. 3.1; (1)-(3) steer diversity and priority, (4)-(5) the
+verdicts.
+
+Our choice: one model, one reply a pair, schema-guided. A reply that does not parse makes a null row with the reason, never a half row.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from synpref_ray.config import Settings
+from synpref_ray.errors import ReplyParseError, SchemaError
+from synpref_ray.llm.engine import Engine, Request
+from synpref_ray.llm.journal import Journal, generate_once
+from synpref_ray.llm.parsing import parse_tag
+from synpref_ray.llm.prompts import TAG_PROMPT_VERSION, tag_prompt, tag_schema
+from synpref_ray.schema import ATTRIBUTES_SCHEMA, DropReason, stable_hash
+
+REQUIRES = ("pair_id", "prompt", "chosen", "rejected")
+ADDS = ("task_category", "objectivity", "controversiality", "desired_attributes", "annotation_guideline")
+
+
+class TaggerConfig(Settings):
+    """How pairs are tagged; all of it changes results."""
+
+    show_replies: bool = False  # ours: attributes are of the request; two replies triple the prompt on a CPU
+    max_input_tokens: int = Field(default=1024, gt=0)  # ours
+    max_new_tokens: int = Field(default=128, gt=0)  # ours: the five fields at the lengths below, with room
+    max_attributes_chars: int = Field(default=80, gt=0)  # ours: a phrase
+    max_guideline_chars: int = Field(default=120, gt=0)  # ours: a sentence
+    use_chat_template: bool = True  # ours: tagging is a task for instruct models
+    seed: int = 0
+
+
+def tag_pairs(shard: pa.Table, engine: Engine, config: TaggerConfig, journal: Journal | None = None) -> pa.Table:
+    """Return the attributes of every pair of the shard, same rows and order (ATTRIBUTES_SCHEMA); failed rows are null with a reason.
+
+    Raises:
+        SchemaError: a column is missing.
+        EngineDied: the engine ended; what it finished is in the journal.
+    """
+    missing = [name for name in REQUIRES if name not in shard.column_names]
+    if missing:
+        raise SchemaError(f"tag: the shard lacks {', '.join(missing)}; found {', '.join(shard.column_names)}")
+    pairs = shard.select(list(REQUIRES)).to_pylist()
+    requests = [_request(pair, config) for pair in pairs]
+    fits = [engine.count_tokens(request.prompt) <= config.max_input_tokens for request in requests]
+    sent = [request for request, fit in zip(requests, fits, strict=True) if fit]
+    texts = {reply.key: reply.text for reply in generate_once(sent, engine, journal)}
+    rows = [_row(pair["pair_id"], texts.get(request.key)) for pair, request in zip(pairs, requests, strict=True)]
+    return pa.Table.from_pylist(rows, schema=ATTRIBUTES_SCHEMA)
+
+
+def _request(pair: dict[str, Any], config: TaggerConfig) -> Request:
+    # The tag must not carry the label, so which reply comes first has nothing to do with it.
+    replies = sorted((pair["chosen"], pair["rejected"]), key=lambda reply: stable_hash(config.seed, reply, "tag-order"))
+    return Request.of(
+        tag_prompt(pair["prompt"], replies if config.show_replies else ()),
+        prompt_version=TAG_PROMPT_VERSION,
+        max_new_tokens=config.max_new_tokens,
+        json_schema=tag_schema(config.max_attributes_chars, config.max_guideline_chars),
+        chat=config.use_chat_template,
+    )
+
+
+def _row(pair_id: str, text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {"pair_id": pair_id, "drop_reason": DropReason.TOO_LONG.value}
+    try:
+        tag = parse_tag(text)
+    except ReplyParseError:
+        return {"pair_id": pair_id, "drop_reason": DropReason.UNPARSABLE_REPLY.value}
+    return {"pair_id": pair_id, **{name: str(getattr(tag, name)) for name in ADDS}}

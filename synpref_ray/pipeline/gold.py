@@ -1,0 +1,163 @@
+"""Gold as it grows: all human-verified pairs gathered into one pool per round, judges measured on it, labels and sets derived from it.
+
+Paper: Sec. 3.2, Step 4 (human labels join gold, LLM labels join silver). Our choice: every table here is derived by rule from stored verdicts and votes,
+so a new rule needs no model; the checks of DESIGN section 4 are made where a set comes into being.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synpref_ray.errors import InputError
+from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
+from synpref_ray.pipeline.llm_steps import GoldTables
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_split
+from synpref_ray.rules.judges import JudgeTrust, TrustConfig, judge_trust
+from synpref_ray.rules.labels import LABEL_SCHEMA, label_shard
+from synpref_ray.rules.verdicts import VERDICT_SCHEMA, add_verdicts, agreement_records
+from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA, LabelSource
+from synpref_ray.tables.pools import Pool, content_digest
+from synpref_ray.tables.selection import Piece
+from synpref_ray.tables.sets import Member, PairSet, save_set
+from synpref_ray.tables.sidecars import Sidecar, zip_shard
+from synpref_ray.tables.storage import Storage
+
+RULES_VERSION = 1
+VOTE_COLUMN = "votes"
+
+
+@dataclass(frozen=True)
+class LabelledPool:
+    """A pool of Stage 1 with what is known about its pairs; `votes` are in the order of the judges, empty before judging."""
+
+    pool: Pool
+    attributes: Sidecar
+    embeddings: Sidecar
+    human: Sidecar
+    votes: tuple[Sidecar, ...] = ()
+
+    def judged(self, votes: Sequence[Sidecar]) -> "LabelledPool":
+        """Return the pool with its votes."""
+        return replace(self, votes=tuple(votes))
+
+
+def gather_gold(storage: Storage, name: str, pools: Sequence[LabelledPool], config: GoldConfig, embeddings: pa.Schema) -> GoldTables:
+    """Gather every human-decided pair of the pools, in their order, with attributes, embeddings and verdicts beside them.
+
+    Raises:
+        InputError: nobody has decided any pair yet.
+    """
+    pieces = []
+    for labelled in pools:
+        for shard in labelled.pool.shards:
+            splits = labelled.human.read(shard.number, ["gold_split"])["gold_split"].to_pylist()
+            rows = tuple(row for row, split in enumerate(splits) if split is not None)
+            if rows:
+                pieces.append(Piece(labelled.pool, shard.number, rows))
+    if not pieces:
+        raise InputError("no pair of these pools has a human verdict: raise the simulated budget, or give verdicts whose pair_ids are in the pools")
+    pool = gather_pool(storage, name, pieces, inputs={f"human:{labelled.pool.name}": labelled.human.fingerprint for labelled in pools})
+    sidecars = [
+        gather_sidecars(sidecar, schema, [(pool, {labelled.pool.name: getattr(labelled, sidecar) for labelled in pools})])[0]
+        for sidecar, schema in (("attributes", ATTRIBUTES_SCHEMA), ("embeddings", embeddings), ("human", HUMAN_SCHEMA))
+    ]
+    gold = GoldTables(pool, *sidecars)
+    check_split(gold.read(), config)
+    return gold
+
+
+def measure_judges(gold: GoldTables, votes: Sequence[Sidecar], config: TrustConfig) -> tuple[dict[str, JudgeTrust], dict[str, JudgeTrust]]:
+    """Measure every judge on working gold, which decides what it may decide, and on audit gold, which is what reports show."""
+    measured = []
+    for split in GoldSplit:
+        records: dict[str, Any] = {}
+        for sidecar in votes:
+            table = _gold_votes(gold, sidecar)
+            table = table.filter(pc.equal(table["gold_split"], split.value))
+            records |= agreement_records(table)
+        measured.append({judge: judge_trust(found, config) for judge, found in records.items()})
+    return measured[0], measured[1]
+
+
+def _gold_votes(gold: GoldTables, votes: Sidecar) -> pa.Table:
+    beside: list[tuple[Sidecar, Mapping[str, str]]] = [
+        (gold.attributes, {"task_category": "task_category"}),
+        (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
+        (votes, {"votes": VOTE_COLUMN}),
+    ]
+    return pa.concat_tables([zip_shard(gold.pool, shard.number, [], beside) for shard in gold.pool.shards])
+
+
+class MergeWorker:
+    """Merges the votes of all judges that may decide."""
+
+    def __init__(self, trust: Mapping[str, JudgeTrust], num_judges: int):
+        self._trust = trust
+        self._names = [f"{VOTE_COLUMN}.{number}" for number in range(num_judges)]
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        cells = zip(*(shard[name].to_pylist() for name in self._names), strict=True)
+        together = [[vote for votes in cell for vote in votes or []] for cell in cells]
+        merged = pa.array(together, shard.schema.field(self._names[0]).type)
+        return add_verdicts(shard.drop_columns(self._names).append_column(VOTE_COLUMN, merged), self._trust), {}
+
+
+def merge_pool_votes(pool: Pool, attributes: Sidecar, votes: Sequence[Sidecar], trust: Mapping[str, JudgeTrust]) -> Sidecar:
+    """Make the sidecar `verdict`: what the judges that may decide say together."""
+    report = {judge: measured.report() for judge, measured in trust.items()}
+    step = Step(
+        name="merge votes",
+        version=RULES_VERSION,
+        worker=MergeWorker,
+        outputs=(Output("verdict", VERDICT_SCHEMA),),
+        settings={"trust": content_digest(report)},
+        worker_arguments=lambda _: {"trust": dict(trust), "num_judges": len(votes)},
+        resources=Resources(),
+        max_failed_fraction=1.0,
+    )
+    beside: list[tuple[Sidecar, Mapping[str, str]]] = [(attributes, {"task_category": "task_category"})]
+    beside += [(sidecar, {"votes": f"{VOTE_COLUMN}.{number}"}) for number, sidecar in enumerate(votes)]
+    return run_step(step, [StepInput(pool, (), tuple(beside))]).sidecars[0][0]
+
+
+class LabelWorker:
+    """Applies the label rule."""
+
+    def __init__(self, gold_groups: frozenset[str]):
+        self._gold_groups = gold_groups
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        return label_shard(shard, self._gold_groups), {}
+
+
+def label_pool(labelled: LabelledPool, verdict: Sidecar, gold: GoldTables) -> Sidecar:
+    """Make the sidecar `label` of a pool, given all gold so far."""
+    groups = frozenset(gold.pool.read_all(["prompt_group"])["prompt_group"].to_pylist())
+    step = Step(
+        name="label",
+        version=RULES_VERSION,
+        worker=LabelWorker,
+        outputs=(Output("label", LABEL_SCHEMA),),
+        settings={},
+        digests={"gold": gold.pool.digest},
+        worker_arguments=lambda _: {"gold_groups": groups},
+    )
+    beside: tuple[tuple[Sidecar, Mapping[str, str]], ...] = (
+        (labelled.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
+        (verdict, {"judge_verdict": "judge_verdict"}),
+    )
+    return run_step(step, [StepInput(labelled.pool, ("prompt_group", "contradicted"), beside)]).sidecars[0][0]
+
+
+def save_label_sets(storage: Storage, suffix: str, labels: Sequence[Sidecar]) -> dict[str, PairSet]:
+    """Write the sets silver, gold-working and gold-audit of a round."""
+    filters: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+        "silver": (("label_source", (LabelSource.SILVER.value,)),),
+        "gold-working": (("label_source", (LabelSource.GOLD.value,)), ("gold_split", (GoldSplit.WORKING.value,))),
+        "gold-audit": (("label_source", (LabelSource.GOLD.value,)), ("gold_split", (GoldSplit.AUDIT.value,))),
+    }
+    return {name: save_set(storage, f"{name}-{suffix}", [Member(label, where) for label in labels]) for name, where in filters.items()}

@@ -1,0 +1,199 @@
+"""Tagging and judging as steps: an engine per actor, journaled requests, shards in flight together so that the engine never drains.
+
+Paper: Sec. 3.1 (attributes) and Sec. 3.2, Step 3 (preference-aware labelling with gold exemplars in the prompt).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.config import Settings
+from synpref_ray.llm.engine import EngineConfig, engine_environment
+from synpref_ray.llm.journal import Journal
+from synpref_ray.llm.judge import VOTES_SCHEMA, JudgeConfig, judge_pairs
+from synpref_ray.llm.prompts import JUDGE_PROMPT_VERSION, TAG_PROMPT_VERSION
+from synpref_ray.llm.tagger import TaggerConfig, tag_pairs
+from synpref_ray.llm.vllm_engine import VllmEngine
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, run_step
+from synpref_ray.reporting.run import Run
+from synpref_ray.rules.gold import check_exemplars
+from synpref_ray.schema import ATTRIBUTES_SCHEMA, DropReason
+from synpref_ray.tables.pools import Pool, content_digest
+from synpref_ray.tables.sidecars import Sidecar, zip_shard
+
+TAG_VERSION = 1
+JUDGE_VERSION = 1
+ENGINE_SETTINGS = {"dtype", "max_model_len_tokens", "seed", "seed_requests"}  # of the engine, what changes a reply
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+ATTRIBUTE_COLUMNS = {name: name for name in ATTRIBUTES_SCHEMA.names if name not in ("pair_id", "drop_reason")}
+
+
+class LLMStepConfig(Settings):
+    """What the LLM steps of a job share."""
+
+    engine: EngineConfig
+    num_workers: int = 1  # ours: engines; one per GPU (or per tensor-parallel group)
+    num_gpus_per_worker: float = 0.0
+    concurrent_shards: int = 2  # ours: while one shard's last replies come in, the next one keeps the engine full
+    max_failed_fraction: float = 0.5  # ours: more failures than replies means a wrong model or prompt
+
+    @property
+    def resources(self) -> Resources:
+        """What Ray is asked for."""
+        environment = tuple(sorted(engine_environment(self.engine).items()))
+        return Resources(self.num_workers, 1.0, self.num_gpus_per_worker, self.concurrent_shards, environment)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What changes replies."""
+        return self.engine.model_dump(mode="json", include=ENGINE_SETTINGS)
+
+    @property
+    def model_digest(self) -> str:
+        """Digest of the engine's model."""
+        return digest_folder(resolve_model(self.engine.model))
+
+
+class TagStepConfig(LLMStepConfig):
+    """The tagger and its engine."""
+
+    tagger: TaggerConfig = TaggerConfig()
+
+
+class JudgeStepConfig(LLMStepConfig):
+    """One judge and its engine; `name` is the judge's name in votes and reports."""
+
+    judge: JudgeConfig
+
+
+@dataclass(frozen=True)
+class JudgedPool:
+    """A pool to judge, with its attributes, its exemplars, and (except for gold itself) its human verdicts, which need no judge."""
+
+    pool: Pool
+    attributes: Sidecar
+    exemplars: Sidecar
+    human: Sidecar | None
+
+
+@dataclass(frozen=True)
+class GoldTables:
+    """All gold so far: a gathered pool and its sidecars."""
+
+    pool: Pool
+    attributes: Sidecar
+    embeddings: Sidecar
+    human: Sidecar
+
+    def read(self) -> pa.Table:
+        """Return gold with its attributes and verdicts: pool columns, ATTRIBUTE_COLUMNS, human_verdict, gold_split."""
+        columns = [name for name in self.pool.read(0).column_names if name != "pair_id"]
+        beside = [(self.attributes, ATTRIBUTE_COLUMNS), (self.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"})]
+        return pa.concat_tables([zip_shard(self.pool, shard.number, columns, beside) for shard in self.pool.shards]).combine_chunks()
+
+
+class TagWorker:
+    """Holds one engine."""
+
+    def __init__(self, config: TagStepConfig, tables: list[Sidecar]):
+        self._config = config
+        self._tables = tables
+        self._engine = VllmEngine(config.engine)
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        journal = open_journal(self._tables, key)
+        table = tag_pairs(shard, self._engine, self._config.tagger, journal)
+        return table, {"requests": float(shard.num_rows), "from_journal": float(journal.num_replies_found)}
+
+
+class JudgeWorker:
+    """Holds one engine and the gold exemplars."""
+
+    def __init__(self, config: JudgeStepConfig, gold: GoldTables, tables: list[Sidecar]):
+        self._config = config
+        self._tables = tables
+        self._gold = gold.read()
+        self._groups = frozenset(self._gold["prompt_group"].to_pylist())
+        self._engine = VllmEngine(config.engine)
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        check_exemplars(shard, self._gold)
+        journal = open_journal(self._tables, key)
+        asked = pa.array([True] * shard.num_rows)
+        if "human_drop_reason" in shard.column_names:
+            free = pc.fill_null(pc.equal(shard["human_drop_reason"], DropReason.NOT_SELECTED.value), False)
+            asked = pc.and_(free, pc.invert(pc.is_in(shard["prompt_group"], value_set=pa.array(sorted(self._groups), pa.string()))))
+        votes = judge_pairs(shard.filter(asked), self._gold, self._engine, self._config.judge, journal)
+        return spread_rows(shard["pair_id"], asked, votes), {"judged": float(votes.num_rows), "from_journal": float(journal.num_replies_found)}
+
+
+def open_journal(tables: list[Sidecar], key: ShardKey) -> Journal:
+    """Open the journal of one shard, beside the table that it feeds."""
+    sidecar = tables[key.table]
+    return Journal(sidecar.pool.storage, f"{sidecar.folder}/journal/{key.number:05d}")
+
+
+def spread_rows(pair_ids: pa.ChunkedArray, selected: pa.Array | pa.ChunkedArray, rows: pa.Table) -> pa.Table:
+    """Return `rows` (of the selected pairs) laid out over all pairs; the others are null with reason `not_selected`."""
+    flags = selected.to_pylist()
+    places = iter(range(rows.num_rows))
+    indices = pa.array([next(places) if flag else None for flag in flags], pa.int64())
+    columns = []
+    for field in rows.schema:
+        if field.name == "pair_id":
+            columns.append(pair_ids.combine_chunks())
+        elif field.name == "drop_reason":
+            missing = pa.array([None if flag else DropReason.NOT_SELECTED.value for flag in flags], pa.string())
+            columns.append(pc.coalesce(rows[field.name].take(indices).combine_chunks(), missing) if rows.num_rows else missing)
+        else:
+            columns.append(rows[field.name].take(indices).combine_chunks() if rows.num_rows else pa.nulls(len(flags), field.type))
+    return pa.table(columns, schema=rows.schema)
+
+
+def tag_pools(run: Run, name: str, pools: Sequence[Pool], config: TagStepConfig) -> list[Sidecar]:
+    """Make the sidecar `attributes` of every pool, in one pass with the same engines."""
+    step = Step(
+        name=name,
+        version=TAG_VERSION,
+        worker=TagWorker,
+        outputs=(Output("attributes", ATTRIBUTES_SCHEMA),),
+        settings={**config.settings, "tagger": config.tagger.model_dump(mode="json"), "prompt": TAG_PROMPT_VERSION},
+        digests={"model": config.model_digest},
+        worker_arguments=lambda tables: {"config": config, "tables": tables},
+        resources=config.resources,
+        max_failed_fraction=config.max_failed_fraction,
+    )
+    return [sidecars[0] for sidecars in _report(run, run_step(step, [StepInput(pool, PAIR_COLUMNS) for pool in pools]), name).sidecars]
+
+
+def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTables, config: JudgeStepConfig) -> list[Sidecar]:
+    """Make the sidecar `votes.<judge>` of every pool; gold pairs are judged leave-one-out, since no exemplar shares their prompt."""
+    exemplars = content_digest([gold.pool.digest, gold.attributes.fingerprint, gold.human.fingerprint])
+    step = Step(
+        name=name,
+        version=JUDGE_VERSION,
+        worker=JudgeWorker,
+        outputs=(Output(f"votes.{config.judge.judge}", VOTES_SCHEMA),),
+        settings={**config.settings, "judge": config.judge.model_dump(mode="json"), "prompt": JUDGE_PROMPT_VERSION},
+        digests={"model": config.model_digest, "gold": exemplars},
+        worker_arguments=lambda tables: {"config": config, "gold": gold, "tables": tables},
+        resources=config.resources,
+        max_failed_fraction=config.max_failed_fraction,
+    )
+    inputs = []
+    for judged in pools:
+        beside: list[tuple[Sidecar, Mapping[str, str]]] = [(judged.attributes, ATTRIBUTE_COLUMNS), (judged.exemplars, {"exemplar_ids": "exemplar_ids"})]
+        if judged.human is not None:
+            beside.append((judged.human, {"drop_reason": "human_drop_reason"}))
+        inputs.append(StepInput(judged.pool, (*PAIR_COLUMNS, "prompt_group"), tuple(beside)))
+    return [sidecars[0] for sidecars in _report(run, run_step(step, inputs), name).sidecars]
+
+
+def _report(run: Run, result: StepResult, name: str) -> StepResult:
+    rejected = {reason: count for reason, count in result.rejected.items() if reason != DropReason.NOT_SELECTED}
+    notes = {key: int(value) for key, value in result.counters.items()}
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=rejected, seconds=result.seconds, **notes)
+    return result

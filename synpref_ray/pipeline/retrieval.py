@@ -1,0 +1,160 @@
+"""Embedding, exemplars and error-driven selection as steps of a Stage 1 round.
+
+Paper: Sec. 3.2, Step 2 (similar unverified pairs for the errors on gold) and Step 3 (gold exemplars for the judge).
+"""
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.config import Settings
+from synpref_ray.pipeline.llm_steps import ATTRIBUTE_COLUMNS, GoldTables
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.reporting.run import Run
+from synpref_ray.retrieval.embedder import Embedder, EmbedderConfig, add_embeddings, embeddings_schema
+from synpref_ray.retrieval.exemplars import EXEMPLARS_SCHEMA, ExemplarConfig, add_exemplars
+from synpref_ray.retrieval.index import IndexConfig, PairIndex
+from synpref_ray.retrieval.select import RetrievalConfig, retrieve_pairs
+from synpref_ray.rules.gold import GoldSplit
+from synpref_ray.tables.pools import Pool
+from synpref_ray.tables.selection import Piece
+from synpref_ray.tables.sidecars import Sidecar, zip_shard
+
+EMBED_VERSION = 1
+EXEMPLARS_VERSION = 1
+EMBEDDING = {"embedding": "embedding"}
+
+
+class EmbedStepConfig(Settings):
+    """The embedder and its workers."""
+
+    embedder: EmbedderConfig = EmbedderConfig()
+    dimension: int = 384  # of all-MiniLM-L6-v2; 1024 for jina-embeddings-v3
+    num_workers: int = 1
+    num_gpus_per_worker: float = 0.0
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the sidecar `embeddings`."""
+        return embeddings_schema(self.dimension)
+
+
+class EmbedWorker:
+    """Holds one embedder."""
+
+    def __init__(self, config: EmbedderConfig):
+        self._embedder = Embedder.load(config)
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        return add_embeddings(shard, self._embedder), {}
+
+
+def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], config: EmbedStepConfig) -> list[Sidecar]:
+    """Make the sidecar `embeddings` of every (pool, attributes)."""
+    step = Step(
+        name=name,
+        version=EMBED_VERSION,
+        worker=EmbedWorker,
+        outputs=(Output("embeddings", config.schema),),
+        settings=config.embedder.model_dump(mode="json", include={"max_window_tokens"}),
+        digests={"model": digest_folder(resolve_model(config.embedder.model))},
+        worker_arguments=lambda _: {"config": config.embedder},
+        resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),
+        max_failed_fraction=1.0,  # what has no attributes was counted by the tagger
+    )
+    result = run_step(step, [StepInput(pool, ("prompt",), ((attributes, ATTRIBUTE_COLUMNS),)) for pool, attributes in pools])
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
+    return [sidecars[0] for sidecars in result.sidecars]
+
+
+class ExemplarWorker:
+    """Holds an exact index over working gold, and nothing else."""
+
+    def __init__(self, gold: GoldTables, config: ExemplarConfig, index: IndexConfig):
+        table = read_embedded(gold.pool, gold.embeddings, {"gold_split": "gold_split"}, gold.human)
+        self._index = PairIndex.build(table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value)), index)
+        self._config = config
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        return add_exemplars(shard, self._index, self._config), {}
+
+
+def find_exemplars(
+    run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], gold: GoldTables, max_exemplars: int, index: IndexConfig
+) -> list[Sidecar]:
+    """Make the sidecar `exemplars` of every (pool, embeddings): nearest working gold of other prompts."""
+    config = ExemplarConfig(max_exemplars=max_exemplars)
+    step = Step(
+        name=name,
+        version=EXEMPLARS_VERSION,
+        worker=ExemplarWorker,
+        outputs=(Output("exemplars", EXEMPLARS_SCHEMA),),
+        settings=config.model_dump(mode="json"),
+        digests={"gold": gold.pool.digest, "embeddings": gold.embeddings.fingerprint, "human": gold.human.fingerprint},
+        worker_arguments=lambda _: {"gold": gold, "config": config, "index": index},
+        max_failed_fraction=1.0,
+    )
+    inputs = [StepInput(pool, ("prompt_group",), ((embeddings, {**EMBEDDING, "drop_reason": "drop_reason"}),)) for pool, embeddings in pools]
+    result = run_step(step, inputs)
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
+    return [sidecars[0] for sidecars in result.sidecars]
+
+
+def read_embedded(pool: Pool, embeddings: Sidecar, more: Mapping[str, str] | None = None, beside: Sidecar | None = None) -> pa.Table:
+    """Return pair_id, prompt_group, embedding (and columns of one more sidecar) of a whole pool; for what one node indexes."""
+    sidecars: list[tuple[Sidecar, Mapping[str, str]]] = [(embeddings, EMBEDDING)]
+    if beside is not None and more:
+        sidecars.append((beside, more))
+    tables = [zip_shard(pool, shard.number, ["prompt_group"], sidecars) for shard in pool.shards]
+    return pa.concat_tables(tables)
+
+
+@dataclass(frozen=True)
+class RetrievedPairs:
+    """What the errors on gold called for: rows by shard of the unverified pool, in pool order, and the record of who called for what."""
+
+    pieces: list[Piece]
+    record: pa.Table
+
+
+def select_for_errors(
+    gold: GoldTables,
+    rewards: Sidecar,
+    unverified: Pool,
+    embeddings: Sidecar,
+    already_selected: Set[str],
+    config: RetrievalConfig,
+    index: IndexConfig,
+    max_pairs: int,
+) -> RetrievedPairs:
+    """Retrieve the unverified pairs that the best RM's errors on working gold call for.
+
+    Our choice: pairs of gold prompts are left out, since they can become neither silver nor gold of the other part; above `max_pairs` the most wrong
+    gold pairs' calls are served first.
+    """
+    beside: list[tuple[Sidecar, Mapping[str, str]]] = [
+        (gold.embeddings, EMBEDDING),
+        (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
+        (rewards, {"p_chosen": "p_chosen"}),
+    ]
+    table = pa.concat_tables([zip_shard(gold.pool, shard.number, ["prompt_group"], beside) for shard in gold.pool.shards])
+    working = table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value))
+    candidates = read_embedded(unverified, embeddings)
+    free = pc.invert(pc.is_in(candidates["prompt_group"], value_set=table["prompt_group"].combine_chunks()))
+    record = retrieve_pairs(working, PairIndex.build(candidates.filter(free), index), already_selected, config).slice(0, max_pairs)
+    return RetrievedPairs(pieces_of(unverified, set(record["pair_id"].to_pylist())), record)
+
+
+def pieces_of(pool: Pool, pair_ids: Set[str]) -> list[Piece]:
+    """Return where the named pairs stand in the pool, in pool order."""
+    pieces = []
+    for shard in pool.shards:
+        ids: list[Any] = pool.read(shard.number, ["pair_id"])["pair_id"].to_pylist()
+        rows = tuple(row for row, pair_id in enumerate(ids) if pair_id in pair_ids)
+        if rows:
+            pieces.append(Piece(pool, shard.number, rows))
+    return pieces

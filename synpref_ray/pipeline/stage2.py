@@ -1,0 +1,228 @@
+"""Stage 2: two reward models score the wild pool, judges see only what the best RM disagrees with, one table decides: keep, flip or drop.
+
+Paper: Sec. 3.3 and App. H.4. Both curated datasets (kept pairs: the 26M kind; kept and flipped: the 40M kind) are filters over the decision sidecar, and
+new thresholds are applied to stored rewards and votes without running a model.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from synpref_ray.bundled import resolve_model
+from synpref_ray.errors import InputError
+from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars, scatter_sidecar
+from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes
+from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, TagStepConfig, judge_pools, tag_pools
+from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
+from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
+from synpref_ray.pipeline.stage1 import STAGE1_RECORD
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.reporting.run import Run
+from synpref_ray.reporting.table import format_share, format_table
+from synpref_ray.retrieval.index import IndexConfig
+from synpref_ray.rules.gate import DECISION_SCHEMA, GateConfig, decide_shard, select_for_judge
+from synpref_ray.rules.judges import JudgeTrust, TrustConfig
+from synpref_ray.rules.verdicts import VERDICT_SCHEMA
+from synpref_ray.schema import ATTRIBUTES_SCHEMA, Decision
+from synpref_ray.tables.models import StoredModel
+from synpref_ray.tables.pools import Pool, open_pool
+from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece
+from synpref_ray.tables.sets import Member, save_set
+from synpref_ray.tables.sidecars import Sidecar, open_sidecar
+
+GATE_VERSION = 1
+STAGE2_RECORD = "rounds/stage2.json"
+SELECTED_SCHEMA = pa.schema([pa.field("pair_id", pa.string(), nullable=False), pa.field("ask_judge", pa.bool_(), nullable=False)])
+
+
+class Stage2Config(JobConfig):
+    """Everything Stage 2 needs; reward models and gold come from Stage 1's record in the workspace."""
+
+    pool: str = "wild"
+    tag: TagStepConfig
+    judges: tuple[JudgeStepConfig, ...] = Field(min_length=1)
+    tag_scope: Literal["mismatches", "all"] = "mismatches"  # Sec. 3.3: attributes only for what a judge sees
+    embed: EmbedStepConfig = EmbedStepConfig()
+    index: IndexConfig = IndexConfig()
+    score: ScoreConfig = ScoreConfig()
+    trust: TrustConfig = TrustConfig()
+    gate: GateConfig = GateConfig()
+    gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+
+
+@dataclass(frozen=True)
+class Stage1Result:
+    """What Stage 1 left for Stage 2."""
+
+    best: StoredModel
+    gold_rm: StoredModel
+    gold: GoldTables
+    simulated_gold: bool
+
+
+def load_stage1(config: JobConfig) -> Stage1Result:
+    """Read Stage 1's record.
+
+    Raises:
+        InputError: Stage 1 has not finished in this workspace.
+    """
+    storage = config.storage
+    if not storage.exists(STAGE1_RECORD):
+        raise InputError(f"Stage 1 has not finished in {storage.url}: run jobs/stage1.py with this workspace first")
+    record = storage.read_json(STAGE1_RECORD)
+    best, gold_rm = (StoredModel(storage, record[name]["name"], record[name]["digest"]) for name in ("best_rm", "gold_rm"))
+    pool = open_pool(storage, record["gold"]["pool"])
+    sidecars = [open_sidecar(pool, name, record["gold"][name]) for name in ("attributes", "embeddings", "human")]
+    return Stage1Result(best, gold_rm, GoldTables(pool, *sidecars), bool(record["simulated_gold"]))
+
+
+def check_stage2(config: Stage2Config) -> None:
+    """Check the pool, Stage 1's record and the models' names, without loading a model."""
+    open_pool(config.storage, config.pool)
+    load_stage1(config)
+    for model in (config.tag.engine.model, config.embed.embedder.model, *(judge.engine.model for judge in config.judges)):
+        resolve_model(model)
+
+
+class SelectWorker:
+    """Says which pairs a judge should see."""
+
+    def __init__(self, gate: GateConfig):
+        self._gate = gate
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        asked = select_for_judge(shard, self._gate)
+        return pa.table([shard["pair_id"], asked], schema=SELECTED_SCHEMA), {"asked": float(sum(asked.to_pylist()))}
+
+
+class DecideWorker:
+    """Applies the truth table."""
+
+    def __init__(self, gate: GateConfig):
+        self._gate = gate
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        return decide_shard(shard, self._gate), {}
+
+
+def run_stage2(config: Stage2Config, run: Run) -> str:
+    """Run Stage 2 to its end; return the closing table."""
+    storage = config.storage
+    pool, before = open_pool(storage, config.pool), load_stage1(config)
+    rewards = score_pools(run, "score, both RMs", [pool], {"best": before.best, "gold": before.gold_rm}, config.score).sidecars[0]
+    margins: list[tuple[Sidecar, Mapping[str, str]]] = [(rewards[0], {"margin": "margin_best"}), (rewards[1], {"margin": "margin_gold"})]
+    mismatches = _gather_mismatches(config, run, pool, margins)
+    trust: dict[str, JudgeTrust] = {}
+    if mismatches.num_rows:
+        verdict, trust = _judge(config, run, pool, mismatches, before.gold)
+        verdicts = scatter_sidecar(pool, mismatches, verdict, "judge_verdict", VERDICT_SCHEMA)
+    else:
+        verdicts = _no_verdicts(pool)
+    step = Step(
+        name="decide",
+        version=GATE_VERSION,
+        worker=DecideWorker,
+        outputs=(Output("decision", DECISION_SCHEMA),),
+        settings=config.gate.model_dump(mode="json"),
+        worker_arguments=lambda _: {"gate": config.gate},
+    )
+    result = run_step(step, [StepInput(pool, (), (*margins, (verdicts, {"judge_verdict": "judge_verdict"})))])
+    run.step("decide", rows=result.rows, computed=result.rows_computed, rejected={}, seconds=result.seconds)
+    decision = result.sidecars[0][0]
+    return _finish(config, run, pool, decision, mismatches, trust, before)
+
+
+def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> Pool:
+    step = Step(
+        name="select for judge",
+        version=GATE_VERSION,
+        worker=SelectWorker,
+        outputs=(Output("selected", SELECTED_SCHEMA),),
+        settings=config.gate.model_dump(mode="json"),
+        worker_arguments=lambda _: {"gate": config.gate},
+    )
+    selected = run_step(step, [StepInput(pool, (), tuple(margins))]).sidecars[0][0]
+    pieces = []
+    for shard in pool.shards:
+        flags = selected.read(shard.number, ["ask_judge"])["ask_judge"].to_pylist()
+        rows = tuple(row for row, flag in enumerate(flags) if flag)
+        if rows:
+            pieces.append(Piece(pool, shard.number, rows))
+    name = f"{pool.name}-mismatches"
+    gathered = gather_pool(config.storage, name, pieces, inputs={"selected": selected.fingerprint}, max_pairs=config.gathered_shard_pairs)
+    run.step("gather mismatches", rows=pool.num_rows, computed=0, rejected={}, seconds=0.0, selected=gathered.num_rows)
+    return gathered
+
+
+def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: GoldTables) -> tuple[Sidecar, dict[str, JudgeTrust]]:
+    """Tag, embed, find exemplars and judge the mismatches; judges are measured on gold as in Stage 1 (its stored votes, if they are the same)."""
+    if config.tag_scope == "all":
+        whole = tag_pools(run, "tag", [pool], config.tag)[0]
+        attributes = gather_sidecars("attributes", ATTRIBUTES_SCHEMA, [(mismatches, {pool.name: whole})])[0]
+    else:
+        attributes = tag_pools(run, "tag mismatches", [mismatches], config.tag)[0]
+    embeddings = embed_pools(run, "embed mismatches", [(mismatches, attributes)], config.embed)[0]
+    gold_votes, votes = [], []
+    for judge in config.judges:
+        targets = [(gold.pool, gold.embeddings), (mismatches, embeddings)]
+        exemplars = find_exemplars(run, "exemplars", targets, gold, judge.judge.max_exemplars, config.index)
+        judged = [JudgedPool(gold.pool, gold.attributes, exemplars[0], None), JudgedPool(mismatches, attributes, exemplars[1], None)]
+        both = judge_pools(run, f"judge ({judge.judge.judge})", judged, gold, judge)
+        gold_votes.append(both[0])
+        votes.append(both[1])
+    trust, _ = measure_judges(gold, gold_votes, config.trust)
+    return merge_pool_votes(mismatches, attributes, votes, trust), trust
+
+
+class _NothingAsked:
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        rows = [{"pair_id": i, "verdict_reason": "not_asked", "num_votes": 0, "drop_reason": "not_selected"} for i in shard["pair_id"].to_pylist()]
+        return pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA), {}
+
+
+def _no_verdicts(pool: Pool) -> Sidecar:
+    step = Step("nothing to judge", GATE_VERSION, _NothingAsked, (Output("judge_verdict", VERDICT_SCHEMA),), {}, resources=Resources())
+    return run_step(step, [StepInput(pool, ())]).sidecars[0][0]
+
+
+def _finish(
+    config: Stage2Config, run: Run, pool: Pool, decision: Sidecar, mismatches: Pool, trust: Mapping[str, JudgeTrust], before: Stage1Result
+) -> str:
+    reasons: Counter[tuple[str, str]] = Counter()
+    for shard in pool.shards:
+        table = decision.read(shard.number, ["decision", "decision_reason"])
+        reasons.update(zip(table["decision"].to_pylist(), table["decision_reason"].to_pylist(), strict=True))
+    kept = (("decision", (Decision.KEEP.value,)),)
+    both = (("decision", (Decision.KEEP.value, Decision.FLIP.value)),)
+    save_set(config.storage, f"curated-{pool.name}-kept", [Member(decision, kept)])
+    save_set(config.storage, f"curated-{pool.name}-kept-and-flipped", [Member(decision, both)])
+    counts = {name.value: sum(count for (what, _), count in reasons.items() if what == name) for name in Decision}
+    record: dict[str, Any] = {
+        "pool": pool.name,
+        "pool_digest": pool.digest,
+        "decision": decision.fingerprint,
+        "best_rm": before.best.name,
+        "gold_rm": before.gold_rm.name,
+        "pairs": pool.num_rows,
+        "judged_pairs": mismatches.num_rows,
+        "decisions": counts,
+        "reasons": {f"{what}/{why}": count for (what, why), count in sorted(reasons.items())},
+        "judges_on_working_gold": {judge: measured.report() for judge, measured in trust.items()},
+        "sets": {"kept": f"curated-{pool.name}-kept", "kept_and_flipped": f"curated-{pool.name}-kept-and-flipped"},
+        "simulated_gold": before.simulated_gold,
+    }
+    config.storage.write_json(STAGE2_RECORD, record)
+    run.metrics.update({"stage2": record})
+    rows = [(what, why, str(count), format_share(count, pool.num_rows)) for (what, why), count in sorted(reasons.items())]
+    rows.append(("all", "", str(pool.num_rows), format_share(pool.num_rows, pool.num_rows)))
+    decides = sorted({category for measured in trust.values() for category in measured.report()["decides"]})
+    lines = [format_table(("decision", "reason", "pairs", "share"), rows)]
+    lines.append(f"asked a judge about {mismatches.num_rows} pairs; judges decide in: {', '.join(decides) or 'no category (both RMs alone decide)'}")
+    if before.simulated_gold:
+        lines.append("gold is SIMULATED: an annotator that reads known truth for the budgeted pairs")
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Training a reward model on a set of the workspace, or on a file of pairs.
+
+Paper: Sec. 4 and App. E (the family of eight trained on the curated pairs).
+"""
+
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from synpref_ray.bundled import resolve_model
+from synpref_ray.errors import ConfigError
+from synpref_ray.ingest.readers import open_binary, read_pair_file
+from synpref_ray.ingest.source import SourceConfig
+from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.training import train_model
+from synpref_ray.reporting.run import Run
+from synpref_ray.reporting.table import format_table
+from synpref_ray.reward.training_config import TrainConfig
+from synpref_ray.tables.pools import content_digest
+from synpref_ray.tables.sets import load_set
+from synpref_ray.tables.storage import Storage
+
+
+class TrainJobConfig(JobConfig):
+    """What to train on what. `set` and `gold_set` are names under sets/; `pairs` and `gold_pairs` are files."""
+
+    name: str = Field(default="reward-model", pattern=r"^[A-Za-z0-9._-]+$")
+    set: str = ""
+    pairs: str = ""
+    gold_set: str = ""
+    gold_pairs: str = ""
+    train: TrainConfig
+
+
+def check_train(config: TrainJobConfig) -> None:
+    """Check that the data and the backbone are there."""
+    if bool(config.set) == bool(config.pairs):
+        raise ConfigError("give either set=NAME (a set of the workspace) or pairs=FILE, not both and not neither")
+    if config.gold_set and config.gold_pairs:
+        raise ConfigError("give gold_set or gold_pairs, not both")
+    resolve_model(config.train.backbone)
+    for file in filter(None, (config.pairs, config.gold_pairs)):
+        with open_binary(file):
+            pass
+    for name in filter(None, (config.set, config.gold_set)):
+        load_set(config.storage, name)
+
+
+def read_training_pairs(storage: Storage, set_name: str, file: str) -> tuple[pa.Table, str] | None:
+    """Return pairs (chosen preferred) and their digest from a set or a file; None if neither is named. Rows of a file that are no pairs are refused."""
+    if set_name:
+        pairs = load_set(storage, set_name)
+        return pairs.read(), pairs.digest
+    if not file:
+        return None
+    chunks = list(read_pair_file(file, SourceConfig(name="pairs", path=file)))
+    refused = sum(chunk.rejects.num_rows for chunk in chunks)
+    if refused:
+        raise ConfigError(f"{file}: {refused} rows are not pairs; ingest the file first (jobs/ingest.py), which keeps them with their reasons")
+    table = pa.concat_tables([chunk.pairs for chunk in chunks])
+    return table, content_digest(table["pair_id"].to_pylist())
+
+
+def run_train(config: TrainJobConfig, run: Run) -> str:
+    """Train one model; return the closing table."""
+    train = read_training_pairs(config.storage, config.set, config.pairs)
+    assert train is not None  # check_train saw to it
+    gold = read_training_pairs(config.storage, config.gold_set, config.gold_pairs)
+    model, record = train_model(run, config.storage, config.name, train=train, gold=gold, config=config.train)
+    values: dict[str, Any] = record.model_dump(mode="json")
+    run.metrics.update({"model": model.path, "training": values})
+    rows = [("model", config.storage.join(model.path)), ("pairs", str(record.num_pairs)), ("optimizer steps", str(len(record.steps)))]
+    rows += [("chosen step", str(record.chosen_step))]
+    if record.gold_accuracy is not None:
+        rows.append(("gold accuracy", f"{100 * record.gold_accuracy:.1f} % of {record.num_gold_pairs}"))
+    rows += [("last loss", f"{record.steps[-1].loss:.4f}"), ("training seconds", f"{record.seconds['total']:.1f}")]
+    return format_table(("", "value"), rows)

@@ -1,0 +1,228 @@
+"""A reward model: a pretrained transformer whose last token's hidden state goes through one linear head (arXiv:2507.01352, Sec. 4).
+
+Paper: a pointwise Bradley-Terry model on an instruct backbone, one scalar per conversation.
+Our choice: the head and everything after it run in float32 (a bfloat16 reward near 23 moves in steps of 0.125), and the backbone runs without
+its own last-token search, so that logits over all tokens never exist. The model on disk is a plain `AutoModelForSequenceClassification`.
+
+Shape legend: B rows, T tokens of the longest row, S sequences, H hidden size.
+"""
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.reward.packing import PADDING, PackedBatch, attention_mask
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEAD_INIT_STD = 0.02  # ours: zero did not learn in a trial, normal 0.02 did (SmolLM2-135M, 2026-11)
+STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest position in the batch
+
+
+class MaskLayout(Enum):
+    """How an architecture takes a ready-made attention mask, if we know it to take one."""
+
+    ONE_MASK = "one mask for all layers"
+    BY_LAYER_TYPE = "a dict of masks, full_attention and sliding_attention"
+    NONE = "unknown: prefixes are not shared"
+
+
+ONE_MASK_MODELS = {"llama", "mistral"}
+BY_LAYER_TYPE_MODELS = {"qwen2", "qwen3", "gemma2", "gemma3_text"}
+
+
+def mask_layout(config: Any) -> MaskLayout:
+    """Say whether, and how, transformers' model of this config lets us decide which token sees which.
+
+    Read in transformers 5.19: every architecture returns a 4D mask as it is, but only those listed here use nothing else to decide (no chunks, no
+    recurrent layers, no bidirectional text, no batch-dependent rotary scaling) and are tested against separate scoring.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    ropes = [rope] if "rope_type" in rope else [inner for inner in rope.values() if isinstance(inner, dict)]
+    if any(inner.get("rope_type", "default") not in STATIC_ROPE for inner in ropes) or getattr(config, "use_bidirectional_attention", False):
+        return MaskLayout.NONE
+    if config.model_type in ONE_MASK_MODELS:
+        return MaskLayout.ONE_MASK
+    if config.model_type in BY_LAYER_TYPE_MODELS:
+        known = set(config.layer_types) <= {"full_attention", "sliding_attention"}
+        return MaskLayout.BY_LAYER_TYPE if known else MaskLayout.NONE
+    return MaskLayout.NONE
+
+
+class RewardModule(nn.Module):
+    """Packed micro-batches in, float32 rewards out: what the trainer and the scorer share."""
+
+    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.model = model
+        self.layout = mask_layout(model.config)
+        self._autocast_dtype = autocast_dtype
+
+    @property
+    def may_share(self) -> bool:
+        """Whether micro-batches may hold shared rows."""
+        return self.layout is not MaskLayout.NONE
+
+    @property
+    def quadratic_tokens(self) -> float:
+        """Row length at which masked attention costs as much as the linear layers of the backbone (see `packing.make_group`)."""
+        config = self.model.config
+        linear = sum(module.weight.numel() for module in self.model.base_model.modules() if isinstance(module, nn.Linear))
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return float(linear / (2 * config.num_hidden_layers * config.num_attention_heads * head_dim))
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Return the reward of every sequence of the batch, shape (S,), float32."""
+        device_type = batch.input_ids.device.type
+        enabled = self._autocast_dtype is not None
+        with torch.autocast(device_type, dtype=self._autocast_dtype, enabled=enabled):
+            hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **self._attention_arguments(batch)).last_hidden_state
+        last = hidden[batch.last_rows, batch.last_columns]  # (S, H)
+        with torch.autocast(device_type, enabled=False):
+            rewards: torch.Tensor = nn.functional.linear(last.float(), self.model.score.weight.float()).squeeze(-1)
+        return rewards
+
+    def _attention_arguments(self, batch: PackedBatch) -> dict[str, Any]:
+        if self.layout is MaskLayout.NONE:
+            return {"attention_mask": (batch.branches != PADDING).long()}
+        if not batch.shares:
+            return {}  # rows are single sequences padded on the right: plain causal attention never sees the padding
+        config = self.model.config
+        window = getattr(config, "sliding_window", None)
+        if self.layout is MaskLayout.ONE_MASK:
+            return {"attention_mask": self._mask(batch, window), "position_ids": batch.positions}
+        windows = {"full_attention": None, "sliding_attention": window}
+        masks = {kind: self._mask(batch, windows[kind]) for kind in set(config.layer_types)}
+        return {"attention_mask": masks, "position_ids": batch.positions}
+
+    def _mask(self, batch: PackedBatch, window: int | None) -> torch.Tensor:
+        allowed = attention_mask(batch, window=window)
+        if self.model.config._attn_implementation == "sdpa":
+            return allowed
+        dtype = self._autocast_dtype or self.model.dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the tokenizer beside a model.
+
+    Raises:
+        InputError: there is none, or it has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load a tokenizer from {path}: {_one_line(error)}") from None
+    if not tokenizer.chat_template:
+        raise InputError(f"the tokenizer in {path} has no chat template; a reward model reads whole conversations and needs one")
+    return tokenizer
+
+
+def load_backbone_with_head(
+    path: str, dtype: str, *, new_head: bool = False, head_init_std: float = HEAD_INIT_STD, seed: int = 0, attn_implementation: str | None = None
+) -> Any:
+    """Load `AutoModelForSequenceClassification` with one label: backbone in `dtype`, head in float32, in eval mode.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16", or "checkpoint" for what the model's config says.
+        new_head: initialise the head anew (normal, mean 0, std `head_init_std`, from `seed`), whether or not the checkpoint has one.
+        attn_implementation: default: eager for attention with soft-capped logits (sdpa would leave the cap out), sdpa otherwise.
+
+    Raises:
+        InputError: no such model, or its head is absent or of another shape and `new_head` is not asked for.
+        ConfigError: `dtype` is none of the above.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, num_labels=1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load a model from {path}: {_one_line(error)}") from None
+    torch_dtype = _resolve_dtype(config, dtype)
+    attention = attn_implementation or ("eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa")
+    cls = _with_float32_head(config)
+    try:
+        with _quiet_transformers():
+            model, info = cls.from_pretrained(
+                path, config=config, dtype=torch_dtype, attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load a model from {path}: {_one_line(error)}") from None
+    absent = [name for name in info["missing_keys"] if name != "score.weight"]
+    if absent or any(name[0] != "score.weight" for name in info["mismatched_keys"]):
+        raise InputError(f"the weights in {path} do not fit its config: {len(absent)} missing, for example {absent[:1]}")
+    has_head = not info["missing_keys"] and not info["mismatched_keys"]
+    if not has_head and not new_head:
+        raise InputError(f"{path} has no reward head with one label (score.weight); name a reward model, or ask for a new head when training")
+    if new_head:
+        logger.info("%s reward head of %s: normal, std %s, seed %s", "replacing the" if has_head else "new", path, head_init_std, seed)
+        with torch.no_grad():
+            noise = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(seed))
+            model.score.weight.copy_(noise * head_init_std)
+    return model.eval()
+
+
+def save_reward_model(model: Any, tokenizer: Any, out_dir: str, *, dtype: str) -> None:
+    """Write a folder that plain `AutoModelForSequenceClassification.from_pretrained(out_dir, num_labels=1)` loads.
+
+    The backbone is stored in `dtype`, which the config names, so that loading with dtype "auto" (the default) computes in it; the head's weights are
+    stored in float32 whatever `dtype`, so nothing of the head is lost to whoever loads in float32, or with this package.
+    """
+    torch_dtype = DTYPES[dtype]
+    state = {name: tensor.detach().to("cpu", torch.float32 if name == "score.weight" else torch_dtype) for name, tensor in model.state_dict().items()}
+    with _quiet_transformers():
+        model.save_pretrained(out_dir, state_dict=state)
+    config = copy.deepcopy(model.config)
+    config.dtype = torch_dtype
+    config.num_labels = 1
+    config.pad_token_id = tokenizer.pad_token_id
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(out_dir)
+    tokenizer.save_pretrained(out_dir)
+
+
+def _resolve_dtype(config: Any, dtype: str) -> torch.dtype:
+    if dtype == "checkpoint":
+        found = config.dtype if isinstance(config.dtype, torch.dtype) else DTYPES.get(str(config.dtype))
+        return found if found is not None else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be checkpoint, {', '.join(DTYPES)}; found {dtype!r}")
+    return DTYPES[dtype]
+
+
+def _with_float32_head(config: Any) -> Any:
+    """Return the architecture's sequence-classification class, told to keep its head in float32 while loading."""
+    try:
+        with torch.device("meta"):
+            cls = type(AutoModelForSequenceClassification.from_config(config))
+    except ValueError as error:
+        raise InputError(f"model type {config.model_type!r} has no sequence classification in transformers: {_one_line(error)}") from None
+    return type(cls.__name__, (cls,), {"_keep_in_fp32_modules_strict": ["score"], "__module__": cls.__module__})
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bar and its table of missing weights out of the log: the caller checks what is missing, and says it in one line."""
+    verbosity = transformers_logging.get_verbosity()
+    bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+

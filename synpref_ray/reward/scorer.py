@@ -1,0 +1,193 @@
+"""Rewards for pairs: the scoring core, one process, no Ray. Serves Stage 1's checkpoints (Sec. 3.2), Stage 2's two filters (Sec. 3.3) and evaluation.
+
+Shape legend: P pairs, G groups (one prompt each), S sequences.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from pydantic import PositiveInt
+
+from synpref_ray.config import Settings
+from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer
+from synpref_ray.reward.packing import Group, PackingStats, make_group, pack, packing_stats, plan_batches
+from synpref_ray.reward.render import RenderedPairs, render_conversation, render_pairs, template_digest
+from synpref_ray.schema import REWARDS_SCHEMA, DropReason, Message, Role, pair_id
+
+logger = logging.getLogger(__name__)
+
+RECORD_FILE = "training_record.json"
+Rewards = npt.NDArray[np.float32]
+
+
+class ScorerConfig(Settings):
+    """One reward model and how to run it."""
+
+    model: str
+    """Folder of a reward model."""
+    dtype: Literal["checkpoint", "float32", "bfloat16"] = "checkpoint"
+    """What the backbone computes in; "checkpoint" is what the model's config says. The head is float32 always."""
+    max_tokens_per_batch: PositiveInt = 2048
+    """Tokens of a micro-batch, padding included. Ours: enough for 2 CPU cores; 16,384 and more on a GPU."""
+    max_length_tokens: PositiveInt = 16_384  # App. E
+    """A pair with a longer conversation gets no reward and the reason too_long; it is never cut."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: PositiveInt = 2
+    """CPU threads of this process. Ours: the laptop of the demo."""
+
+
+class PairScorer:
+    """A loaded reward model that scores shards."""
+
+    def __init__(self, module: RewardModule, tokenizer: Any, config: ScorerConfig):
+        self.module = module
+        self.tokenizer = tokenizer
+        self.config = config
+        self.template_digest = template_digest(tokenizer)
+
+    @classmethod
+    def load(cls, config: ScorerConfig) -> "PairScorer":
+        """Load the model.
+
+        Raises:
+            InputError: no such model, no reward head, no chat template, or another template than the one the model was trained with.
+            ConfigError: a GPU is asked for and there is none.
+        """
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is cuda, but this process sees no GPU; set device=cpu or run where there is one")
+        start = time.perf_counter()
+        if config.device == "cpu":
+            torch.set_num_threads(config.num_threads)
+        tokenizer = load_tokenizer(config.model)
+        model = load_backbone_with_head(config.model, config.dtype)
+        scorer = cls(RewardModule(model.to(config.device)).eval(), tokenizer, config)
+        _check_template(config.model, scorer.template_digest)
+        logger.info("reward model %s on %s in %s, %.1f s", config.model, config.device, model.dtype, time.perf_counter() - start)
+        return scorer
+
+    def render(self, shard: pa.Table) -> RenderedPairs:
+        """Tokenise a shard; over-long and refused pairs are marked."""
+        return render_pairs(self.tokenizer, shard, self.config.max_length_tokens)
+
+    def score_rendered(self, rendered: RenderedPairs) -> Rewards:
+        """Return the rewards of (chosen, rejected), shape (P, 2), raw logits, NaN for pairs with a drop reason."""
+        rewards = np.full((len(rendered), 2), np.nan, dtype=np.float32)
+        usable = rendered.usable()
+        groups = [make_pair_group(self.module, rendered, i) for i in usable]
+        for i, values in zip(usable, score_groups(self.module, groups, self.config.max_tokens_per_batch), strict=True):
+            rewards[i] = values
+        return rewards
+
+    def score_replies(self, prompt: Sequence[Message], replies: Sequence[str]) -> Rewards:
+        """Return the rewards of any number of replies to one prompt, in their order.
+
+        Raises:
+            InputError: a conversation exceeds `max_length_tokens`.
+        """
+        sequences = [np.asarray(render_conversation(self.tokenizer, prompt, reply), dtype=np.int32) for reply in replies]
+        if (longest := max((len(sequence) for sequence in sequences), default=0)) > self.config.max_length_tokens:
+            raise InputError(f"a conversation has {longest} tokens, more than max_length_tokens={self.config.max_length_tokens}")
+        group = make_group(sequences, may_share=self.module.may_share, quadratic_tokens=self.module.quadratic_tokens)
+        return score_groups(self.module, [group], self.config.max_tokens_per_batch)[0]
+
+
+def make_pair_group(module: RewardModule, rendered: RenderedPairs, pair: int) -> Group:
+    """Lay out one pair the way that is cheapest for this model."""
+    return make_group(rendered.sequences(pair), may_share=module.may_share, quadratic_tokens=module.quadratic_tokens)
+
+
+def score_groups(module: RewardModule, groups: Sequence[Group], max_tokens_per_batch: int) -> list[Rewards]:
+    """Return for each group the rewards of its sequences, in order."""
+    rewards: list[Rewards] = [np.zeros(0, dtype=np.float32)] * len(groups)
+    device = next(module.parameters()).device
+    plan = plan_batches(groups, max_tokens_per_batch)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        outputs = [module(pack([groups[i] for i in batch]).to(device)) for batch in plan]
+    for batch, output in zip(plan, outputs, strict=True):
+        values = iter(output.cpu().numpy())
+        for i in batch:
+            rewards[i] = np.fromiter(values, dtype=np.float32, count=len(groups[i].sequences))
+    _log_speed(packing_stats(groups, plan), len(groups), time.perf_counter() - start)
+    return rewards
+
+
+def add_rewards(shard: pa.Table, scorer: PairScorer) -> pa.Table:
+    """Score a shard: rows and order unchanged, nulls and a drop_reason where there is no reward (REWARDS_SCHEMA)."""
+    rendered = scorer.render(shard)
+    return _rewards_table(rendered, scorer.score_rendered(rendered))
+
+
+def add_dual_rewards(shard: pa.Table, first: PairScorer, second: PairScorer) -> tuple[pa.Table, pa.Table]:
+    """Score a shard with two models, tokenised once when both read the same tokens (Stage 2's best RM and gold RM, Sec. 3.3)."""
+    rendered = first.render(shard)
+    same = first.template_digest == second.template_digest and first.config.max_length_tokens == second.config.max_length_tokens
+    again = rendered if same else second.render(shard)
+    return _rewards_table(rendered, first.score_rendered(rendered)), _rewards_table(again, second.score_rendered(again))
+
+
+class RewardModel:
+    """The public face: `RewardModel.load(folder).score(pairs)`."""
+
+    def __init__(self, scorer: PairScorer):
+        self._scorer = scorer
+
+    @classmethod
+    def load(cls, model: str, **settings: Any) -> "RewardModel":
+        """Load a reward model's folder; `settings` are the other fields of `ScorerConfig`."""
+        return cls(PairScorer.load(ScorerConfig(model=str(model), **settings)))
+
+    def score(self, pairs: pa.Table | Sequence[Mapping[str, Any]]) -> pa.Table:
+        """Score pairs with `prompt` (text or messages), `chosen` and `rejected`; `pair_id` is computed where absent. Returns REWARDS_SCHEMA, order kept."""
+        rows = pairs.to_pylist() if isinstance(pairs, pa.Table) else [dict(row) for row in pairs]
+        for row in rows:
+            if missing := [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]:
+                raise InputError(f"a pair needs prompt, chosen and rejected; missing: {', '.join(missing)}")
+            if isinstance(row["prompt"], str):
+                row["prompt"] = [{"role": Role.USER.value, "content": row["prompt"]}]
+            row.setdefault("pair_id", pair_id(row["prompt"], row["chosen"], row["rejected"]))
+        columns = {name: [row[name] for row in rows] for name in ("pair_id", "prompt", "chosen", "rejected")}
+        return add_rewards(pa.table(columns), self._scorer)
+
+    def score_replies(self, prompt: str | Sequence[Message], replies: Sequence[str]) -> list[float]:
+        """Return the rewards of several replies to one prompt."""
+        messages = [{"role": Role.USER.value, "content": prompt}] if isinstance(prompt, str) else prompt
+        return [float(reward) for reward in self._scorer.score_replies(messages, replies)]
+
+
+def _rewards_table(rendered: RenderedPairs, rewards: Rewards) -> pa.Table:
+    finite = np.isfinite(rewards).all(axis=1)
+    reasons = [
+        reason or (None if ok else DropReason.NON_FINITE_REWARD.value) for reason, ok in zip(rendered.drop_reasons, finite.tolist(), strict=True)
+    ]
+    margin = np.where(finite, rewards[:, 0] - rewards[:, 1], np.float32(0.0)).astype(np.float32)
+    p_chosen = 1.0 / (1.0 + np.exp(-np.clip(margin.astype(np.float64), -700.0, 700.0)))
+    columns = [rewards[:, 0], rewards[:, 1], margin, p_chosen.astype(np.float32)]
+    arrays = [pa.array(column, pa.float32(), mask=~finite) for column in columns]
+    return pa.table([pa.array(rendered.pair_ids, pa.string()), *arrays, pa.array(reasons, pa.string())], schema=REWARDS_SCHEMA)
+
+
+def _check_template(model: str, digest: str) -> None:
+    """Refuse to score with another template or tokenizer than the one a model was trained with; models of others carry no record."""
+    file = Path(model) / RECORD_FILE
+    if not file.is_file():
+        return
+    trained = json.loads(file.read_text(encoding="utf-8")).get("template_digest")
+    if trained is not None and trained != digest:
+        raise InputError(f"the tokenizer or chat template in {model} is not the one the model was trained with ({trained[:12]}, found {digest[:12]})")
+
+
+def _log_speed(stats: PackingStats, num_groups: int, seconds: float) -> None:
+    logger.info(
+        "%d prompts, %d unique tokens in %.2f s (%.0f/s), padding %.3f, shared %.3f",
+        num_groups, stats.unique_tokens, seconds, stats.unique_tokens / max(seconds, 1e-9), stats.padding_fraction, stats.shared_fraction,
+    )  # fmt: skip

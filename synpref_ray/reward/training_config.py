@@ -1,0 +1,47 @@
+"""The settings of one reward-model training run, with the paper's final values as defaults where it gives them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from synpref_ray.config import Settings
+from synpref_ray.reward.model import HEAD_INIT_STD
+
+
+class TrainConfig(Settings):
+    """How to train one reward model."""
+
+    backbone: str
+    """Folder of the pretrained model, or of a reward model to go on from."""
+    new_head: bool = True
+    """Initialise the reward head anew; false keeps the head that the backbone has, and fails if it has none."""
+    head_init_std: PositiveFloat = HEAD_INIT_STD  # ours, see model.py
+    learning_rate: PositiveFloat = 3e-6  # App. E, final runs
+    head_learning_rate_multiplier: PositiveFloat = 1.0
+    """Ours: the paper has one rate; a new head on a small model learns with 20."""
+    num_epochs: PositiveInt = 1  # App. E
+    global_batch_pairs: PositiveInt = 10_240  # App. E, final runs
+    max_tokens_per_microbatch: PositiveInt = 16_384
+    """Tokens of a micro-batch, padding included. Ours: one longest conversation; about 2,048 on a CPU."""
+    max_length_tokens: PositiveInt = 16_384  # App. E
+    """Pairs with a longer conversation are left out and counted; nothing is cut."""
+    schedule: Literal["constant", "linear"] = "constant"  # App. E, final runs
+    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the steps in which the learning rate rises. Ours: the paper does not state it for the final runs."""
+    weight_decay: NonNegativeFloat = 0.0  # ours: not stated; never on norms, biases and the head
+    max_grad_norm: PositiveFloat = 1.0  # ours: not stated
+    seed: NonNegativeInt = 0
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the backbone computes in. Weights, optimizer, head and loss are float32 in both: bfloat16 means autocast."""
+    save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the backbone is stored in; the head is always stored in float32. With precision bfloat16 the linear layers lose nothing by it."""
+    evaluations_per_epoch: PositiveInt = 4
+    """How often gold picks the checkpoint. Paper: Sec. 3.2 chooses by gold accuracy; ours: how often."""
+    gradient_checkpointing: bool = False
+    num_frozen_layers: NonNegativeInt = 0
+    """Leave the embeddings and the first layers as they are: less to compute on a CPU. Ours; the paper trains everything."""
+    zero_stage: Literal[0, 1, 2] = 1  # App. E
+    num_workers: PositiveInt = 1
+    num_threads: PositiveInt = 2
+    """CPU threads of each worker."""
+    use_gpu: bool = False

@@ -1,0 +1,87 @@
+"""What a training run leaves beside its weights: settings, versions, losses, gold metrics, and which step was kept.
+
+Metrics are named as TRL's RewardTrainer names them (loss, accuracy, margin, mean_reward, min_reward, max_reward, num_tokens).
+"""
+
+import platform
+from importlib import metadata
+
+from pydantic import BaseModel, ConfigDict
+
+from synpref_ray.reward.training_config import TrainConfig
+
+RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "ray", "numpy", "pyarrow")
+
+
+class Record(BaseModel):
+    """Base of the records: frozen, infinities kept as such."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class StepRecord(Record):
+    """One optimizer step over one global batch."""
+
+    step: int
+    epoch: float
+    loss: float
+    accuracy: float
+    margin: float
+    mean_reward: float
+    min_reward: float
+    max_reward: float
+    num_pairs: int
+    num_tokens: int
+    """Tokens of all sequences so far, each counted whole, as TRL counts them."""
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    tokens_per_second: float
+    unique_tokens_per_second: float
+
+
+class EvaluationRecord(Record):
+    """Gold at one step."""
+
+    step: int
+    accuracy: float
+    loss: float
+    margin: float
+    num_pairs: int
+    seconds: float
+
+
+class TrainingRecord(Record):
+    """The whole run. `chosen_step` is the step whose weights the folder holds."""
+
+    config: TrainConfig
+    versions: dict[str, str]
+    template_digest: str
+    shares_prefixes: bool
+    num_pairs: int
+    num_dropped: dict[str, int]
+    num_gold_pairs: int
+    num_gold_dropped: dict[str, int]
+    num_workers: int
+    steps: list[StepRecord]
+    evaluations: list[EvaluationRecord]
+    chosen_step: int
+    gold_accuracy: float | None
+    gold_loss: float | None
+    num_sequence_tokens: int
+    num_unique_tokens: int
+    padding_fraction: float
+    shared_fraction: float
+    seconds: dict[str, float]
+    """Wall time by part: startup, load, train, evaluate, save, total."""
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions that may change a training run; packages that are not installed are left out."""
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,164 @@
+"""Whether an LLM judge may decide labels: only where it has proved on gold that it beats chance. A small judge may well not (DESIGN,
+section 4).
+
+Our choice: the paper trusts its judges after manual checks (agreement in Table 14). Here every judge first judges working gold, each gold
+pair with exemplars of other prompts only (leave-one-out), and the Wilson lower bound of its agreement must lie above chance, overall and in
+the pair's category.
+
+Chance is 0.5 whatever share of the source labels is right: a judge sees two candidates in both orders and never the label, so one that
+guesses agrees with gold half of the time.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from synpref_ray.config import Settings
+from synpref_ray.rules.intervals import wilson_interval
+from synpref_ray.rules.votes import VoteRecord, merge_votes
+from synpref_ray.schema import Verdict
+
+CHANCE = 0.5
+
+
+class TrustConfig(Settings):
+    """What a judge must show on working gold."""
+
+    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level; the lower bound alone errs 2.5 % of the time
+    min_verdicts: int = Field(default=6, ge=1)  # ours: Wilson lets 4 of 4 pass, which guessing reaches once in 16; 6 of 6 once in 64
+    must_beat_source_label: bool = False  # ours: true also asks the bound to exceed the share of source labels that gold confirms
+
+
+class AgreementRecord(NamedTuple):
+    """One judge on one gold pair: its merged verdict, the human one, and how many of its single answers named the first candidate."""
+
+    category: str | None
+    judge_verdict: Verdict
+    gold_verdict: Verdict
+    num_first_choices: int = 0
+    num_choices: int = 0
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A judge's record on some gold pairs. `lower_bound` is 0 without a verdict."""
+
+    num_pairs: int
+    num_verdicts: int
+    num_agreed: int
+    num_source_agreed: int
+    num_choices: int
+    num_first_choices: int
+    lower_bound: float
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of its verdicts (abstentions aside) that gold confirms; None without a verdict."""
+        return self.num_agreed / self.num_verdicts if self.num_verdicts else None
+
+    @property
+    def source_agreement(self) -> float | None:
+        """Share of source labels that gold confirms, on all these pairs."""
+        return self.num_source_agreed / self.num_pairs if self.num_pairs else None
+
+    @property
+    def abstention_share(self) -> float | None:
+        """Share of the pairs on which it abstained."""
+        return 1 - self.num_verdicts / self.num_pairs if self.num_pairs else None
+
+    @property
+    def first_choice_share(self) -> float | None:
+        """Share of its readable single answers that named the candidate shown first; 0.5 is no position bias when every pair is shown "
+        "both ways."""
+        return self.num_first_choices / self.num_choices if self.num_choices else None
+
+
+@dataclass(frozen=True)
+class JudgeTrust:
+    """What a judge showed on working gold, and what follows from it."""
+
+    overall: Agreement
+    by_category: Mapping[str, Agreement]
+    config: TrustConfig
+
+    def decides(self, category: str | None) -> bool:
+        """Whether its verdict may decide a pair of this category; never for a category without gold, or for a pair without one."""
+        return (
+            category is not None
+            and category in self.by_category
+            and self._passes(self.overall)
+            and self._passes(self.by_category[category])
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Return plain values for metrics and reports: the overall record, one per category, and which categories it decides."""
+        categories = sorted(self.by_category)
+        return {
+            "chance": CHANCE,
+            "confidence": self.config.confidence,
+            "beats_chance_overall": self._passes(self.overall),
+            "decides": [category for category in categories if self.decides(category)],
+            "overall": _figures(self.overall),
+            "by_category": {category: _figures(self.by_category[category]) for category in categories},
+        }
+
+    def _passes(self, agreement: Agreement) -> bool:
+        bar = max(CHANCE, agreement.source_agreement or 0.0) if self.config.must_beat_source_label else CHANCE
+        return agreement.num_verdicts >= self.config.min_verdicts and agreement.lower_bound > bar
+
+
+def agreement_record(category: str | None, votes: Iterable[VoteRecord], gold_verdict: Verdict) -> AgreementRecord:
+    """Make the record of one judge's votes on one gold pair; a judge without a readable vote abstained."""
+    votes = list(votes)
+    if len({vote.judge for vote in votes}) > 1:
+        raise ValueError("an agreement record is about the votes of one judge")
+    first = {0: Verdict.CHOSEN, 1: Verdict.REJECTED}
+    choices = [vote for vote in votes if vote.verdict is not Verdict.ABSTAIN]
+    num_first = sum(vote.verdict is first[vote.order] for vote in choices)
+    return AgreementRecord(category, merge_votes(votes).verdict or Verdict.ABSTAIN, gold_verdict, num_first, len(choices))
+
+
+def judge_trust(records: Iterable[AgreementRecord], config: TrustConfig | None = None) -> JudgeTrust:
+    """Measure one judge against working gold.
+
+    Args:
+        records: one per working-gold pair that the judge was asked about, judged leave-one-out.
+
+    Raises:
+        ValueError: a gold verdict is an abstention (a pair that a person could not decide is no gold).
+    """
+    config = config or TrustConfig()
+    records = list(records)
+    if any(record.gold_verdict is Verdict.ABSTAIN for record in records):
+        raise ValueError("a gold verdict cannot be an abstention")
+    categories = {record.category for record in records if record.category is not None}
+    by_category = {name: _measure([record for record in records if record.category == name], config) for name in sorted(categories)}
+    return JudgeTrust(_measure(records, config), by_category, config)
+
+
+def _measure(records: list[AgreementRecord], config: TrustConfig) -> Agreement:
+    verdicts = [record for record in records if record.judge_verdict is not Verdict.ABSTAIN]
+    agreed = sum(record.judge_verdict is record.gold_verdict for record in verdicts)
+    return Agreement(
+        num_pairs=len(records),
+        num_verdicts=len(verdicts),
+        num_agreed=agreed,
+        num_source_agreed=sum(record.gold_verdict is Verdict.CHOSEN for record in records),
+        num_choices=sum(record.num_choices for record in records),
+        num_first_choices=sum(record.num_first_choices for record in records),
+        lower_bound=wilson_interval(agreed, len(verdicts), confidence=config.confidence)[0],
+    )
+
+
+def _figures(agreement: Agreement) -> dict[str, float | int | None]:
+    return {
+        "num_pairs": agreement.num_pairs,
+        "num_verdicts": agreement.num_verdicts,
+        "agreement": agreement.agreement,
+        "lower_bound": agreement.lower_bound,
+        "source_agreement": agreement.source_agreement,
+        "abstention_share": agreement.abstention_share,
+        "first_choice_share": agreement.first_choice_share,
+    }

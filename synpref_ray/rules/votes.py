@@ -1,0 +1,102 @@
+"""From single answers of LLM judges to one verdict about a pair. Serves Stage 1, Step 3, and the judge of Stage 2.
+
+Paper: Sec. 3.2, Step 3: self-consistency within each model first, then a merge across models; candidates in random order. It gives no
+number of samples, no merge rule and no rule for ties.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import NamedTuple
+
+from synpref_ray.schema import Verdict
+
+ORDERS = (0, 1)
+"""Order 0 showed the pair's chosen reply as candidate 1; order 1 showed the rejected reply first."""
+
+
+class VoteRecord(NamedTuple):
+    """One sample of one judge in one order; `verdict` is about the pair as ingested, an unreadable answer is an abstention."""
+
+    judge: str
+    order: int
+    sample: int
+    verdict: Verdict
+
+
+class VoteReason(StrEnum):
+    """Why votes merged as they did."""
+
+    AGREED = "agreed"
+    MAJORITY = "majority"
+    JUDGES_TIED = "judges_tied"
+    ORDERS_DISAGREE = "orders_disagree"
+    NO_CONSISTENT_ANSWER = "no_consistent_answer"
+    NO_VOTES = "no_votes"
+    NO_JUDGE_DECIDES = "no_judge_decides"  # there are votes, but none by a judge that may decide the pair's category (rules/verdicts.py)
+
+
+class MergedVerdict(NamedTuple):
+    """What votes amount to; the verdict is None only where there is no vote at all."""
+
+    verdict: Verdict | None
+    reason: VoteReason
+
+
+def merge_votes(votes: Iterable[VoteRecord]) -> MergedVerdict:
+    """Merge the votes about one pair: within each judge, then across judges; the order of the votes does not matter.
+
+    Our choice: one judge, one vote; abstaining judges do not count, the majority of the others wins, a tie abstains. No weights: the
+    judges' measured agreement already decides who may vote at all (`rules/judges.py`).
+
+    Raises:
+        ValueError: two votes share judge, order and sample, or an order is neither 0 nor 1.
+    """
+    by_judge = _group_votes(votes)
+    if not by_judge:
+        return MergedVerdict(None, VoteReason.NO_VOTES)
+    merged = [_merge_judge(answers) for answers in by_judge.values()]
+    count = Counter(verdict.verdict for verdict in merged)
+    chosen, rejected = count[Verdict.CHOSEN], count[Verdict.REJECTED]
+    if chosen == rejected == 0:
+        split = any(verdict.reason is VoteReason.ORDERS_DISAGREE for verdict in merged)
+        return MergedVerdict(Verdict.ABSTAIN, VoteReason.ORDERS_DISAGREE if split else VoteReason.NO_CONSISTENT_ANSWER)
+    if chosen == rejected:
+        return MergedVerdict(Verdict.ABSTAIN, VoteReason.JUDGES_TIED)
+    verdict = Verdict.CHOSEN if chosen > rejected else Verdict.REJECTED
+    return MergedVerdict(verdict, VoteReason.MAJORITY if min(chosen, rejected) else VoteReason.AGREED)
+
+
+def _group_votes(votes: Iterable[VoteRecord]) -> Mapping[str, Mapping[int, list[Verdict]]]:
+    """Return the verdicts of the samples by judge and order."""
+    by_judge: dict[str, dict[int, list[Verdict]]] = {}
+    seen = set()
+    for vote in votes:
+        key = (vote.judge, vote.order, vote.sample)
+        if vote.order not in ORDERS or key in seen:
+            raise ValueError(f"expected one vote per judge, order (0 or 1) and sample; found another or a bad one: {key}")
+        seen.add(key)
+        by_judge.setdefault(vote.judge, {order: [] for order in ORDERS})[vote.order].append(vote.verdict)
+    return by_judge
+
+
+def _merge_judge(answers: Mapping[int, list[Verdict]]) -> MergedVerdict:
+    """Merge one judge's samples.
+
+    Our choice: in each order the verdict that more than half of all samples give (abstentions included in the count); then both orders must
+    give the same verdict. A judge that follows the position of a candidate contradicts itself here and abstains: on 243 pairs with known
+    truth SmolLM2-135M did so 165 times, and was right on 61 of the other 78.
+    """
+    first, second = (_self_consistent(answers[order]) for order in ORDERS)
+    if Verdict.ABSTAIN in (first, second):
+        return MergedVerdict(Verdict.ABSTAIN, VoteReason.NO_CONSISTENT_ANSWER)
+    if first is not second:
+        return MergedVerdict(Verdict.ABSTAIN, VoteReason.ORDERS_DISAGREE)
+    return MergedVerdict(first, VoteReason.AGREED)
+
+
+def _self_consistent(verdicts: list[Verdict]) -> Verdict:
+    for verdict in (Verdict.CHOSEN, Verdict.REJECTED):
+        if 2 * verdicts.count(verdict) > len(verdicts):
+            return verdict
+    return Verdict.ABSTAIN

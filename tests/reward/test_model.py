@@ -1,0 +1,172 @@
+"""Packed rewards equal those of each sequence alone, for every architecture that shares; heads are never silently new."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.reward.loss import bradley_terry_loss
+from synpref_ray.reward.model import MaskLayout, RewardModule, load_backbone_with_head, load_tokenizer, mask_layout, save_reward_model
+from synpref_ray.reward.packing import Group, make_group, pack
+from synpref_ray.reward.scorer import score_groups
+from tests.reward.conftest import save_tiny_backbone, tiny_config
+
+SHARING = ["llama", "llama3-rope", "qwen2", "qwen3", "qwen3-sliding", "mistral-sliding", "gemma2", "gemma3"]
+
+
+def tiny_module(kind: str, autocast: torch.dtype | None = None) -> RewardModule:
+    torch.manual_seed(1)
+    config = tiny_config(kind)
+    config.num_labels = 1
+    attention = "eager" if kind == "gemma2" else "sdpa"
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return RewardModule(model, autocast).eval()
+
+
+def random_groups(module: RewardModule, counts: tuple[int, ...], *, longest_prompt: int = 40) -> list[Group]:
+    rng = np.random.default_rng(3)
+    groups = []
+    for count in counts:
+        prompt = rng.integers(0, 300, int(rng.integers(1, longest_prompt)))
+        replies = [rng.integers(0, 300, int(rng.integers(1, 30))) for _ in range(count)]
+        sequences = [np.concatenate([prompt, reply]).astype(np.int32) for reply in replies]
+        groups.append(make_group(sequences, may_share=module.may_share))
+    return groups
+
+
+def alone(module: RewardModule, group: Group) -> list[float]:
+    """Plain transformers, one sequence at a time."""
+    with torch.inference_mode():
+        return [module.model(input_ids=torch.from_numpy(sequence).long()[None]).logits.item() for sequence in group.sequences]
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_packed_rewards_equal_separate_ones(kind: str) -> None:
+    module = tiny_module(kind)
+    assert module.may_share
+    groups = random_groups(module, (2, 2, 2, 6, 10, 2, 2, 1))
+    assert sum(group.shared for group in groups) >= 6
+    for group, rewards in zip(groups, score_groups(module, groups, 256), strict=True):
+        assert rewards.tolist() == pytest.approx(alone(module, group), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3-sliding"])
+def test_unshared_rows_equal_separate_ones_and_the_pad_id_is_never_looked_at(kind: str) -> None:
+    module = tiny_module(kind)
+    groups = [Group(group.sequences, group.prefix_tokens, shared=False) for group in random_groups(module, (2, 2, 3))]
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    pad_id = int(sequences[0][-1])  # pad = the very last token of a sequence
+    with torch.inference_mode():
+        rewards = module(pack(groups, pad_id)).tolist()
+        assert module(pack(groups, pad_id + 1)).tolist() == rewards
+    assert rewards == pytest.approx([reward for group in groups for reward in alone(module, group)], rel=1e-4, abs=1e-4)
+
+
+def test_architectures_that_we_do_not_know_do_not_share_but_score_the_same() -> None:
+    module = tiny_module("llama")
+    module.layout = MaskLayout.NONE
+    groups = random_groups(module, (2, 2, 3))
+    assert not any(group.shared for group in groups)
+    for group, rewards in zip(groups, score_groups(module, groups, 128), strict=True):
+        assert rewards.tolist() == pytest.approx(alone(module, group), rel=1e-4, abs=1e-4)
+
+
+def test_which_architectures_share() -> None:
+    assert mask_layout(tiny_config("llama")) is MaskLayout.ONE_MASK
+    assert mask_layout(tiny_config("qwen3")) is MaskLayout.BY_LAYER_TYPE
+    dynamic = tiny_config("llama")
+    dynamic.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert mask_layout(dynamic) is MaskLayout.NONE
+    both_ways = tiny_config("gemma3")
+    both_ways.use_bidirectional_attention = True
+    assert mask_layout(both_ways) is MaskLayout.NONE
+    unknown = tiny_config("llama")
+    unknown.model_type = "mamba"
+    assert mask_layout(unknown) is MaskLayout.NONE
+
+
+def test_gradients_of_a_packed_batch_equal_those_of_separate_forwards() -> None:
+    module = tiny_module("llama")
+    groups = random_groups(module, (2, 2, 2))
+    rewards = module(pack(groups)).view(-1, 2)
+    bradley_terry_loss(rewards[:, 0], rewards[:, 1]).sum().backward()
+    packed = {name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.grad is not None}
+    module.zero_grad()
+    for group in groups:
+        chosen, rejected = (module.model(input_ids=torch.from_numpy(sequence).long()[None]).logits[0] for sequence in group.sequences)
+        bradley_terry_loss(chosen, rejected).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-5 * float(parameter.grad.abs().max()))
+
+
+def test_the_head_is_float32_under_bfloat16() -> None:
+    module = tiny_module("llama", torch.bfloat16)
+    groups = random_groups(module, (2,))
+    rewards = module(pack(groups))
+    assert rewards.dtype is torch.float32
+    assert rewards.tolist() != rewards.to(torch.bfloat16).float().tolist()
+    assert rewards.tolist() == pytest.approx(alone(module, groups[0]), rel=0.05, abs=0.2)
+
+
+def test_an_absent_head_is_an_error_unless_asked_for(tiny_backbone: str) -> None:
+    with pytest.raises(InputError, match="no reward head"):
+        load_backbone_with_head(tiny_backbone, "float32")
+    one, again, other = (load_backbone_with_head(tiny_backbone, "float32", new_head=True, seed=seed).score.weight for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert 0.01 < one.std().item() < 0.04
+
+
+def test_a_head_is_kept_and_one_of_another_shape_is_refused(tiny_reward_model: str, tmp_path: Path) -> None:
+    kept = load_backbone_with_head(tiny_reward_model, "float32")
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_reward_model, num_labels=1)
+    assert torch.equal(kept.score.weight, plain.score.weight)
+    config = tiny_config("llama")
+    config.num_labels = 3
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "three")
+    with pytest.raises(InputError, match="no reward head with one label"):
+        load_backbone_with_head(str(tmp_path / "three"), "float32")
+
+
+def test_missing_models_and_tokenizers_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot load a model") as error:
+        load_backbone_with_head(str(tmp_path / "nowhere"), "float32")
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="cannot load a tokenizer"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="dtype"):
+        load_backbone_with_head(save_tiny_backbone(tmp_path / "m", head=True), "int8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_saved_model_loads_plainly_and_gives_the_same_rewards(dtype: str, tiny_reward_model: str, tmp_path: Path) -> None:
+    model = load_backbone_with_head(tiny_reward_model, "float32")
+    tokenizer = load_tokenizer(tiny_reward_model)
+    out = str(tmp_path / "saved")
+    save_reward_model(model, tokenizer, out, dtype=dtype)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (config["dtype"], config["pad_token_id"], config["architectures"]) == (dtype, tokenizer.pad_token_id, ["LlamaForSequenceClassification"])
+
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(out, num_labels=1, dtype=torch.float32).eval()
+    ours = RewardModule(load_backbone_with_head(out, "float32")).eval()
+    assert torch.equal(plain.score.weight, model.score.weight)  # the head keeps float32 precision on disk
+    groups = random_groups(ours, (2, 2))
+    for group, rewards in zip(groups, score_groups(ours, groups, 256), strict=True):
+        assert rewards.tolist() == pytest.approx(alone(RewardModule(plain), group), rel=1e-4, abs=1e-4)
+
+    as_saved = RewardModule(load_backbone_with_head(out, "checkpoint")).eval()
+    assert as_saved.model.base_model.dtype is getattr(torch, dtype)
+    assert as_saved.model.score.weight.dtype is torch.float32
+    assert torch.equal(as_saved.model.score.weight, model.score.weight)
+    auto: Any = AutoModelForSequenceClassification.from_pretrained(out, num_labels=1).eval()
+    assert auto.dtype is getattr(torch, dtype)
+    for group, rewards in zip(groups, score_groups(as_saved, groups, 256), strict=True):
+        assert rewards.tolist() == pytest.approx(alone(RewardModule(auto), group), rel=0.05, abs=0.05)

@@ -1,0 +1,184 @@
+"""Where a model folder comes from: named folders, the cache of bundled models, the hub; and what a folder's digest depends on."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from synpref_ray import bundled
+from synpref_ray.bundled import BundledModel, bundled_folder, convert_bundled, digest_folder, resolve_model
+from synpref_ray.errors import InputError
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def write_model(folder: Path, weights: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Give an empty cache and one bundled model, `a/tiny`, of an installed package; return the list that each conversion adds to."""
+    calls: list[Path] = []
+
+    def convert(source: Path, output: Path) -> None:
+        calls.append(source)
+        write_model(output)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundled, "BUNDLED", {"a/tiny": BundledModel("a/tiny", "numpy", "numpy", convert)})
+    return calls
+
+
+def test_an_existing_folder_is_itself(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    assert resolve_model(str(folder)) == str(folder)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config\.json"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./none", "~/no-such-model", "some/deep/path", "not a name", "nobody/no-such-model"])
+def test_an_unknown_model_is_one_line_that_names_it(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_model(name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bundled_model_is_converted_once(calls: list[Path]) -> None:
+    with pytest.raises(InputError, match="make setup"):
+        resolve_model("a/tiny")
+    assert convert_bundled("a/tiny")
+    assert not convert_bundled("a/tiny")
+    assert len(calls) == 1
+    assert resolve_model("a/tiny") == str(bundled_folder("a/tiny"))
+
+
+def test_a_killed_conversion_leaves_nothing_that_resolves(calls: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(source: Path, output: Path) -> None:
+        write_model(output)
+        raise KeyboardInterrupt
+
+    whole = bundled.BUNDLED["a/tiny"]
+    monkeypatch.setitem(bundled.BUNDLED, "a/tiny", BundledModel("a/tiny", "numpy", "numpy", dies))
+    with pytest.raises(KeyboardInterrupt):
+        convert_bundled("a/tiny")
+    with pytest.raises(InputError, match="make setup"):
+        resolve_model("a/tiny")
+    monkeypatch.setitem(bundled.BUNDLED, "a/tiny", whole)
+    assert convert_bundled("a/tiny")
+    assert [path.name for path in bundled_folder("a/tiny").parent.iterdir() if path.is_dir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("stale", [{"recipe": 0}, {"source": "numpy==0.1"}])
+def test_another_recipe_or_package_version_converts_again(calls: list[Path], stale: dict[str, object]) -> None:
+    convert_bundled("a/tiny")
+    record = bundled_folder("a/tiny") / "bundled.json"
+    record.write_text(json.dumps(json.loads(record.read_text(encoding="utf-8")) | stale), encoding="utf-8")
+    with pytest.raises(InputError, match="make setup"):
+        resolve_model("a/tiny")
+    assert convert_bundled("a/tiny")
+    assert len(calls) == 2
+
+
+def test_a_missing_package_is_named(calls: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = bundled.BUNDLED["a/tiny"].convert
+    monkeypatch.setitem(bundled.BUNDLED, "a/tiny", BundledModel("a/tiny", "no_such_package", "no-such-package", convert))
+    with pytest.raises(InputError, match="no-such-package"):
+        convert_bundled("a/tiny")
+
+
+def test_the_digest_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "one")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling": "mean"}', encoding="utf-8")
+    digest = digest_folder(str(folder))
+    assert len(digest) == 32
+    assert digest == digest_folder(str(shutil.copytree(folder, tmp_path / "two")))
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "modeling.py", "2_Dense/model.safetensors"]
+)
+def test_the_digest_changes_with_every_file_that_makes_the_model(tmp_path: Path, file: str) -> None:
+    folder = write_model(tmp_path / "model")
+    before = digest_folder(str(folder))
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(b"changed")
+    assert digest_folder(str(folder)) != before
+
+
+@pytest.mark.parametrize("file", ["README.md", "training_record.json", "bundled.json", "optimizer.pt", ".cache/config.json"])
+def test_the_digest_ignores_notes_and_records(tmp_path: Path, file: str) -> None:
+    folder = write_model(tmp_path / "model")
+    before = digest_folder(str(folder))
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(b"noted")
+    assert digest_folder(str(folder)) == before
+
+
+def test_the_digest_tells_where_one_file_ends_and_the_next_begins(tmp_path: Path) -> None:
+    one, other = write_model(tmp_path / "one", b"ab"), write_model(tmp_path / "other", b"a")
+    (one / "tokenizer.json").write_bytes(b"c")
+    (other / "tokenizer.json").write_bytes(b"bc")
+    assert digest_folder(str(one)) != digest_folder(str(other))
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", b"first")
+    before = digest_folder(str(folder))
+    weights = folder / "model.safetensors"
+    stat = weights.stat()
+    weights.write_bytes(b"other")
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert digest_folder(str(folder)) == before, "same size and time: not read again"
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert digest_folder(str(folder)) != before
+
+
+@pytest.mark.engine
+def test_the_bundled_llm_answers_and_its_tokenizer_is_the_original_one() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve_model(SMOLLM2)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("<|im_start|>user\nhi<|im_end|>").input_ids == [1, 4093, 198, 6004, 2]
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+    # A list's blank line is one token and each digit its own, as in the tokenizer that the model was trained with.
+    assert tokenizer.tokenize("a\n\n12.") == ["a", "ĊĊ", "1", "2", "."]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(output)
+    assert output[-1] == tokenizer.eos_token_id, "it ends by itself"
+
+
+@pytest.mark.engine
+def test_the_bundled_embedder_puts_like_beside_like() -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(resolve_model(MINILM), device="cpu")
+    cat, kitten, stocks = model.encode(["a cat sits on the mat", "a kitten rests on a rug", "stock prices fell today"])
+    assert cat @ kitten > 0.5 > 0.2 > cat @ stocks
+
+
+@pytest.mark.engine
+def test_a_bundled_model_converts_into_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    existing = digest_folder(resolve_model(MINILM))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert convert_bundled(MINILM)
+    assert digest_folder(resolve_model(MINILM)) == existing

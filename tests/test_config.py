@@ -1,0 +1,81 @@
+"""Settings from YAML and the command line: what is read, what is refused, and that a refusal is one line."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field, ValidationError
+
+from synpref_ray.config import Settings, load_config
+from synpref_ray.errors import ConfigError
+
+
+class Inner(Settings):
+    rate: float = 0.5
+    names: tuple[str, ...] = ()
+
+
+class Outer(Settings):
+    size: int = Field(default=1, ge=1)
+    title: str = "x"
+    inner: Inner = Inner()
+
+
+def write(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def test_yaml_mirrors_the_models_and_overrides_come_last(tmp_path: Path) -> None:
+    file = write(tmp_path, "size: 3\ninner:\n  rate: 0.25\n  names: [a]\n")
+    config = load_config(Outer, file, ["inner.rate=0.75", "title=new", "inner.rate=1e-1", "inner.names=[b, c]"])
+    assert config == Outer(size=3, title="new", inner=Inner(rate=0.1, names=("b", "c")))
+
+
+def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
+    assert load_config(Outer, None, []) == Outer()
+    assert load_config(Outer, write(tmp_path, ""), []) == Outer()
+
+
+def test_a_value_may_hold_equals_signs_colons_and_dots() -> None:
+    assert load_config(Outer, None, ["title=s3://bucket/a=b.c"]).title == "s3://bucket/a=b.c"
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Outer().size = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("sise: 3\n", [], "sise: unknown key"),
+        ("inner:\n  rat: 1\n", [], "inner.rat: unknown key"),
+        ("", ["inner.rate=fast"], "inner.rate"),
+        ("", ["size=0"], "size"),
+        ("", ["size"], "key=value"),
+        ("", ["=3"], "key=value"),
+        ("", ["size.part=1", "size=2", "size.part=1"], "'size' is a value"),
+        ("- 1\n- 2\n", [], "mapping"),
+        ("size: [1\n", [], "not valid YAML"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_line(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Outer, write(tmp_path, text), overrides)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.yaml"):
+        load_config(Outer, str(tmp_path / "no.yaml"), [])
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"size: \xff\xfe")
+    with pytest.raises(ConfigError, match=r"binary\.yaml"):
+        load_config(Outer, str(binary), [])
+
+
+def test_more_than_three_problems_are_counted() -> None:
+    with pytest.raises(ConfigError, match="and 2 more"):
+        load_config(Outer, None, ["a=1", "b=1", "c=1", "d=1", "e=1"])
