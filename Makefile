@@ -14,8 +14,14 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation
 LOCK := requirements/$(VARIANT).txt
 STAMP := $(VENV)/.installed-$(VARIANT)
+# DeepSpeed would compile this at the start of the first training, in every worker, and hang after a kill at that moment; so once, here.
+BUILD_OP := $(VENV)/bin/python -c \
+	'from deepspeed.accelerator import get_accelerator; get_accelerator().create_op_builder("ShareMemCommBuilder").load()'
 PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 REAL := (ray or engine) and not slow and not gpu and not cluster
+
+# DeepSpeed runs `ninja` by name; the one in .venv will do.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: setup demo test test-slow check
 .DELETE_ON_ERROR:
@@ -32,9 +38,15 @@ $(STAMP): $(LOCK) pyproject.toml
 	@grep -vE '^deepspeed==' $(LOCK) > $(VENV)/wheels.txt
 	$(PIP) -r $(VENV)/wheels.txt
 	@$(VENV)/bin/python -c 'import torch' || { \
-		echo "error: torch does not load; where there is no GPU, pip must see a CPU build of it: Setup in README.md says how" >&2; exit 2; }
+		echo "error: torch does not load; where there is no GPU, pip must see a CPU build of it: README.md, Setup elsewhere" >&2; exit 2; }
 	DS_BUILD_OPS=0 $(PIP) $$(grep -E '^deepspeed==' $(LOCK))
 	$(PIP) -e .
+ifeq ($(VARIANT),cpu)
+	@echo "building DeepSpeed's communication op for CPUs"
+	@timeout 900 $(BUILD_OP) > $(VENV)/deepspeed-op.log 2>&1 || { tail -n 5 $(VENV)/deepspeed-op.log >&2; \
+		echo "error: DeepSpeed's op was not built; it needs g++, and waits for ever if a killed build left the file 'lock' in" \
+			"~/.cache/torch_extensions/*/deepspeed_shm_comm" >&2; exit 2; }
+endif
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

@@ -114,11 +114,12 @@ def generate_once(requests: Sequence[Request], engine: Engine, journal: Journal 
     if journal is not None:
         found = {key: reply for key in unique if (reply := journal.find(key)) is not None}
     pending = [request for key, request in unique.items() if key not in found]
-    if pending:
-        fresh = engine.generate(pending, journal.append if journal is not None else None)
-        found |= {reply.key: reply for reply in fresh}
-    if journal is not None:
-        journal.flush()
+    try:
+        fresh = engine.generate(pending, journal.append if journal is not None else None) if pending else []
+    finally:
+        if journal is not None:
+            journal.flush()  # also when the engine died: what it finished is paid for
+    found |= {reply.key: reply for reply in fresh}
     return [found[request.key] for request in requests]
 
 

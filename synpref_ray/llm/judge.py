@@ -17,7 +17,7 @@ from synpref_ray.errors import ReplyParseError, SchemaError
 from synpref_ray.llm.engine import Engine, Reply, Request
 from synpref_ray.llm.journal import Journal, generate_once
 from synpref_ray.llm.parsing import parse_choice
-from synpref_ray.llm.prompts import JUDGE_CHOICES, JUDGE_PROMPT_VERSION, JUDGE_REPLY_START, JudgedExample, judge_prompt
+from synpref_ray.llm.prompts import JUDGE_CHOICES, JUDGE_GUIDELINES, JUDGE_PROMPT_VERSION, JUDGE_REPLY_START, JudgedExample, judge_prompt
 from synpref_ray.schema import DropReason, Verdict, stable_hash
 
 REQUIRES = ("pair_id", "prompt", "chosen", "rejected")
@@ -51,6 +51,7 @@ class JudgeConfig(Settings):
     """How pairs are judged; all of it changes results."""
 
     judge: str  # the name that its votes carry
+    guideline: Literal["full", "short"] = "full"  # ours: see prompts.py; short is for very small models
     max_exemplars: int = Field(default=8, ge=0, le=8)  # Sec. 3.2, Step 3
     attributes: tuple[Attribute, ...] = (  # Sec. 3.2, Step 3: the target and the exemplars carry all five
         "task_category",
@@ -153,7 +154,7 @@ def _plan(pair: Mapping[str, Any], exemplars: Sequence[JudgedExample], engine: E
         return _Plan({}, 0, DropReason.NO_ATTRIBUTES)
     targets = [_example(pair, config, order=order) for order in (0, 1)]
     for num_exemplars in range(len(exemplars), -1, -1):
-        prompts = [judge_prompt(target, exemplars[:num_exemplars]) for target in targets]
+        prompts = [judge_prompt(JUDGE_GUIDELINES[config.guideline], target, exemplars[:num_exemplars]) for target in targets]
         if max(engine.count_tokens(prompt + JUDGE_REPLY_START) for prompt in prompts) <= config.max_input_tokens:
             return _Plan(_requests(prompts, config), num_exemplars, None)
     return _Plan({}, 0, DropReason.TOO_LONG)

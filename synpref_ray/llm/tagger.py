@@ -14,7 +14,7 @@ from synpref_ray.errors import ReplyParseError, SchemaError
 from synpref_ray.llm.engine import Engine, Request
 from synpref_ray.llm.journal import Journal, generate_once
 from synpref_ray.llm.parsing import parse_tag
-from synpref_ray.llm.prompts import TAG_PROMPT_VERSION, tag_prompt, tag_schema
+from synpref_ray.llm.prompts import TAG_PROMPT_VERSION, TAG_REPLY_START, tag_prompt, tag_schema
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, DropReason, stable_hash
 
 REQUIRES = ("pair_id", "prompt", "chosen", "rejected")
@@ -26,9 +26,9 @@ class TaggerConfig(Settings):
 
     show_replies: bool = False  # ours: attributes are of the request; two replies triple the prompt on a CPU
     max_input_tokens: int = Field(default=1024, gt=0)  # ours
-    max_new_tokens: int = Field(default=128, gt=0)  # ours: the five fields at the lengths below, with room
-    max_attributes_chars: int = Field(default=80, gt=0)  # ours: a phrase
-    max_guideline_chars: int = Field(default=120, gt=0)  # ours: a sentence
+    max_new_tokens: int = Field(default=224, gt=0)  # ours: the five fields at full length, a token a character
+    max_attributes_chars: int = Field(default=64, gt=0)  # ours: a phrase
+    max_guideline_chars: int = Field(default=96, gt=0)  # ours: a sentence
     use_chat_template: bool = True  # ours: tagging is a task for instruct models
     seed: int = 0
 
@@ -61,6 +61,7 @@ def _request(pair: dict[str, Any], config: TaggerConfig) -> Request:
         max_new_tokens=config.max_new_tokens,
         json_schema=tag_schema(config.max_attributes_chars, config.max_guideline_chars),
         chat=config.use_chat_template,
+        reply_start=TAG_REPLY_START,
     )
 
 

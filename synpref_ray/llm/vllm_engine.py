@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class _Job:
     request: Request
     tokens: list[int]
-    outbox: "queue.SimpleQueue[Reply | EngineDied]"
+    outbox: "queue.SimpleQueue[Reply | str]"  # the reply, or why there will be none
     max_tokens: int
     watched: tuple[int, tuple[int, ...]] | None  # where the choices first differ, and the token of each there
 
@@ -50,7 +50,7 @@ class VllmEngine:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting: dict[str, _Job] = {}
         self._next_id = 0
-        self._end: EngineDied | None = None
+        self._end: str | None = None  # why the engine ended
         self._lock = threading.Lock()  # guards _waiting, _next_id, _end, _counts
         self._counts = EngineCounts(requests_sent=0, replies=0, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=0, start_seconds=0.0)
         self._encoder: PlainEncoder
@@ -82,7 +82,7 @@ class VllmEngine:
             ConfigError: a prompt and its reply do not fit `max_model_len_tokens`; nothing is sent then.
             EngineDied: the engine ended, now or earlier.
         """
-        outbox: queue.SimpleQueue[Reply | EngineDied] = queue.SimpleQueue()
+        outbox: queue.SimpleQueue[Reply | str] = queue.SimpleQueue()
         jobs = [self._job(request, outbox) for request in requests]
         if len({request.key for request in requests}) != len(requests):
             raise ValueError("two requests of one call have the same key")
@@ -90,8 +90,8 @@ class VllmEngine:
         replies: dict[str, Reply] = {}
         for _ in jobs:
             reply = outbox.get()
-            if isinstance(reply, EngineDied):
-                raise reply
+            if isinstance(reply, str):
+                raise EngineDied(reply)
             replies[reply.key] = reply
             if on_finished is not None:
                 on_finished(reply)
@@ -111,7 +111,7 @@ class VllmEngine:
         self._jobs.put(None)
         self._thread.join()
 
-    def _job(self, request: Request, outbox: "queue.SimpleQueue[Reply | EngineDied]") -> _Job:
+    def _job(self, request: Request, outbox: "queue.SimpleQueue[Reply | str]") -> _Job:
         tokens = self._encoder.encode_request(request)
         if len(tokens) + request.max_new_tokens > self._config.max_model_len_tokens:
             raise ConfigError(
@@ -127,7 +127,7 @@ class VllmEngine:
     def _submit(self, jobs: list[_Job]) -> None:
         with self._lock:
             if self._end is not None:
-                raise self._end
+                raise EngineDied(self._end)
             for job in jobs:
                 self._jobs.put(job)
             self._counts = replace(self._counts, requests_sent=self._counts.requests_sent + len(jobs))
@@ -195,7 +195,7 @@ class VllmEngine:
 
     def _announce_end(self, reason: str) -> None:
         with self._lock:
-            self._end = EngineDied(reason)
+            self._end = reason
             waiting = list(self._waiting.values())
             self._waiting.clear()
             while not self._jobs.empty():
@@ -203,7 +203,7 @@ class VllmEngine:
                 if job is not None:
                     waiting.append(job)
             for job in waiting:
-                job.outbox.put(self._end)
+                job.outbox.put(reason)
 
 
 def _watched_tokens(choices: list[list[int]]) -> tuple[int, tuple[int, ...]] | None:

@@ -1,8 +1,9 @@
 """A reward model: a pretrained transformer whose last token's hidden state goes through one linear head (arXiv:2507.01352, Sec. 4).
 
 Paper: a pointwise Bradley-Terry model on an instruct backbone, one scalar per conversation.
-Our choice: the head and everything after it run in float32 (a bfloat16 reward near 23 moves in steps of 0.125), and the backbone runs without
-its own last-token search, so that logits over all tokens never exist. The model on disk is a plain `AutoModelForSequenceClassification`.
+Our choice: the head and everything after it run in float32 (a bfloat16 reward near 23 moves in steps of 0.125), and the backbone runs
+without its own last-token search, so that logits over all tokens never exist. The model on disk is a plain
+`AutoModelForSequenceClassification`.
 
 Shape legend: B rows, T tokens of the longest row, S sequences, H hidden size.
 """
@@ -44,12 +45,14 @@ BY_LAYER_TYPE_MODELS = {"qwen2", "qwen3", "gemma2", "gemma3_text"}
 def mask_layout(config: Any) -> MaskLayout:
     """Say whether, and how, transformers' model of this config lets us decide which token sees which.
 
-    Read in transformers 5.19: every architecture returns a 4D mask as it is, but only those listed here use nothing else to decide (no chunks, no
-    recurrent layers, no bidirectional text, no batch-dependent rotary scaling) and are tested against separate scoring.
+    Read in transformers 5.19: a 4D mask passes through untouched everywhere, but only the architectures listed here use nothing else to
+    decide (no chunks, recurrent layers, bidirectional text or batch-dependent rotary scaling) and are tested against separate scoring.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope] if "rope_type" in rope else [inner for inner in rope.values() if isinstance(inner, dict)]
-    if any(inner.get("rope_type", "default") not in STATIC_ROPE for inner in ropes) or getattr(config, "use_bidirectional_attention", False):
+    if any(inner.get("rope_type", "default") not in STATIC_ROPE for inner in ropes):
+        return MaskLayout.NONE
+    if getattr(config, "use_bidirectional_attention", False):
         return MaskLayout.NONE
     if config.model_type in ONE_MASK_MODELS:
         return MaskLayout.ONE_MASK
@@ -129,7 +132,13 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_backbone_with_head(
-    path: str, dtype: str, *, new_head: bool = False, head_init_std: float = HEAD_INIT_STD, seed: int = 0, attn_implementation: str | None = None
+    path: str,
+    dtype: str,
+    *,
+    new_head: bool = False,
+    head_init_std: float = HEAD_INIT_STD,
+    seed: int = 0,
+    attn_implementation: str | None = None,
 ) -> Any:
     """Load `AutoModelForSequenceClassification` with one label: backbone in `dtype`, head in float32, in eval mode.
 
@@ -152,7 +161,12 @@ def load_backbone_with_head(
     try:
         with _quiet_transformers():
             model, info = cls.from_pretrained(
-                path, config=config, dtype=torch_dtype, attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True
+                path,
+                config=config,
+                dtype=torch_dtype,
+                attn_implementation=attention,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load a model from {path}: {_one_line(error)}") from None
@@ -161,7 +175,7 @@ def load_backbone_with_head(
         raise InputError(f"the weights in {path} do not fit its config: {len(absent)} missing, for example {absent[:1]}")
     has_head = not info["missing_keys"] and not info["mismatched_keys"]
     if not has_head and not new_head:
-        raise InputError(f"{path} has no reward head with one label (score.weight); name a reward model, or ask for a new head when training")
+        raise InputError(f"{path} has no reward head with one label (score.weight); name a reward model, or train with new_head=true")
     if new_head:
         logger.info("%s reward head of %s: normal, std %s, seed %s", "replacing the" if has_head else "new", path, head_init_std, seed)
         with torch.no_grad():
@@ -173,11 +187,12 @@ def load_backbone_with_head(
 def save_reward_model(model: Any, tokenizer: Any, out_dir: str, *, dtype: str) -> None:
     """Write a folder that plain `AutoModelForSequenceClassification.from_pretrained(out_dir, num_labels=1)` loads.
 
-    The backbone is stored in `dtype`, which the config names, so that loading with dtype "auto" (the default) computes in it; the head's weights are
-    stored in float32 whatever `dtype`, so nothing of the head is lost to whoever loads in float32, or with this package.
+    The backbone is stored in `dtype`, which the config names, so that loading with dtype "auto" (the default) computes in it. The head is
+    stored in float32 whatever `dtype`: whoever loads in float32, or with this package, loses nothing of it.
     """
     torch_dtype = DTYPES[dtype]
-    state = {name: tensor.detach().to("cpu", torch.float32 if name == "score.weight" else torch_dtype) for name, tensor in model.state_dict().items()}
+    kept = {"score.weight": torch.float32}
+    state = {name: tensor.detach().to("cpu", kept.get(name, torch_dtype)) for name, tensor in model.state_dict().items()}
     with _quiet_transformers():
         model.save_pretrained(out_dir, state_dict=state)
     config = copy.deepcopy(model.config)
@@ -202,7 +217,7 @@ def _with_float32_head(config: Any) -> Any:
     """Return the architecture's sequence-classification class, told to keep its head in float32 while loading."""
     try:
         with torch.device("meta"):
-            cls = type(AutoModelForSequenceClassification.from_config(config))
+            cls = type(AutoModelForSequenceClassification.from_config(config))  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise InputError(f"model type {config.model_type!r} has no sequence classification in transformers: {_one_line(error)}") from None
     return type(cls.__name__, (cls,), {"_keep_in_fp32_modules_strict": ["score"], "__module__": cls.__module__})
@@ -210,19 +225,18 @@ def _with_float32_head(config: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bar and its table of missing weights out of the log: the caller checks what is missing, and says it in one line."""
+    """Keep transformers' progress bar and table of missing weights out of the log: the caller checks, and says it in one line."""
     verbosity = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bar:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-

@@ -1,9 +1,9 @@
 """Prefix-shared rows and token-budget micro-batches: the core of the speed, one module for trainer and scorer.
 
-The replies of one prompt follow the same tokens: compute those once. A shared row is `[prefix | rest of reply 1 | rest of reply 2 | ...]`, where
-the prefix is the longest common *token* prefix of the whole renderings (templates differ in the last turn, and BPE merges across the border).
-Positions restart after the prefix in every branch, and branches do not see each other, so that every reward equals that of its sequence alone, up
-to float error. Our choice throughout; the paper says nothing about batching.
+The replies of one prompt follow the same tokens: compute those once. A shared row is `[prefix | rest of reply 1 | rest of reply 2 | ...]`,
+where the prefix is the longest common *token* prefix of the whole renderings (templates differ in the last turn, and BPE merges across the
+border). Positions restart after the prefix in every branch, and branches do not see each other, so that every reward equals that of its
+sequence alone, up to float error. Our choice throughout; the paper says nothing about batching.
 
 Shape legend: G groups (one prompt each), S sequences (replies, group after group), B rows of a micro-batch, T tokens of its longest row.
 """
@@ -20,7 +20,7 @@ Tokens = npt.NDArray[np.int32]
 
 PADDING = -1
 PREFIX = 0
-BATCH_OVERHEAD_TOKENS = 48  # fixed cost of a forward pass, in tokens of work: SmolLM2-135M, bf16, 2 cores, 2026-11; decides only how rows are cut
+BATCH_OVERHEAD_TOKENS = 48  # ours: about what one more forward pass costs, in tokens of work; decides only where rows are cut
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class Group:
 class PackedBatch:
     """One micro-batch as tensors.
 
-    `branches` says for each token which branch of its row it belongs to: PREFIX, 1, 2, ..., or PADDING. `last_rows` and `last_columns` find the
-    last token of every sequence, in the order of the groups and of the replies inside them. `shares` is false when every row is one sequence.
+    `branches` says for each token which branch of its row it belongs to: PREFIX, 1, 2, ..., or PADDING. `last_rows` and `last_columns` find
+    the last token of every sequence, in the order of the groups and of the replies inside them. `shares` is false when every row is one
+    sequence.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
@@ -70,8 +71,14 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on `device`."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.positions, self.branches, self.last_rows, self.last_columns))
-        return PackedBatch(*moved, shares=self.shares)
+        return PackedBatch(
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            branches=self.branches.to(device, non_blocking=True),
+            last_rows=self.last_rows.to(device, non_blocking=True),
+            last_columns=self.last_columns.to(device, non_blocking=True),
+            shares=self.shares,
+        )
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,8 @@ def common_prefix_tokens(sequences: Sequence[Tokens]) -> int:
 def make_group(sequences: Sequence[Tokens], *, may_share: bool = True, quadratic_tokens: float = float("inf")) -> Group:
     """Lay out the replies of one prompt, sharing their prefix where that is cheaper.
 
-    `quadratic_tokens` is the row length at which attention costs as much as everything else: a row of L tokens costs L + L^2 / quadratic_tokens. A
-    shared row is longer than separate ones, so a short prefix before long replies is not shared.
+    `quadratic_tokens` is the row length at which attention costs as much as everything else: a row of L tokens costs
+    L + L^2 / quadratic_tokens. A shared row is longer than separate ones, so a short prefix before long replies is not shared.
     """
     if not sequences or any(len(sequence) == 0 for sequence in sequences):
         raise ValueError("a group needs at least one sequence, and no sequence may be empty")
@@ -126,8 +133,8 @@ def _row_cost(num_tokens: int, quadratic_tokens: float) -> float:
 def plan_batches(groups: Sequence[Group], max_tokens: int, *, overhead_tokens: int = BATCH_OVERHEAD_TOKENS) -> list[list[int]]:
     """Cut groups into micro-batches of at most `max_tokens` tokens, padding included, so that padding plus overhead is least.
 
-    Groups are sorted by row length first (ties by index, so the plan depends on the lengths alone), longest first: if a batch does not fit in memory,
-    the first one says so. A group is never split; one that exceeds the budget alone is a batch of its own.
+    Groups are sorted by row length first (ties by index, so the plan depends on the lengths alone), longest first: if a batch does not fit
+    in memory, the first one says so. A group is never split; one that exceeds the budget alone is a batch of its own.
 
     Returns:
         Indices into `groups`, each exactly once.
@@ -194,8 +201,8 @@ def pack(groups: Sequence[Group], pad_id: int = 0) -> PackedBatch:
 def attention_mask(batch: PackedBatch, *, window: int | None = None) -> torch.Tensor:
     """Return which token may look at which, shape (B, 1, T, T), bool: [b, 0, query, key].
 
-    A token sees the prefix and its own branch up to its own *position*; with `window`, only the last `window` positions. Padding sees itself alone,
-    because a row of the softmax must not be empty.
+    A token sees the prefix and its own branch up to its own *position*; with `window`, only the last `window` positions. Every token sees
+    itself, padding too, because a row of the softmax must not be empty.
     """
     branches, positions = batch.branches, batch.positions
     query, key = branches[:, :, None], branches[:, None, :]

@@ -1,7 +1,7 @@
 """The trainer on a cluster: Ray Train places and connects the workers, DeepSpeed holds optimizer state (Paper: App. E: DeepSpeed ZeRO-1).
 
-The driver tokenises once and puts the flat arrays into the object store; every worker maps them and computes the same plan, so no data moves
-during training. Rank 0 writes the kept weights; the folder gets its name when it is whole. Every node must see `output_dir`.
+The driver tokenises once and puts the flat arrays into the object store; every worker maps them and computes the same plan, so no data
+moves during training. Rank 0 writes the kept weights; the folder gets its name when it is whole. Every node must see `output_dir`.
 """
 
 import logging
@@ -16,7 +16,9 @@ import torch.distributed
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from torch import nn
 
+from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import SynprefError
 from synpref_ray.reward.model import RewardModule, load_tokenizer
 from synpref_ray.reward.render import choose_pad_token
@@ -54,16 +56,21 @@ def train_reward_model(train: pa.Table, gold: pa.Table | None, config: TrainConf
     """
     start = time.perf_counter()
     staging = staging_folder(output_dir)
-    data = prepare_data(load_tokenizer(config.backbone), train, gold, config)
+    data = prepare_data(load_tokenizer(resolve_model(config.backbone)), train, gold, config)
+    loop_config = {"config": config.model_dump_json(), "data": ray.put(data), "staging": str(staging), "start": time.time()}
+    # The static types of ray.train are those of its first version; the second, which runs, knows these settings and returns a value.
+    run_config: dict[str, Any] = {"name": Path(output_dir).name, "storage_path": storage_dir}
+    run_config["worker_runtime_env"] = {"env_vars": _environment(config)}
+    loop: Any = _train_worker
     trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={"config": config.model_dump_json(), "data": ray.put(data), "staging": str(staging), "start": time.time()},
+        loop,
+        train_loop_config=loop_config,
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=config.use_gpu),
-        run_config=RunConfig(name=Path(output_dir).name, storage_path=storage_dir, worker_runtime_env={"env_vars": _environment(config)}),
+        run_config=RunConfig(**run_config),
     )
     try:
-        result = trainer.fit()
+        result: Any = trainer.fit()
     except TrainingFailedError as error:
         raise _cause(error) from error
     record = TrainingRecord.model_validate_json(result.return_value)
@@ -83,6 +90,7 @@ class DeepSpeedEngine:
         self.device = next(module.parameters()).device
         groups = parameter_groups(module, config)
         self._rates = [group["lr"] for group in groups]
+        self._zero_stage = config.zero_stage
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=torch.optim.AdamW(groups), config=deepspeed_config(config), dist_init_required=False
         )
@@ -98,8 +106,14 @@ class DeepSpeedEngine:
     def step(self, learning_rate_factor: float) -> float:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * learning_rate_factor
+        norm = self._gradient_norm() if self._zero_stage == 0 else None
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """Without ZeRO in float32 DeepSpeed clips but does not tell the norm; the gradients are the averaged ones by now."""
+        gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.SUM)
@@ -132,8 +146,15 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
     module = build_module(config).to(device)
     engine = DeepSpeedEngine(module, config)
     loaded = time.time() - began
-    logger.info("rank %d of %d on %s: started in %.1f s, loaded in %.1f s", engine.rank, engine.world_size, device, began - settings["start"], loaded)
-    tokenizer = load_tokenizer(config.backbone)
+    logger.info(
+        "rank %d of %d on %s: started in %.1f s, loaded in %.1f s",
+        engine.rank,
+        engine.world_size,
+        device,
+        began - settings["start"],
+        loaded,
+    )
+    tokenizer = load_tokenizer(resolve_model(config.backbone))
     choose_pad_token(tokenizer)
     save = saver(module, tokenizer, Path(settings["staging"]), config)
     run = TrainingRun(module, data, config, engine, save if engine.rank == 0 else lambda: None, ray.train.report)
@@ -144,7 +165,7 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
 
 
 def _environment(config: TrainConfig) -> dict[str, str]:
-    """OpenMP threads that spin while they wait cost most of a shared CPU (168 against 45 tokens/s in a trial with two processes on two cores)."""
+    """Workers share cores: OpenMP threads must not spin while they wait (168 against 45 tokens/s in a trial on two busy cores)."""
     return {} if config.use_gpu else {"OMP_NUM_THREADS": str(config.num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 

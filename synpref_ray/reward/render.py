@@ -1,16 +1,16 @@
 """From conversations to token ids: what exactly a reward model reads. Serves training, scoring and evaluation alike.
 
 Paper: model card: `apply_chat_template` over the prompt and the reply, no system prompt of our own, no doubled BOS.
-Our choice: the template's text is tokenised as it stands (`add_special_tokens=False`, the documented rule for chat templates: they hold every
-special token), and a BOS that still comes twice is dropped once. Removing the BOS *string* first, as the model card does for Llama, would break
-tokenizers that do not add it again (SmolLM2: BOS is `<|im_start|>`). Templates that print today's date get a fixed one.
+Our choice: the template's text is tokenised as it stands (`add_special_tokens=False`, the documented rule for chat templates: they hold
+every special token), and a BOS that still comes twice is dropped once. Removing the BOS *string* first, as the model card does for Llama,
+would break tokenizers that do not add it again (SmolLM2: BOS is `<|im_start|>`). Templates that print today's date get a fixed one.
 """
 
 import datetime
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,8 @@ def render_conversation(tokenizer: Any, prompt: Sequence[Message], reply: str) -
 def render_pairs(tokenizer: Any, pairs: pa.Table, max_length_tokens: int) -> RenderedPairs:
     """Tokenise every pair of a table that has the columns pair_id, prompt, chosen and rejected.
 
-    A pair whose longer conversation exceeds `max_length_tokens` is marked too_long (never cut); one that the chat template refuses is marked
-    bad_role_order.
+    A pair whose longer conversation exceeds `max_length_tokens` is marked too_long (never cut); one that the chat template refuses is
+    marked bad_role_order.
     """
     if missing := [name for name in PAIR_COLUMNS if name not in pairs.column_names]:
         raise SchemaError(f"reward: expected the columns {', '.join(PAIR_COLUMNS)}; missing: {', '.join(missing)}")
@@ -98,7 +98,7 @@ def render_pairs(tokenizer: Any, pairs: pa.Table, max_length_tokens: int) -> Ren
 
 
 def template_digest(tokenizer: Any) -> str:
-    """Return 64 hex digits that change whenever the same conversation could become other token ids or text: template, date, vocabulary, rules."""
+    """Return 64 hex digits that change whenever a conversation could become other token ids: template, date, vocabulary, rules."""
     parts = {
         "render_version": RENDER_VERSION,
         "date": PINNED_DATE.isoformat(),
@@ -112,8 +112,8 @@ def template_digest(tokenizer: Any) -> str:
 def choose_pad_token(tokenizer: Any) -> int:
     """Give the tokenizer a pad token if it has none that can serve, and return its id.
 
-    Plain transformers finds the last token as the rightmost one that is not the pad token, so a pad token that ends every conversation (pad = eos
-    = end of turn is common) would make it read the reward one token early. Such a pad token is replaced by another special token.
+    Plain transformers finds the last token as the rightmost one that is not the pad token, so a pad token that ends every conversation
+    (pad = eos = end of turn is common) would make it read the reward one token early. Such a pad token is replaced by another one.
     Our own code knows padding from lengths and never looks at this id.
     """
     last = render_conversation(tokenizer, [{"role": Role.USER.value, "content": "a"}], "b")[-1]
@@ -126,7 +126,7 @@ def choose_pad_token(tokenizer: Any) -> int:
                 logger.warning("pad token %s ends every conversation; padding with %s instead", tokenizer.pad_token, token)
             tokenizer.pad_token = token
             return int(tokenizer.pad_token_id)
-    raise InputError("no token of this tokenizer can serve as padding: the only special token ends every conversation; add a pad token to it")
+    raise InputError("no special token of this tokenizer can serve as padding: each ends every conversation; add a pad token to it")
 
 
 def _chat_template(tokenizer: Any) -> str:
@@ -134,7 +134,7 @@ def _chat_template(tokenizer: Any) -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; a reward model reads whole conversations and needs one")
+        raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; a reward model reads whole conversations")
     return str(template)
 
 
@@ -146,10 +146,6 @@ def _tokenizer_rules(tokenizer: Any) -> object:
     return {name: rule for name, rule in rules.items() if name not in {"padding", "truncation"}}  # these two change with use
 
 
-def _pinned_strftime() -> Callable[[str], str]:
-    return lambda pattern: PINNED_DATE.strftime(pattern)
-
-
 def _template_text(tokenizer: Any, prompt: Sequence[Message], reply: str) -> str:
     messages = [{"role": message["role"], "content": message["content"]} for message in prompt]
     messages.append({"role": Role.ASSISTANT.value, "content": reply})
@@ -158,7 +154,7 @@ def _template_text(tokenizer: Any, prompt: Sequence[Message], reply: str) -> str
         chat_template=_chat_template(tokenizer),
         tokenize=False,
         date_string=PINNED_DATE.strftime("%d %b %Y"),
-        strftime_now=_pinned_strftime(),
+        strftime_now=PINNED_DATE.strftime,
     )
     return str(text)
 

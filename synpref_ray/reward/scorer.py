@@ -1,4 +1,4 @@
-"""Rewards for pairs: the scoring core, one process, no Ray. Serves Stage 1's checkpoints (Sec. 3.2), Stage 2's two filters (Sec. 3.3) and evaluation.
+"""Rewards for pairs: the scoring core, one process, no Ray. Serves Stage 1 (Sec. 3.2), Stage 2's two filters (Sec. 3.3) and evaluation.
 
 Shape legend: P pairs, G groups (one prompt each), S sequences.
 """
@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 from pydantic import PositiveInt
 
+from synpref_ray.bundled import resolve_model
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer
@@ -33,7 +34,7 @@ class ScorerConfig(Settings):
     """One reward model and how to run it."""
 
     model: str
-    """Folder of a reward model."""
+    """Folder of a reward model, or its name on the hub."""
     dtype: Literal["checkpoint", "float32", "bfloat16"] = "checkpoint"
     """What the backbone computes in; "checkpoint" is what the model's config says. The head is float32 always."""
     max_tokens_per_batch: PositiveInt = 2048
@@ -67,10 +68,11 @@ class PairScorer:
         start = time.perf_counter()
         if config.device == "cpu":
             torch.set_num_threads(config.num_threads)
-        tokenizer = load_tokenizer(config.model)
-        model = load_backbone_with_head(config.model, config.dtype)
+        folder = resolve_model(config.model)
+        tokenizer = load_tokenizer(folder)
+        model = load_backbone_with_head(folder, config.dtype)
         scorer = cls(RewardModule(model.to(config.device)).eval(), tokenizer, config)
-        _check_template(config.model, scorer.template_digest)
+        _check_template(folder, scorer.template_digest)
         logger.info("reward model %s on %s in %s, %.1f s", config.model, config.device, model.dtype, time.perf_counter() - start)
         return scorer
 
@@ -147,7 +149,11 @@ class RewardModel:
         return cls(PairScorer.load(ScorerConfig(model=str(model), **settings)))
 
     def score(self, pairs: pa.Table | Sequence[Mapping[str, Any]]) -> pa.Table:
-        """Score pairs with `prompt` (text or messages), `chosen` and `rejected`; `pair_id` is computed where absent. Returns REWARDS_SCHEMA, order kept."""
+        """Score pairs with `prompt` (text or messages), `chosen` and `rejected`, order kept; `pair_id` is computed where absent.
+
+        Returns:
+            A table of schema REWARDS_SCHEMA.
+        """
         rows = pairs.to_pylist() if isinstance(pairs, pa.Table) else [dict(row) for row in pairs]
         for row in rows:
             if missing := [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]:
@@ -165,10 +171,9 @@ class RewardModel:
 
 
 def _rewards_table(rendered: RenderedPairs, rewards: Rewards) -> pa.Table:
-    finite = np.isfinite(rewards).all(axis=1)
-    reasons = [
-        reason or (None if ok else DropReason.NON_FINITE_REWARD.value) for reason, ok in zip(rendered.drop_reasons, finite.tolist(), strict=True)
-    ]
+    finite = np.isfinite(rewards[:, 0]) & np.isfinite(rewards[:, 1])
+    default = [None if ok else DropReason.NON_FINITE_REWARD.value for ok in finite.tolist()]
+    reasons = [reason or other for reason, other in zip(rendered.drop_reasons, default, strict=True)]
     margin = np.where(finite, rewards[:, 0] - rewards[:, 1], np.float32(0.0)).astype(np.float32)
     p_chosen = 1.0 / (1.0 + np.exp(-np.clip(margin.astype(np.float64), -700.0, 700.0)))
     columns = [rewards[:, 0], rewards[:, 1], margin, p_chosen.astype(np.float32)]
@@ -183,7 +188,8 @@ def _check_template(model: str, digest: str) -> None:
         return
     trained = json.loads(file.read_text(encoding="utf-8")).get("template_digest")
     if trained is not None and trained != digest:
-        raise InputError(f"the tokenizer or chat template in {model} is not the one the model was trained with ({trained[:12]}, found {digest[:12]})")
+        found = f"{digest[:12]}, trained with {trained[:12]}"
+        raise InputError(f"the tokenizer or chat template in {model} is not the one the model was trained with ({found})")
 
 
 def _log_speed(stats: PackingStats, num_groups: int, seconds: float) -> None:

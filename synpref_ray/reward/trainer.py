@@ -1,7 +1,8 @@
 """Training a Bradley-Terry reward model: the core loop, which runs in one process without Ray (Paper: Sec. 3.2, Step 1; Sec. 4; App. E).
 
-The loop knows an engine only by `backward`, `step` and two reductions; `PlainEngine` is PyTorch alone, `ray_trainer.DeepSpeedEngine` is DeepSpeed on a
-cluster. The loss is divided by the number of pairs of the global batch, so neither micro-batches nor ranks change the result.
+The loop knows an engine only by `forward`, `backward`, `step` and two reductions: `PlainEngine` is PyTorch alone, `DeepSpeedEngine` (in
+`ray_trainer`) DeepSpeed on a cluster. The loss is divided by the number of pairs of the global batch, so neither micro-batches nor ranks
+change the result.
 
 Shape legend: P pairs.
 """
@@ -19,6 +20,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
 from synpref_ray.reward.loss import bradley_terry_loss
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer, save_reward_model
@@ -43,7 +45,7 @@ class TrainingEngine(Protocol):
         """Return the rewards of a packed micro-batch, differentiably."""
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add the gradients of `loss`; over all ranks and micro-batches of a step they add up. `last`: the rank's last micro-batch of the step."""
+        """Add the gradients of `loss`: they add up over the ranks and micro-batches of a step. `last`: the rank's last one of the step."""
 
     def step(self, learning_rate_factor: float) -> float:
         """Clip, update, clear the gradients; return the gradients' norm before clipping."""
@@ -128,7 +130,8 @@ class TrainingRun:
         groups = [make_pair_group(self.module, self.data.train, i) for i in usable]
         config = self.config
         epochs = [
-            plan_epoch(ids, seed=config.seed, epoch=epoch, global_batch_pairs=config.global_batch_pairs) for epoch in range(config.num_epochs)
+            plan_epoch(ids, seed=config.seed, epoch=epoch, global_batch_pairs=config.global_batch_pairs)
+            for epoch in range(config.num_epochs)
         ]
         batches = [batch for epoch in epochs for batch in epoch]
         evaluate_after = evaluation_steps(len(epochs[0]), config.num_epochs, config.evaluations_per_epoch)
@@ -226,7 +229,7 @@ class TrainingRun:
 
 
 def is_better(found: EvaluationRecord, best: EvaluationRecord | None) -> bool:
-    """Paper: Sec. 3.2, Step 1: the checkpoint with the highest gold accuracy. Our choice: ties go to the lower gold loss, then to the earlier step."""
+    """Paper: Sec. 3.2, Step 1: the highest gold accuracy. Our choice: ties go to the lower gold loss, then to the earlier step."""
     return best is None or (found.accuracy, -found.loss) > (best.accuracy, -best.loss)
 
 
@@ -245,7 +248,7 @@ def parameter_groups(module: RewardModule, config: TrainConfig) -> list[dict[str
 def build_module(config: TrainConfig) -> RewardModule:
     """Load the model to train: float32 weights, autocast as configured, the first layers frozen if asked."""
     model = load_backbone_with_head(
-        config.backbone, "float32", new_head=config.new_head, head_init_std=config.head_init_std, seed=config.seed
+        resolve_model(config.backbone), "float32", new_head=config.new_head, head_init_std=config.head_init_std, seed=config.seed
     )
     if config.num_frozen_layers:
         layers = model.base_model.layers
@@ -317,7 +320,7 @@ def train_in_process(train: pa.Table, gold: pa.Table | None, config: TrainConfig
     """Train in this process, without Ray and DeepSpeed, on one device. Arguments and result as `ray_trainer.train_reward_model`."""
     start = time.perf_counter()
     staging = staging_folder(output_dir)
-    tokenizer = load_tokenizer(config.backbone)
+    tokenizer = load_tokenizer(resolve_model(config.backbone))
     data = prepare_data(tokenizer, train, gold, config)
     choose_pad_token(tokenizer)
     if not config.use_gpu:

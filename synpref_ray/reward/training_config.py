@@ -12,7 +12,7 @@ class TrainConfig(Settings):
     """How to train one reward model."""
 
     backbone: str
-    """Folder of the pretrained model, or of a reward model to go on from."""
+    """The pretrained model: a folder, a bundled model or a name on the hub; or a reward model to go on from."""
     new_head: bool = True
     """Initialise the reward head anew; false keeps the head that the backbone has, and fails if it has none."""
     head_init_std: PositiveFloat = HEAD_INIT_STD  # ours, see model.py
@@ -34,7 +34,7 @@ class TrainConfig(Settings):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """What the backbone computes in. Weights, optimizer, head and loss are float32 in both: bfloat16 means autocast."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What the backbone is stored in; the head is always stored in float32. With precision bfloat16 the linear layers lose nothing by it."""
+    """What the backbone is stored in; the head is always stored in float32. Under bfloat16 autocast its linear layers lose nothing."""
     evaluations_per_epoch: PositiveInt = 4
     """How often gold picks the checkpoint. Paper: Sec. 3.2 chooses by gold accuracy; ours: how often."""
     gradient_checkpointing: bool = False

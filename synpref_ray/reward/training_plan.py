@@ -1,7 +1,8 @@
-"""Which pairs meet in which optimizer step, micro-batch and rank: pure arithmetic over ids and lengths (Paper: App. E gives the batch size only).
+"""Which pairs meet in which optimizer step, micro-batch and rank: pure arithmetic over ids and lengths (Paper: App. E).
 
-Our choice: the order of an epoch comes from hashes of pair ids, so it does not depend on workers or restarts; lengths are sorted only inside a global
-batch, so that an optimizer step stays a random sample; every rank runs equally many micro-batches, because each one may be a collective.
+Our choice (the paper gives the batch size only): the order of an epoch comes from hashes of pair ids, so it does not depend on workers or
+restarts; lengths are sorted only inside a global batch, so that an optimizer step stays a random sample; every rank runs equally many
+micro-batches, as each one may be a collective.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from synpref_ray.schema import stable_hash
 def plan_epoch(pair_ids: Sequence[str], *, seed: int, epoch: int, global_batch_pairs: int) -> list[list[int]]:
     """Return the global batches of one epoch as indices into `pair_ids`, each index once.
 
-    Batches hold at most `global_batch_pairs` pairs and differ by at most one pair in size: no step of an epoch is made of a few left-over pairs.
+    Batches hold at most `global_batch_pairs` pairs and differ by at most one in size: no step is made of a few left-over pairs.
     """
     order = sorted(range(len(pair_ids)), key=lambda i: (stable_hash(seed, pair_ids[i], f"training order, epoch {epoch}"), i))
     num_batches = -(-len(order) // global_batch_pairs)
@@ -51,7 +52,7 @@ def plan_ranks(groups: Sequence[Group], max_tokens: int, world_size: int) -> lis
 def learning_rate_factor(step: int, num_steps: int, *, schedule: Literal["constant", "linear"], warmup_fraction: float) -> float:
     """Return what the learning rate is multiplied by in optimizer step `step` (1 to `num_steps`).
 
-    Paper: App. E: constant in the final runs, linear decay after a warm-up in development. The linear schedule would reach 0 one step after the last.
+    Paper: App. E: constant in the final runs, linear decay after a warm-up in development. The decay would reach 0 one step after the last.
     """
     warmup = warmup_fraction * num_steps
     if step <= warmup:

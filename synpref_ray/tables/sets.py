@@ -35,13 +35,18 @@ class PairSet:
         return content_digest([[m.sidecar.pool.digest, m.sidecar.fingerprint, m.where] for m in self.members])
 
     def read(self) -> pa.Table:
-        """Return all pairs with `chosen` the preferred reply (flips applied): pair_id, SET_COLUMNS, flipped."""
-        tables = [
-            read_member(member, shard.number) for member in self.members for shard in member.sidecar.pool.shards
-        ]
+        """Return all pairs with `chosen` the preferred reply (flips applied): pair_id, SET_COLUMNS, flipped.
+
+        A comparison whose contradicting labels were settled the same way (one kept, one flipped) is one pair; the first row stays.
+        """
+        tables = [read_member(member, shard.number) for member in self.members for shard in member.sidecar.pool.shards]
         if not tables:
             raise InputError(f"set {self.name!r} has no shards to read")
-        return pa.concat_tables(tables).combine_chunks()
+        table = pa.concat_tables(tables).combine_chunks()
+        first: dict[tuple[str, str], int] = {}
+        for row, key in enumerate(zip(table["comparison_id"].to_pylist(), table["chosen"].to_pylist(), strict=True)):
+            first.setdefault(key, row)
+        return table if len(first) == table.num_rows else table.take(pa.array(first.values(), pa.int64()))
 
 
 def read_member(member: Member, number: int) -> pa.Table:

@@ -132,7 +132,7 @@ def test_a_second_driver_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray")
 def test_many_shards_on_actors_equal_the_inline_run(tmp_path: Path) -> None:
     sizes = [3, 1, 0, 5, 2, 4, 7, 1, 6, 2]
     pool, other = make_pool(tmp_path / "a", "seed", sizes), make_pool(tmp_path / "a", "wild", [2, 2])
@@ -147,7 +147,7 @@ def test_many_shards_on_actors_equal_the_inline_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.usefixtures("ray")
 def test_an_error_of_ours_in_a_worker_reaches_the_driver_as_itself(tmp_path: Path) -> None:
     pool = make_pool(tmp_path, "seed", [4, 4])
     step = Step("shuffle", 1, Shuffler, (Output("lengths", LENGTHS),), {}, resources=Resources(num_workers=1))

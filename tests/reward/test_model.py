@@ -153,7 +153,11 @@ def test_a_saved_model_loads_plainly_and_gives_the_same_rewards(dtype: str, tiny
     out = str(tmp_path / "saved")
     save_reward_model(model, tokenizer, out, dtype=dtype)
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert (config["dtype"], config["pad_token_id"], config["architectures"]) == (dtype, tokenizer.pad_token_id, ["LlamaForSequenceClassification"])
+    assert (config["dtype"], config["pad_token_id"], config["architectures"]) == (
+        dtype,
+        tokenizer.pad_token_id,
+        ["LlamaForSequenceClassification"],
+    )
 
     plain: Any = AutoModelForSequenceClassification.from_pretrained(out, num_labels=1, dtype=torch.float32).eval()
     ours = RewardModule(load_backbone_with_head(out, "float32")).eval()

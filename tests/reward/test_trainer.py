@@ -1,4 +1,4 @@
-"""The core loop, one process: it learns, it is deterministic, it keeps the checkpoint that gold chooses, and it equals a loop written by hand."""
+"""The core loop, one process: it learns, repeats itself, keeps the checkpoint that gold chooses, and equals a loop written by hand."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,9 @@ def test_micro_batches_do_not_change_the_result(tiny_backbone: str, tmp_path: Pa
 
 def test_steps_equal_a_plain_loop_over_separate_sequences(tiny_backbone: str, tmp_path: Path) -> None:
     pairs = random_pairs(12)
-    config = config_for(tiny_backbone, num_epochs=1, global_batch_pairs=4, schedule="linear", weight_decay=0.1, head_learning_rate_multiplier=5)
+    config = config_for(
+        tiny_backbone, num_epochs=1, global_batch_pairs=4, schedule="linear", weight_decay=0.1, head_learning_rate_multiplier=5
+    )
     record = train_in_process(pairs, None, config, str(tmp_path / "model"))
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)
@@ -168,7 +170,7 @@ def test_over_long_pairs_are_counted_and_nothing_left_is_an_error(tiny_backbone:
     record = train_in_process(random_pairs(20), random_pairs(20, seed=4), config, str(tmp_path / "model"))
     assert record.num_dropped["too_long"] == 20 - record.num_pairs > 0
     assert record.num_gold_dropped["too_long"] == 20 - record.num_gold_pairs > 0
-    with pytest.raises(InputError, match="no train pair to use: 20 given, dropped: {'too_long': 20}"):
+    with pytest.raises(InputError, match=r"no train pair to use: 20 given, dropped: \{'too_long': 20\}"):
         train_in_process(random_pairs(20), None, config_for(tiny_backbone, max_length_tokens=3), str(tmp_path / "other"))
     with pytest.raises(InputError, match="no gold pair to use: 0 given"):
         train_in_process(random_pairs(20), random_pairs(1).slice(0, 0), config, str(tmp_path / "another"))

@@ -126,3 +126,16 @@ def test_a_set_reads_its_rows_with_flips_applied(tmp_path: Path) -> None:
     assert (rows[0]["chosen"], rows[0]["rejected"]) == (source[1]["rejected"], source[1]["chosen"])
     assert (rows[1]["chosen"], rows[1]["rejected"]) == (source[2]["chosen"], source[2]["rejected"])
     assert load_set(pool.storage, "silver").digest == pairs.digest
+
+
+def test_a_contradiction_settled_one_way_is_one_pair(tmp_path: Path) -> None:
+    storage, pairs = Storage(str(tmp_path)), make_pairs(2)
+    turned = pairs.slice(1, 1).to_pylist()[0]
+    turned |= {"pair_id": "f" * 32, "chosen": turned["rejected"], "rejected": turned["chosen"]}
+    table = pa.concat_tables([pairs, pa.Table.from_pylist([turned], schema=pairs.schema)])
+    pool = commit_pool(storage, "wild", "f" * 32, [write_pool_shard(storage, "wild", 0, table)], {})
+    sidecar = Sidecar(pool, "verdict", "a" * 32)
+    flips = [{"pair_id": i, "flipped": flip, "label": "silver"} for i, flip in zip(table["pair_id"].to_pylist(), (False, False, True), strict=True)]
+    sidecar.write(0, pa.Table.from_pylist(flips, schema=LABELS))
+    storage.write_json(f"{sidecar.folder}/manifest.json", {"pool_digest": pool.digest, "fingerprint": "a" * 32})
+    assert save_set(storage, "all", [Member(sidecar, ())]).read()["pair_id"].to_pylist() == pairs["pair_id"].to_pylist()

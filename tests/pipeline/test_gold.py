@@ -1,0 +1,116 @@
+"""Gold, labels and sets derived from stored verdicts and votes; and what happens when somebody lets gold leak."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from synpref_ray.errors import CleanGoldError, InputError
+from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
+from synpref_ray.pipeline.llm_steps import spread_rows
+from synpref_ray.llm.judge import VOTES_SCHEMA
+from synpref_ray.retrieval.embedder import embeddings_schema
+from synpref_ray.rules.gold import GoldConfig, check_best_rm_training, check_silver, split_gold
+from synpref_ray.rules.judges import TrustConfig
+from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA
+from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
+from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.storage import Storage
+from tests.builders import make_pairs
+
+GOLD = GoldConfig(seed=3, audit_fraction=0.5)
+EMBEDDINGS = embeddings_schema(2)
+
+
+def seal(sidecar: Sidecar, table: pa.Table) -> Sidecar:
+    """Write a one-shard sidecar, sealed."""
+    sidecar.write(0, table)
+    sidecar.pool.storage.write_json(
+        f"{sidecar.folder}/manifest.json", {"pool_digest": sidecar.pool.digest, "fingerprint": sidecar.fingerprint, "rejected": {}}
+    )
+    return sidecar
+
+
+def labelled_pool(root: Path, verdicts: list[str | None]) -> LabelledPool:
+    """Return a pool of one pair per verdict (None: nobody was asked), all tagged `math` and embedded alike."""
+    storage, pairs = Storage(str(root)), make_pairs(len(verdicts))
+    pool = commit_pool(storage, "seed", "f" * 32, [write_pool_shard(storage, "seed", 0, pairs)], {})
+    ids = pairs["pair_id"].to_pylist()
+    splits = split_gold(pairs["prompt_group"], GOLD).to_pylist()
+    human = [
+        {"pair_id": i, "drop_reason": "not_selected"}
+        if verdict is None
+        else {"pair_id": i, "human_verdict": verdict, "annotator": "a", "simulated": False, "gold_split": split if verdict != "abstain" else None}
+        for i, verdict, split in zip(ids, verdicts, splits, strict=True)
+    ]
+    tags = [{"pair_id": i, "task_category": "math", "objectivity": "objective", "controversiality": "low"} for i in ids]
+    vectors = [{"pair_id": i, "embedding": [1.0, 0.0]} for i in ids]
+    return LabelledPool(
+        pool,
+        seal(Sidecar(pool, "attributes", "a" * 32), pa.Table.from_pylist(tags, schema=ATTRIBUTES_SCHEMA)),
+        seal(Sidecar(pool, "embeddings", "b" * 32), pa.Table.from_pylist(vectors, schema=EMBEDDINGS)),
+        seal(Sidecar(pool, "human", "c" * 32), pa.Table.from_pylist(human, schema=HUMAN_SCHEMA)),
+    )
+
+
+def vote_table(pool: Pool, verdict: str, name: str = "d") -> Sidecar:
+    """Return a sealed votes sidecar in which one judge says `verdict` of every pair, in both orders."""
+    ids = pool.read_all(["pair_id"])["pair_id"].to_pylist()
+    votes = [{"judge": "j", "order": order, "sample": 0, "raw": "1", "verdict": verdict, "logprob": -0.1} for order in (0, 1)]
+    rows = [{"pair_id": i, "votes": votes, "num_exemplars": 0} for i in ids]
+    return seal(Sidecar(pool, "votes.j", name * 32), pa.Table.from_pylist(rows, schema=VOTES_SCHEMA))
+
+
+def test_gold_is_every_decided_pair_with_its_sidecars(tmp_path: Path) -> None:
+    labelled = labelled_pool(tmp_path, ["chosen", None, "rejected", "abstain", None])
+    gold = gather_gold(labelled.pool.storage, "gold-r00", [labelled], GOLD, EMBEDDINGS).read()
+    ids = labelled.pool.read_all(["pair_id"])["pair_id"].to_pylist()
+    assert gold["pair_id"].to_pylist() == [ids[0], ids[2]]
+    assert gold["human_verdict"].to_pylist() == ["chosen", "rejected"]
+    assert gold["task_category"].to_pylist() == ["math", "math"]
+    with pytest.raises(InputError, match="no pair of these pools has a human verdict"):
+        gather_gold(Storage(str(tmp_path / "other")), "gold-r00", [labelled_pool(tmp_path / "other", [None])], GOLD, EMBEDDINGS)
+
+
+def test_a_judge_that_agrees_with_gold_decides_and_one_that_does_not_falls_back(tmp_path: Path) -> None:
+    verdicts: list[str | None] = ["chosen"] * 24 + [None] * 3
+    labelled = labelled_pool(tmp_path, verdicts)
+    gold = gather_gold(labelled.pool.storage, "gold-r00", [labelled], GOLD, EMBEDDINGS)
+    for gold_says, pool_says, reason, flipped in (("chosen", "rejected", "judge", True), ("rejected", "rejected", "source_label", False)):
+        name = "d" if gold_says == "chosen" else "e"
+        trust, audit = measure_judges(gold, [vote_table(gold.pool, gold_says, name)], TrustConfig())
+        assert trust["j"].decides("math") is (gold_says == "chosen")
+        assert trust["j"].overall.num_pairs + audit["j"].overall.num_pairs == 24
+        verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, pool_says)], trust)
+        labels = label_pool(labelled, verdict, gold).read(0).to_pylist()
+        assert [row["label_source"] for row in labels] == ["gold"] * 24 + ["silver"] * 3
+        assert {row["label_reason"] for row in labels[24:]} == {reason}
+        assert {row["flipped"] for row in labels[24:]} == {flipped}
+
+
+def test_the_sets_hold_what_they_say_and_a_leak_is_refused(tmp_path: Path) -> None:
+    labelled = labelled_pool(tmp_path, ["chosen", "rejected", "chosen", None, None])
+    gold = gather_gold(labelled.pool.storage, "gold-r00", [labelled], GOLD, EMBEDDINGS)
+    trust, _ = measure_judges(gold, [vote_table(gold.pool, "chosen")], TrustConfig())
+    verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, "chosen")], trust)
+    sets = save_label_sets(labelled.pool.storage, "r00", [label_pool(labelled, verdict, gold)])
+    silver, everything = sets["silver"].read(), gold.read()
+    assert silver.num_rows == 2
+    assert sets["gold-working"].read().num_rows + sets["gold-audit"].read().num_rows == 3
+    check_silver(silver, everything)
+    leaked = pa.concat_tables([silver, labelled.pool.read_all(["prompt_group", "pair_id"]).slice(0, 1)], promote_options="default")
+    with pytest.raises(CleanGoldError):
+        check_silver(leaked, everything)
+    with pytest.raises(CleanGoldError):
+        check_best_rm_training(sets["gold-working"].read(), everything)
+
+
+def test_rows_of_selected_pairs_are_spread_over_the_shard(tmp_path: Path) -> None:
+    pairs = make_pairs(4)
+    rows = pa.Table.from_pylist(
+        [{"pair_id": pairs["pair_id"][n].as_py(), "votes": [], "num_exemplars": n} for n in (1, 3)], schema=VOTES_SCHEMA
+    )
+    spread = spread_rows(pairs["pair_id"], pa.array([False, True, False, True]), rows).to_pylist()
+    assert [row["num_exemplars"] for row in spread] == [None, 1, None, 3]
+    assert [row["drop_reason"] for row in spread] == ["not_selected", None, "not_selected", None]
+    assert spread_rows(pairs["pair_id"], pa.array([False] * 4), rows.slice(0, 0))["drop_reason"].to_pylist() == ["not_selected"] * 4

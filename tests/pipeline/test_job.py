@@ -1,0 +1,88 @@
+"""The command line that every job shares, and the one clear line with exit code 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import demo, evaluate, ingest, score, stage1, stage2, train
+from synpref_ray.errors import ConfigError
+from synpref_ray.pipeline.job import parse_arguments
+
+ENGINE = "{model: HuggingFaceTB/SmolLM2-135M-Instruct}"
+
+
+def run(capsys: pytest.CaptureFixture[str], main: object, *argv: str) -> tuple[int, str]:
+    """Return the exit code and standard error, which must be one line where the code is 2."""
+    code = main(list(argv))  # type: ignore[operator]
+    error = capsys.readouterr().err
+    if code == 2:
+        assert error.count("\n") == 1, error
+        assert "Traceback" not in error
+    return code, error
+
+
+def test_the_command_line_is_read() -> None:
+    arguments = parse_arguments(["serve", "--config", "c.yaml", "a.b=1", "--dry-run"], verbs=("serve", "export"))
+    assert (arguments.verb, arguments.config, arguments.overrides, arguments.dry_run) == ("serve", "c.yaml", ("a.b=1",), True)
+
+
+@pytest.mark.parametrize("argv", [["--fast"], ["word"], ["--config"]])
+def test_anything_else_on_the_command_line_is_refused(argv: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        parse_arguments(argv)
+
+
+def test_a_verb_is_needed_where_a_job_has_verbs() -> None:
+    with pytest.raises(ConfigError, match="serve, export"):
+        parse_arguments(["a=1"], verbs=("serve", "export"))
+
+
+@pytest.mark.parametrize("main", [ingest.main, stage1.main, stage2.main, train.main, score.main, evaluate.main, demo.main])
+def test_help_says_how_to_call_a_job(capsys: pytest.CaptureFixture[str], main: object) -> None:
+    assert main(["--help"]) == 0  # type: ignore[operator]
+    assert "Laptop:" in capsys.readouterr().out
+
+
+def test_an_unknown_key_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, error = run(capsys, ingest.main, f"data={tmp_path}", "shards=3")
+    assert (code, error) == (2, "ingest: bad settings: shards: unknown key\n")
+
+
+def test_a_missing_config_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = run(capsys, ingest.main, "--config", "nowhere.yaml")
+    assert code == 2
+    assert "cannot read the config file nowhere.yaml" in error
+
+
+def test_missing_data_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, error = run(capsys, ingest.main, f"data={tmp_path / 'none'}", f"workspace={tmp_path / 'ws'}")
+    assert code == 2
+    assert "found no file" in error
+
+
+def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Hi?", "chosen": "Hi.", "rejected": "No."}) + "\n")
+    code, error = run(capsys, score.main, f"model={tmp_path / 'model'}", f"pairs={pairs}", f"out={tmp_path / 'out.parquet'}")
+    assert code == 2
+    assert "model" in error
+
+
+def test_stages_need_what_comes_before_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    judge = f"judges=[{{engine: {ENGINE}, judge: {{judge: small}}}}]"
+    common = [f"workspace={tmp_path}", f"tag.engine={ENGINE}", judge]
+    code, error = run(capsys, stage1.main, *common, "train.backbone=b", "gold_train.backbone=b")
+    assert code == 2
+    assert "pool 'seed' does not exist" in error
+    code, error = run(capsys, stage2.main, *common)
+    assert code == 2
+    assert "pool 'wild' does not exist" in error
+
+
+def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "seed.jsonl").write_text(json.dumps({"prompt": "Hi?", "chosen": "Hi.", "rejected": "No."}) + "\n")
+    code, _ = run(capsys, ingest.main, f"data={tmp_path / 'data'}", f"workspace={tmp_path / 'ws'}", "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "ws").exists()
