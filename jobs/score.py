@@ -10,8 +10,8 @@ Cluster: ray job submit --working-dir . -- python jobs/score.py model=/shared/mo
 import sys
 from collections.abc import Sequence
 
-from synpref_ray.pipeline.score_file import ScoreJobConfig, check_score, run_score
 from synpref_ray.pipeline.job import run_job
+from synpref_ray.pipeline.score_file import ScoreJobConfig, check_score, run_score
 
 
 def main(argv: Sequence[str]) -> int:

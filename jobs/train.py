@@ -11,8 +11,8 @@ Cluster: ray job submit --working-dir . -- python jobs/train.py --config jobs/co
 import sys
 from collections.abc import Sequence
 
-from synpref_ray.pipeline.train_set import TrainJobConfig, check_train, run_train
 from synpref_ray.pipeline.job import run_job
+from synpref_ray.pipeline.train_set import TrainJobConfig, check_train, run_train
 
 
 def main(argv: Sequence[str]) -> int:

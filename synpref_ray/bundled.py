@@ -51,9 +51,7 @@ _MODEL_FILES = frozenset(
         "vocab.txt",
     }
 )
-_TRAINER_STATE = frozenset(
-    {"optimizer.bin", "optimizer.pt", "rng_state.bin", "scaler.pt", "scheduler.bin", "scheduler.pt", "training_args.bin"}
-)
+_TRAINER_STATE = frozenset({"optimizer.bin", "optimizer.pt", "rng_state.bin", "scaler.pt", "scheduler.bin", "scheduler.pt", "training_args.bin"})
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,7 @@ def test_the_cores_run_without_ray(module: str) -> None:
     assert "ray" not in {name.split(".")[0] for name in loaded_by(module)}
 
 
-@pytest.mark.parametrize(
-    "module", sorted(name for name in FILES if room_of(name) in {"rules", "evaluation"} or name.endswith((".loss", ".packing")))
-)
+@pytest.mark.parametrize("module", sorted(name for name in FILES if room_of(name) in {"rules", "evaluation"} or name.endswith((".loss", ".packing"))))
 def test_rules_loss_packing_and_metrics_load_nothing_heavy(module: str) -> None:
     assert not HEAVY & {name.split(".")[0] for name in loaded_by(module)}
 
@@ -121,9 +119,7 @@ def test_every_imported_library_is_declared() -> None:
     declared = {re.split(r"[\[<>=,; ]", line)[0].lower().replace("_", "-") for line in wanted}
     libraries = {name.split(".")[0] for module in FILES for name in direct(module)} - set(sys.stdlib_module_names) - {PACKAGE}
     distributions = packages_distributions()
-    missing = {
-        library for library in libraries if not declared & {name.lower().replace("_", "-") for name in distributions.get(library, ())}
-    }
+    missing = {library for library in libraries if not declared & {name.lower().replace("_", "-") for name in distributions.get(library, ())}}
     assert not missing, f"imported but not in pyproject.toml: {sorted(missing)}"
 
 

@@ -58,9 +58,7 @@ def is_correct(margins: npt.ArrayLike) -> Flags:
     """
     values = np.asarray(margins, dtype=np.float64)
     if np.isnan(values).any():
-        raise ValueError(
-            f"{int(np.isnan(values).sum())} of {values.size} margins are missing; leave unscored pairs out and report their number"
-        )
+        raise ValueError(f"{int(np.isnan(values).sum())} of {values.size} margins are missing; leave unscored pairs out and report their number")
     return np.asarray(values > 0)
 
 

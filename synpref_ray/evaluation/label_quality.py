@@ -65,8 +65,7 @@ def label_quality(decisions: Sequence[str], truth: Sequence[str | None], *, conf
         num_without_truth=int((~known).sum()),
         confusion={
             decision.value: {
-                verdict.value: int(((decided == decision.value) & (better == verdict.value)).sum())
-                for verdict in (Verdict.CHOSEN, Verdict.REJECTED)
+                verdict.value: int(((decided == decision.value) & (better == verdict.value)).sum()) for verdict in (Verdict.CHOSEN, Verdict.REJECTED)
             }
             for decision in Decision
         },

@@ -103,8 +103,7 @@ def _message_lists(array: pa.Array) -> list[Any]:
     """Convert a list<struct> column through its flat children, several times faster than `to_pylist`."""
     structs = array.flatten()
     messages = [
-        {"role": role, "content": content}
-        for role, content in zip(*(structs.field(name).to_pylist() for name in ("role", "content")), strict=True)
+        {"role": role, "content": content} for role, content in zip(*(structs.field(name).to_pylist() for name in ("role", "content")), strict=True)
     ]
     if structs.null_count:
         messages = [message if there else None for message, there in zip(messages, structs.is_valid().to_pylist(), strict=True)]  # type: ignore[misc]

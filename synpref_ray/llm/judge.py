@@ -29,9 +29,7 @@ VOTE = pa.struct(
         pa.field("order", pa.int8(), nullable=False),  # 0: candidate 1 is the chosen reply; 1: candidate 1 is the rejected one
         pa.field("sample", pa.int8(), nullable=False),
         pa.field("raw", pa.string(), nullable=False),
-        pa.field(
-            "verdict", pa.string(), nullable=False
-        ),  # of the pair as ingested, whatever the order; abstain: the reply named no candidate
+        pa.field("verdict", pa.string(), nullable=False),  # of the pair as ingested, whatever the order; abstain: the reply named no candidate
         pa.field("logprob", pa.float32()),  # of the candidate named, normalised over both; null if the engine cannot tell
     ]
 )
@@ -129,18 +127,14 @@ def _exemplars_of(pair: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]
 
 def _exemplar(row: Mapping[str, Any], config: JudgeConfig, *, winner_first: bool) -> JudgedExample:
     if row["human_verdict"] not in {Verdict.CHOSEN, Verdict.REJECTED}:
-        raise SchemaError(
-            f"judge: exemplar {row['pair_id']} has human_verdict {row['human_verdict']!r}; only chosen or rejected can be shown"
-        )
+        raise SchemaError(f"judge: exemplar {row['pair_id']} has human_verdict {row['human_verdict']!r}; only chosen or rejected can be shown")
     order = 0 if (row["human_verdict"] == Verdict.CHOSEN) == winner_first else 1
     return _example(row, config, order=order, answer="1" if winner_first else "2")
 
 
 def _example(row: Mapping[str, Any], config: JudgeConfig, *, order: int, answer: str | None = None) -> JudgedExample:
     first, second = (row["chosen"], row["rejected"]) if order == 0 else (row["rejected"], row["chosen"])
-    return JudgedExample(
-        prompt=row["prompt"], candidate_1=first, candidate_2=second, attributes=_attributes(row, config) or {}, answer=answer
-    )
+    return JudgedExample(prompt=row["prompt"], candidate_1=first, candidate_2=second, attributes=_attributes(row, config) or {}, answer=answer)
 
 
 def _attributes(row: Mapping[str, Any], config: JudgeConfig) -> dict[str, str] | None:

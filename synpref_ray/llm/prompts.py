@@ -34,7 +34,7 @@ desired_attributes names, in a few words, what a good reply must have.
 annotation_guideline says, in one short sentence, how to decide between two replies.
 {_DATA_RULE}
 """
-# Worked examples, because a 135M model otherwise fills the fields with words of the instructions (24 of 24 pairs).
+# Without worked examples a 135M model fills the fields with words of the instructions ("low", "one_of_the_best").
 _TAG_EXAMPLES = (
     (
         "Give me a numbered list of three fruits.",
@@ -69,7 +69,7 @@ is complete. Length and style count only when the request asks for them.
 {_DATA_RULE}
 """
 JUDGE_GUIDELINES = {"full": _JUDGE_GUIDELINE, "short": _JUDGE_QUESTION}
-"""Our choice: `short` is for very small models. SmolLM2-135M says "2" to 93 % of prompts under `full`, to 53 % under `short` (120 demo pairs)."""
+"""Our choice: `short` is for tiny models: SmolLM2-135M names Candidate 2 in 93 % of cases under `full`, 53 % under `short` (120 pairs)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,8 +49,6 @@ class PlainEncoder:
             text = self._tokenizer.apply_chat_template([{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True)
             before, found, after = text.partition(_SLOT)
             if not found or _SLOT in after:
-                raise InputError(
-                    "the model's chat template does not repeat a user message exactly once: set use_chat_template=false for this model"
-                )
+                raise InputError("the model's chat template does not repeat a user message exactly once: set use_chat_template=false for this model")
             self._around_chat = (self._ids(before), self._ids(after))
         return self._around_chat

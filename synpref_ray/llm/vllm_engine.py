@@ -65,9 +65,7 @@ class VllmEngine:
             raise self._start_error
         seconds = time.monotonic() - started
         self._counts = replace(self._counts, start_seconds=seconds)
-        logger.info(
-            "vLLM engine up: %s on %s, %s, in_process=%s, %.1f s", config.model, config.device, config.dtype, config.in_process, seconds
-        )
+        logger.info("vLLM engine up: %s on %s, %s, in_process=%s, %.1f s", config.model, config.device, config.dtype, config.in_process, seconds)
 
     def __enter__(self) -> "VllmEngine":
         return self
@@ -219,9 +217,7 @@ def _watched_tokens(choices: list[list[int]]) -> tuple[int, tuple[int, ...]] | N
 def _set_environment(config: EngineConfig) -> None:
     wanted = engine_environment(config)
     if "torch" in sys.modules and os.environ.get("OMP_WAIT_POLICY") != wanted.get("OMP_WAIT_POLICY"):
-        logger.warning(
-            "torch was imported before the engine's environment was set: start the process with engine_environment() for full speed"
-        )
+        logger.warning("torch was imported before the engine's environment was set: start the process with engine_environment() for full speed")
     os.environ.update(wanted)
 
 
@@ -234,9 +230,7 @@ def _start(config: EngineConfig, model_dir: str) -> tuple[Any, PlainEncoder]:
 
     if current_platform.is_cpu() != (config.device == "cpu"):
         found = current_platform.device_type
-        raise ConfigError(
-            f"engine device={config.device}, but the installed vLLM runs on {found}: install the other build or change the setting"
-        )
+        raise ConfigError(f"engine device={config.device}, but the installed vLLM runs on {found}: install the other build or change the setting")
     if config.device == "cpu":
         torch.set_num_threads(config.num_threads)
         memory: dict[str, Any] = {"kv_cache_memory_bytes": config.kv_cache_bytes}
@@ -259,7 +253,18 @@ def _start(config: EngineConfig, model_dir: str) -> tuple[Any, PlainEncoder]:
         **memory,
     )
     engine = LLMEngine.from_engine_args(arguments)
+    if not config.in_process:
+        threading.Thread(target=_wake_on_death, args=(engine.engine_core,), name="vllm-watch", daemon=True).start()
     return engine, PlainEncoder(engine.get_tokenizer())
+
+
+def _wake_on_death(core: Any) -> None:
+    """End the engine thread's wait when its child process was killed: vLLM 0.32 notes the death, but its blocking client waits on."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    while not core.resources.engine_dead:  # set by a close, too
+        time.sleep(1.0)
+    core.outputs_queue.put_nowait(EngineDeadError())
 
 
 def _stop(engine: Any) -> None:

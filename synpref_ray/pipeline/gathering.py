@@ -16,9 +16,7 @@ from synpref_ray.tables.storage import Storage
 GATHER_VERSION = 1
 
 
-def gather_pool(
-    storage: Storage, name: str, selected: Sequence[Piece], *, inputs: Mapping[str, str], max_pairs: int = GATHERED_SHARD_PAIRS
-) -> Pool:
+def gather_pool(storage: Storage, name: str, selected: Sequence[Piece], *, inputs: Mapping[str, str], max_pairs: int = GATHERED_SHARD_PAIRS) -> Pool:
     """Make (or reopen) the pool `name` of the selected pairs, in the order of `selected`.
 
     Args:
@@ -104,5 +102,3 @@ def scatter_sidecar(source: Pool, gathered: Pool, result: Sidecar, name: str, sc
         max_failed_fraction=1.0,
     )
     return run_step(step, [StepInput(source, ())]).sidecars[0][0]
-
-

@@ -100,7 +100,9 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
     digests = _map(_digest_file, [(file,) for _, file in files])
     settings = config.model_dump(mode="json", include={"max_pairs_per_shard", "max_bytes_per_shard"})
     settings["sources"] = [source.model_dump(mode="json", exclude={"path", "label_kind"}) for source in sources]
-    name = fingerprint("ingest", INGEST_VERSION, settings, {f"{number}:{i}": d for i, ((number, _), d) in enumerate(zip(files, digests, strict=True))})
+    name = fingerprint(
+        "ingest", INGEST_VERSION, settings, {f"{number}:{i}": d for i, ((number, _), d) in enumerate(zip(files, digests, strict=True))}
+    )
     record = f"pools/ingest-{name[:8]}.json"
     if not storage.exists(record):
         _refuse_other_pools(storage, name)

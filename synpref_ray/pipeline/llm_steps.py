@@ -185,7 +185,10 @@ def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTabl
     )
     inputs = []
     for judged in pools:
-        beside: list[tuple[Sidecar, Mapping[str, str]]] = [(judged.attributes, ATTRIBUTE_COLUMNS), (judged.exemplars, {"exemplar_ids": "exemplar_ids"})]
+        beside: list[tuple[Sidecar, Mapping[str, str]]] = [
+            (judged.attributes, ATTRIBUTE_COLUMNS),
+            (judged.exemplars, {"exemplar_ids": "exemplar_ids"}),
+        ]
         if judged.human is not None:
             beside.append((judged.human, {"drop_reason": "human_drop_reason"}))
         inputs.append(StepInput(judged.pool, (*PAIR_COLUMNS, "prompt_group"), tuple(beside)))

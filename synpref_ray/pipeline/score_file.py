@@ -1,4 +1,4 @@
-"""Scoring a file of pairs: rows out == rows in, in input order, whatever could not be scored null with its reason. Serves jobs/score.py and evaluation.
+"""Scoring a file of pairs: rows out == rows in, in input order, null with a reason where there is no reward. For jobs/score.py and evaluation.
 
 The file becomes a scratch pool in the workspace, so that scoring runs on the same workers, resumes after a kill and never scores a file twice.
 """

@@ -224,9 +224,7 @@ def _finish(config: Stage1Config, run: Run, labels: _Labels, rounds: list[dict[s
     best, _ = _train_best(config, run, len(rounds), labels)
     working, gold = labels.sets["gold-working"].read(), labels.gold.read()
     check_gold_rm_training(working, gold)
-    gold_rm, _ = train_model(
-        run, config.storage, "gold", train=(working, labels.sets["gold-working"].digest), gold=None, config=config.gold_train
-    )
+    gold_rm, _ = train_model(run, config.storage, "gold", train=(working, labels.sets["gold-working"].digest), gold=None, config=config.gold_train)
     scored = score_pools(run, "score gold, final", [labels.gold.pool], {"best": best, "gold": gold_rm}, config.score).sidecars[0]
     final = {name: _accuracy(_gold_accuracies(labels.gold, rewards), GoldSplit.AUDIT) for name, rewards in zip(("best", "gold"), scored, strict=True)}
     record = {

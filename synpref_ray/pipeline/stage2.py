@@ -1,7 +1,7 @@
 """Stage 2: two reward models score the wild pool, judges see only what the best RM disagrees with, one table decides: keep, flip or drop.
 
-Paper: Sec. 3.3 and App. H.4. Both curated datasets (kept pairs: the 26M kind; kept and flipped: the 40M kind) are filters over the decision sidecar, and
-new thresholds are applied to stored rewards and votes without running a model.
+Paper: Sec. 3.3 and App. H.4. Both curated datasets (kept pairs: the 26M kind; kept and flipped: the 40M kind) are filters over the decision sidecar,
+and new thresholds are applied to stored rewards and votes without running a model.
 """
 
 from collections import Counter

@@ -48,7 +48,7 @@ def check_train(config: TrainJobConfig) -> None:
 
 
 def read_training_pairs(storage: Storage, set_name: str, file: str) -> tuple[pa.Table, str] | None:
-    """Return pairs (chosen preferred) and their digest from a set or a file; None if neither is named. Rows of a file that are no pairs are refused."""
+    """Return pairs (chosen preferred) and their digest from a set or a file, None if neither is named; a file must hold pairs only."""
     if set_name:
         pairs = load_set(storage, set_name)
         return pairs.read(), pairs.digest

@@ -1,7 +1,7 @@
 """Human verification as a step: a queue chosen by rule, verdicts from whoever annotates, gold split once and for good.
 
-Paper: Sec. 3.2 (humans verify some pairs of every round; objective, low-controversiality pairs first). Our choice: in a run without people a simulated
-annotator reads known truth for a stated budget of pairs, and every output says so.
+Paper: Sec. 3.2 (humans verify some pairs of every round; objective, low-controversiality pairs first). Our choice: in a run without people a
+simulated annotator reads known truth for a stated budget of pairs, and every output says so.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -94,7 +94,7 @@ def verify_pool(run: Run, name: str, pool: Pool, attributes: Sidecar, budget: in
 
 def _queue(pool: Pool, attributes: Sidecar, budget: int, config: AnnotatorConfig, seed: int) -> Set[str]:
     columns = {"objectivity": "objectivity", "controversiality": "controversiality"}
-    tables = [zip_shard(pool, shard.number, [], [(attributes, columns)]) for shard in pool.shards]
+    tables = [zip_shard(pool, shard.number, ["prompt_group"], [(attributes, columns)]) for shard in pool.shards]
     candidates: Sequence[str] = []
     if tables:
         table = pa.concat_tables(tables)

@@ -88,9 +88,7 @@ class Embedder:
         started = time.monotonic()
         folder = resolve_model(config.model)
         torch.set_num_threads(config.num_threads)
-        model = SentenceTransformer(
-            folder, device=config.device, trust_remote_code=config.trust_remote_code, model_kwargs={"dtype": torch.float32}
-        )
+        model = SentenceTransformer(folder, device=config.device, trust_remote_code=config.trust_remote_code, model_kwargs={"dtype": torch.float32})
         positions = model.tokenizer.model_max_length
         if config.max_window_tokens > positions:
             raise ConfigError(f"max_window_tokens is {config.max_window_tokens}, but {config.model} reads at most {positions} tokens")
@@ -159,9 +157,7 @@ def embedding_matrix(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
         SchemaError: the column holds something else, or nulls.
     """
     if not pa.types.is_fixed_size_list(column.type) or column.type.value_type != pa.float32() or column.null_count:
-        raise SchemaError(
-            f"expected embeddings (fixed-size lists of float32, no nulls), found {column.type} with {column.null_count} nulls"
-        )
+        raise SchemaError(f"expected embeddings (fixed-size lists of float32, no nulls), found {column.type} with {column.null_count} nulls")
     parts = [np.asarray(chunk.flatten().to_numpy(zero_copy_only=False), dtype=np.float32) for chunk in column.chunks]
     values = np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
     return values.reshape(-1, column.type.list_size)

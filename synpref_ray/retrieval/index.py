@@ -118,9 +118,7 @@ class PairIndex:
         results = [found.get(row, nothing) for row in range(len(queries))]
         return Neighbours([ids for ids, _ in results], [scores for _, scores in results])
 
-    def _search_once(
-        self, queries: Matrix, rows: list[int], k: int, depth: int, excluded: list[str | None]
-    ) -> dict[int, tuple[list[str], Matrix]]:
+    def _search_once(self, queries: Matrix, rows: list[int], k: int, depth: int, excluded: list[str | None]) -> dict[int, tuple[list[str], Matrix]]:
         """Return the results that `depth` candidates settle: no pair outside of them can score as high as the last one returned."""
         engine = self._gpu if self._gpu is not None and depth <= _GPU_MAX_DEPTH else self._cpu
         batch = np.ascontiguousarray(queries[rows], dtype=np.float32)
@@ -130,9 +128,7 @@ class PairIndex:
             kept = numbers[self._groups[numbers] != excluded[row]]
             exact = (self._vectors[kept].astype(np.float64) * query.astype(np.float64)).sum(axis=1).astype(np.float32)
             best = np.lexsort((kept, -exact))[:k]
-            doubt = (
-                2.0**-23 * len(query) * float(np.linalg.norm(query)) * self._max_norm
-            )  # bound on the rounding of a float32 inner product
+            doubt = 2.0**-23 * len(query) * float(np.linalg.norm(query)) * self._max_norm  # bound on the rounding of a float32 inner product
             if depth == len(self) or (len(best) == k and scores[-1] < exact[best[-1]] - doubt):
                 settled[row] = ([self._pair_ids[number] for number in kept[best]], exact[best])
         return settled

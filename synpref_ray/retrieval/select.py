@@ -85,11 +85,7 @@ def select_neighbours(gold: Sequence[GoldError], neighbours: Neighbours, already
     for position in sorted(range(len(gold)), key=lambda position: (gold[position].p, gold[position].pair_id)):
         error = gold[position]
         k = num_neighbours(error.p, k_max)
-        free = (
-            (pair, float(score))
-            for pair, score in zip(neighbours.ids[position], neighbours.scores[position], strict=True)
-            if pair not in taken
-        )
+        free = ((pair, float(score)) for pair, score in zip(neighbours.ids[position], neighbours.scores[position], strict=True) if pair not in taken)
         picks = [Retrieved(pair, error.pair_id, error.p, score, rank) for rank, (pair, score) in zip(range(k), free, strict=False)]
         taken.update(pick.pair_id for pick in picks)
         retrieved.extend(picks)
@@ -114,9 +110,7 @@ def retrieve_pairs(gold: pa.Table, index: NeighbourSearch, already_selected: Set
     require_columns(gold, RETRIEVAL_REQUIRES, step="retrieve")
     usable = gold.filter(pc.and_(pc.is_valid(gold.column("embedding")), pc.is_valid(gold.column("p_chosen"))))
     if usable.num_rows < gold.num_rows:
-        logger.warning(
-            "%d of %d gold pairs have no reward or no embedding and retrieve nothing", gold.num_rows - usable.num_rows, gold.num_rows
-        )
+        logger.warning("%d of %d gold pairs have no reward or no embedding and retrieve nothing", gold.num_rows - usable.num_rows, gold.num_rows)
     errors = _errors(usable)
     queries, groups = embedding_matrix(usable.column("embedding")), usable.column("prompt_group").to_pylist()
     depth = _FIRST_DEPTH * config.k_max
@@ -129,9 +123,7 @@ def retrieve_pairs(gold: pa.Table, index: NeighbourSearch, already_selected: Set
         depth *= 2
         neighbours = index.search(queries, depth, exclude_groups=groups)
     if selection.short:
-        logger.warning(
-            "%d of %d gold pairs got fewer pairs than they called for: the index is exhausted", len(selection.short), len(errors)
-        )
+        logger.warning("%d of %d gold pairs got fewer pairs than they called for: the index is exhausted", len(selection.short), len(errors))
     return _to_table(selection.retrieved)
 
 

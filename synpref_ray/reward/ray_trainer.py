@@ -6,6 +6,7 @@ moves during training. Rank 0 writes the kept weights; the folder gets its name 
 
 import logging
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def train_reward_model(train: pa.Table, gold: pa.Table | None, config: TrainConf
     data = prepare_data(load_tokenizer(resolve_model(config.backbone)), train, gold, config)
     loop_config = {"config": config.model_dump_json(), "data": ray.put(data), "staging": str(staging), "start": time.time()}
     # The static types of ray.train are those of its first version; the second, which runs, knows these settings and returns a value.
-    run_config: dict[str, Any] = {"name": Path(output_dir).name, "storage_path": storage_dir}
+    run_config: dict[str, Any] = {"name": f"{Path(output_dir).name}-{uuid.uuid4().hex[:8]}", "storage_path": storage_dir}
     run_config["worker_runtime_env"] = {"env_vars": _environment(config)}
     loop: Any = _train_worker
     trainer = TorchTrainer(

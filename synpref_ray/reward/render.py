@@ -110,21 +110,21 @@ def template_digest(tokenizer: Any) -> str:
 
 
 def choose_pad_token(tokenizer: Any) -> int:
-    """Give the tokenizer a pad token if it has none that can serve, and return its id.
+    """Give the tokenizer a pad token if it has none that can serve, let it pad on the right, and return the token's id.
 
     Plain transformers finds the last token as the rightmost one that is not the pad token, so a pad token that ends every conversation
     (pad = eos = end of turn is common) would make it read the reward one token early. Such a pad token is replaced by another one.
     Our own code knows padding from lengths and never looks at this id.
     """
     last = render_conversation(tokenizer, [{"role": Role.USER.value, "content": "a"}], "b")[-1]
-    named = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token]
     added = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-    added.sort(key=lambda token: "pad" not in token.lower())
-    for token in [*named, *added]:
+    made_for_it = [token for token in added if "pad" in token.lower()]  # Llama 3: <|finetune_right_pad_id|>
+    others = [tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token]
+    for token in [tokenizer.pad_token, *made_for_it, *others, *added]:
         if token is not None and tokenizer.convert_tokens_to_ids(token) != last:
             if tokenizer.pad_token is not None and token != tokenizer.pad_token:
                 logger.warning("pad token %s ends every conversation; padding with %s instead", tokenizer.pad_token, token)
-            tokenizer.pad_token = token
+            tokenizer.pad_token, tokenizer.padding_side = token, "right"
             return int(tokenizer.pad_token_id)
     raise InputError("no special token of this tokenizer can serve as padding: each ends every conversation; add a pad token to it")
 

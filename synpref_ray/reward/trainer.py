@@ -129,10 +129,7 @@ class TrainingRun:
         ids = [self.data.train.pair_ids[i] for i in usable]
         groups = [make_pair_group(self.module, self.data.train, i) for i in usable]
         config = self.config
-        epochs = [
-            plan_epoch(ids, seed=config.seed, epoch=epoch, global_batch_pairs=config.global_batch_pairs)
-            for epoch in range(config.num_epochs)
-        ]
+        epochs = [plan_epoch(ids, seed=config.seed, epoch=epoch, global_batch_pairs=config.global_batch_pairs) for epoch in range(config.num_epochs)]
         batches = [batch for epoch in epochs for batch in epoch]
         evaluate_after = evaluation_steps(len(epochs[0]), config.num_epochs, config.evaluations_per_epoch)
         self.module.train()

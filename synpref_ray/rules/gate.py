@@ -93,9 +93,7 @@ _DEFENDED = (
     "claims that the label is wrong, so a judge that has proved itself on gold and says the label is right vetoes it. Two against two "
     "(the label is evidence too): a wrong flip poisons training, a drop costs one pair."
 )
-_GOLD_SILENT = (
-    "Equal rewards from the gold RM are neither the agreement that Sec. 3.3 keeps for nor the disagreement that App. H.4 flips for."
-)
+_GOLD_SILENT = "Equal rewards from the gold RM are neither the agreement that Sec. 3.3 keeps for nor the disagreement that App. H.4 flips for."
 
 _KEEP, _FLIP, _DROP = Decision.KEEP, Decision.FLIP, Decision.DROP
 _Rule = tuple[bool | None, bool | None, tuple[Verdict | None, ...], Decision, GateReason, Basis, str]

@@ -85,12 +85,7 @@ class JudgeTrust:
 
     def decides(self, category: str | None) -> bool:
         """Whether its verdict may decide a pair of this category; never for a category without gold, or for a pair without one."""
-        return (
-            category is not None
-            and category in self.by_category
-            and self._passes(self.overall)
-            and self._passes(self.by_category[category])
-        )
+        return category is not None and category in self.by_category and self._passes(self.overall) and self._passes(self.by_category[category])
 
     def report(self) -> dict[str, Any]:
         """Return plain values for metrics and reports: the overall record, one per category, and which categories it decides."""

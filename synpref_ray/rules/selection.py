@@ -45,26 +45,31 @@ def priority(objectivity: str | None, controversiality: str | None) -> tuple[int
 def select_for_verification(candidates: pa.Table, config: VerificationConfig) -> pa.Table:
     """Return the queue for the annotators: at most `max_pairs` pairs, first those drawn by chance, then the others by priority.
 
-    Our choice: `random_fraction` of the budget is drawn from all candidates alike. Gold picks checkpoints and measures everything; gold of
-    easy pairs alone would measure easy pairs alone. Ties are broken by stable chance, so the queue depends on neither the order of the rows
-    nor the run.
+    Our choice: `random_fraction` of the budget is drawn from all candidates alike. Gold picks checkpoints and measures everything; gold of easy pairs
+    alone would measure easy pairs alone. A pair brings the other pairs of its prompt with it, because gold keeps its prompts out of silver: verified
+    together they cost silver nothing. Ties are broken by stable chance, so the queue depends on neither the order of the rows nor the run.
 
     Args:
-        candidates: with `pair_id`, `objectivity`, `controversiality`; pairs already verified are not among them.
+        candidates: with `pair_id`, `prompt_group`, `objectivity`, `controversiality`; pairs already verified are not among them.
 
     Returns:
         `QUEUE_SCHEMA`, in queue order.
     """
-    require_columns(candidates, ("pair_id", "objectivity", "controversiality"), rule="select_for_verification")
-    ids = candidates.column("pair_id").to_pylist()
-    attributes = zip(candidates.column("objectivity").to_pylist(), candidates.column("controversiality").to_pylist(), strict=True)
-    keys = {pair_id: priority(*pair) for pair_id, pair in zip(ids, attributes, strict=True)}
+    require_columns(candidates, ("pair_id", "prompt_group", "objectivity", "controversiality"), rule="select_for_verification")
+    rows = candidates.select(["pair_id", "prompt_group", "objectivity", "controversiality"]).to_pylist()
+    groups: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: str(row["pair_id"])):
+        groups.setdefault(row["prompt_group"], []).append(row["pair_id"])
+    keys = {row["pair_id"]: priority(row["objectivity"], row["controversiality"]) for row in rows}
+    group_of = {row["pair_id"]: row["prompt_group"] for row in rows}
     num_selected = min(config.max_pairs, len(keys))
-    num_random = round(num_selected * config.random_fraction)
-    drawn = sorted(keys, key=lambda pair_id: (stable_hash(config.seed, pair_id, "verify_chance"), pair_id))[:num_random]
-    rest = sorted(
-        keys.keys() - set(drawn), key=lambda pair_id: (keys[pair_id], stable_hash(config.seed, pair_id, "verify_priority"), pair_id)
-    )[: num_selected - num_random]
-    queue = [*((pair_id, BY_CHANCE) for pair_id in drawn), *((pair_id, BY_PRIORITY) for pair_id in rest)]
-    rows = [{"pair_id": pair_id, "rank": rank, "selected_by": how} for rank, (pair_id, how) in enumerate(queue)]
-    return pa.Table.from_pylist(rows, schema=QUEUE_SCHEMA)
+    by_chance = sorted(keys, key=lambda pair_id: (stable_hash(config.seed, pair_id, "verify_chance"), pair_id))
+    by_priority = sorted(keys, key=lambda pair_id: (keys[pair_id], stable_hash(config.seed, pair_id, "verify_priority"), pair_id))
+    queue: dict[str, str] = {}
+    for order, how, limit in ((by_chance, BY_CHANCE, round(num_selected * config.random_fraction)), (by_priority, BY_PRIORITY, num_selected)):
+        for pair_id in order:
+            for member in [pair_id, *groups[group_of[pair_id]]]:
+                if len(queue) < limit:
+                    queue.setdefault(member, how)
+    ranked = [{"pair_id": pair_id, "rank": rank, "selected_by": how} for rank, (pair_id, how) in enumerate(queue.items())]
+    return pa.Table.from_pylist(ranked, schema=QUEUE_SCHEMA)

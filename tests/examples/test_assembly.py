@@ -83,13 +83,7 @@ def test_tasks_are_different_and_held_out_words_are_new() -> None:
     tasks = build_tasks(31, 12)
     assert len({task.text for task in tasks}) == len(tasks)
     pool_words, held_out_words = (
-        {
-            word.rstrip("s").casefold()
-            for task in tasks
-            if task.held_out is held_out
-            for value in task.slots.values()
-            for word in value.split()
-        }
+        {word.rstrip("s").casefold() for task in tasks if task.held_out is held_out for value in task.slots.values() for word in value.split()}
         for held_out in (False, True)
     )
     assert pool_words & held_out_words <= {"of", "kind"}

@@ -12,26 +12,20 @@ PASS = {
     "finish": ["Honey bees make honey.", 'He said, "Bees!"', "So be it..."],
     "one_sentence": ["Honey bees make honey, every day.", "Dr. Smith likes bees!", '"Bees fly."'],
     "at_most_15_words": ["One two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen.", "Bees!"],
-    "at_least_30_words": [" ".join(["word"] * 30) + ".", " ".join(["word"] * 40)],
     "two_sentences": ["Bees fly. Bees sting.", "Bees fly! Do they sting? Yes."],
-    "no_commas": ["Bees fly and sting."],
     "question": ["Why do bees sting?", 'He asked: "Why do bees sting?"'],
     "exclamation": ["Go bees!", '"Go bees!"', "**Go bees!**"],
-    "today": ["Today, bees fly.", '"Today bees fly."', "TODAY is the day."],
     "include_word": ["The river is wide.", "Two rivers meet.", "A River."],
     "on_topic": ["A bee is small.", "Bumblebees are big."],
     "numbered_list": ["1. apple\n2. pear\n3. plum", "Here you are:\n\n1) apple\n2) pear\n\n3) plum\nEnjoy!"],
     "no_list": ["Feed the bees. Be kind."],
     "digits": ["There are 20,000 kinds of bees.", "1. There are 7 bees."],
-    "print_code": ['print("honey bees")', "```python\nprint('I love Honey bees!')\n```"],
     "title": ["The Honey Bees", '"Bees: One Two Three Four Five Six Seven Eight Nine"'],
     "quotation": ['As they say: "Bees know the way."', "\u201cBees know the way.\u201d"],
     "yes_or_no": ["Yes", "No, they are not.", '"Yes," I think.', "yes."],
     "sum": ["3 + 5 = 8.", "The answer is 8.", "8", "3 plus 5 equals 8"],
     "first_person": ["I love bees.", "Bees make me happy.", "They are my friends."],
     "thanks": ["Thank you for the bees!", "Many thanks for the bees."],
-    "reason": ["People like bees because they make honey."],
-    "hello": ["Hello, my friend", '"Hello!"'],
 }
 FAIL = {
     "finish": [CUT, "Bees,", "Bees:"],
@@ -41,12 +35,9 @@ FAIL = {
         "Bees",
         "...",
     ],
-    "at_least_30_words": [" ".join(["word"] * 29) + ".", " ".join(["- word"] * 29)],
     "two_sentences": ["Bees fly.", "Bees fly. Bees sting. And they", "Mr. Bee flies."],
-    "no_commas": ["Bees, like birds, fly.", CUT],
     "question": ["Bees sting.", "Why? Because.", "Why do bees"],
     "exclamation": ["Go bees.", "Go! Bees", "Go bees!?"],
-    "today": ["Bees fly today.", "Todays bees fly.", "Today bees fly and"],
     "include_word": ["The riverside is wide.", "A lake.", "The river is"],
     "on_topic": ["A wasp is small.", "A bee is"],
     "numbered_list": [
@@ -58,15 +49,12 @@ FAIL = {
     ],
     "no_list": ["1. Feed the bees.", "Do this:\n- Feed the bees.", CUT],
     "digits": ["There are seven bees.", "1. There are bees.", "There are 7 bees and"],
-    "print_code": ['print("bees")', "print(honey bees)", '"honey bees"'],
     "title": ["One two three four five six seven eight nine ten eleven", "Bees\nA book", "..."],
     "quotation": ["Bees know the way.", 'As they say: "Bees know', '""'],
     "yes_or_no": ["They are.", "Not at all.", "I say yes.", "Yesterday."],
     "sum": ["3 + 5 = 9.", "8 is nice, but 3 + 5 = 9", "eight", "The answer is 3 + 5", "The answer is 18."],
     "first_person": ["Bees are nice.", "I love bees and", "AI is nice."],
     "thanks": ["I am grateful.", "Thank you for the"],
-    "reason": ["People like bees for their honey.", "Because of honey and"],
-    "hello": ["Hi, hello!", "Helloween", "Dear friend"],
 }
 
 
@@ -77,16 +65,15 @@ def cases(table: dict[str, list[str]]) -> list[tuple[str, str]]:
 def test_every_kind_has_cases() -> None:
     names = [kind.name for kind in KINDS]
     assert len(set(names)) == len(names) >= 12
-    assert set(names) <= PASS.keys()
-    assert set(names) <= FAIL.keys()
+    assert set(names) == PASS.keys() == FAIL.keys()
 
 
-@pytest.mark.parametrize(("kind", "reply"), [case for case in cases(PASS) if case[0] in CHECKS])
+@pytest.mark.parametrize(("kind", "reply"), cases(PASS))
 def test_passes(kind: str, reply: str) -> None:
     assert CHECKS[kind](reply, SLOTS)
 
 
-@pytest.mark.parametrize(("kind", "reply"), [case for case in cases(FAIL) if case[0] in CHECKS])
+@pytest.mark.parametrize(("kind", "reply"), cases(FAIL))
 def test_fails(kind: str, reply: str) -> None:
     assert not CHECKS[kind](reply, SLOTS)
 

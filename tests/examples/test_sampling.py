@@ -12,7 +12,7 @@ def test_usable(reply: str) -> None:
     assert usable(reply)
 
 
-@pytest.mark.parametrize("reply", ["", "  \n", "cut \ufffd", "tab\tbed", "\u043f\u0447\u0435\u043b\u0430", "nul \x00"])
+@pytest.mark.parametrize("reply", ["", "  \n", "cut \ufffd", "tab\tbed", "\u043f\u0447\u0435\u043b\u0430", "nul \x00", "Oh shit."])
 def test_not_usable(reply: str) -> None:
     assert not usable(reply)
 

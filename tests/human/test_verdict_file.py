@@ -48,9 +48,7 @@ def test_every_format(tmp_path: Path, name: str) -> None:
     imported = import_verdicts(write(tmp_path / name, LINES))
     verdicts = imported.verify(SHARD, ["a", "b", "d", "e"])
     assert verdicts.schema == HUMAN_SCHEMA
-    assert [
-        (row["pair_id"], row["human_verdict"], row["annotator"], row["simulated"], row["drop_reason"]) for row in verdicts.to_pylist()
-    ] == [
+    assert [(row["pair_id"], row["human_verdict"], row["annotator"], row["simulated"], row["drop_reason"]) for row in verdicts.to_pylist()] == [
         ("d", "abstain", "bob", False, "undecidable"),
         ("c", None, None, None, "not_selected"),
         ("b", "chosen", "ann", False, None),

@@ -15,9 +15,7 @@ UNHURRIED = settings(max_examples=50, deadline=None, suppress_health_check=[Heal
 SOURCE = SourceConfig(name="mine", path="nowhere")
 
 TEXT = st.sampled_from(["", " ", "a", "b", "é", "q\n"])
-MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": st.one_of(TEXT, st.none(), st.just(3))}
-)
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": st.one_of(TEXT, st.none(), st.just(3))})
 VALUE = st.one_of(
     TEXT, st.none(), st.integers(), st.lists(MESSAGE, max_size=4), st.lists(TEXT, max_size=2), st.just({"role": "user", "content": "x"})
 )

@@ -43,9 +43,7 @@ A_OTHER = ("p", "2", "1")
 
 
 def test_the_more_trusted_pool_keeps_a_pair() -> None:
-    staged = (
-        Staged().add(Route.WILD, "web", [A, B, C]).add(Route.SEED, "paper", [B, D, B]).add(Route.UNVERIFIED, "people", [C, A_OTHER], 10)
-    )
+    staged = Staged().add(Route.WILD, "web", [A, B, C]).add(Route.SEED, "paper", [B, D, B]).add(Route.UNVERIFIED, "people", [C, A_OTHER], 10)
     plan = ingest_plan(staged.indexes)
     assert staged.pool(plan, Route.SEED) == [(B, False), (D, False)]
     assert staged.pool(plan, Route.UNVERIFIED) == [(C, False), (A_OTHER, True)]
@@ -124,7 +122,5 @@ def test_cutting_files_into_other_chunks_changes_no_shard() -> None:
     plans = [(staged, ingest_plan(staged.indexes, max_pairs_per_shard=9)) for staged in (whole, cut)]
     shards = [[build_shard(shard, staged.read) for shard in plan.shards[Route.WILD]] for staged, plan in plans]
     assert all(left.equals(right) for left, right in zip(*shards, strict=True))
-    numbers = [
-        [row["row"] for part in plan.duplicates for row in duplicate_rejects(part, staged.read).to_pylist()] for staged, plan in plans
-    ]
+    numbers = [[row["row"] for part in plan.duplicates for row in duplicate_rejects(part, staged.read).to_pylist()] for staged, plan in plans]
     assert numbers == [list(range(30, 40))] * 2  # n % 5, n % 3 and n % 2 repeat after 30

@@ -284,9 +284,9 @@ def test_a_source_reads_its_files_in_order_from_any_file_system(tmp_path: Path) 
 
 BYTES_LINE = st.one_of(
     st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")),
-    st.fixed_dictionaries(
-        {"prompt": st.sampled_from(["q", "", None, 1]), "chosen": st.sampled_from(["a", "b", ""]), "rejected": st.just("b")}
-    ).map(lambda row: json.dumps(row).encode()),
+    st.fixed_dictionaries({"prompt": st.sampled_from(["q", "", None, 1]), "chosen": st.sampled_from(["a", "b", ""]), "rejected": st.just("b")}).map(
+        lambda row: json.dumps(row).encode()
+    ),
 )
 
 

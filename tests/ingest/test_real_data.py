@@ -16,9 +16,7 @@ def read(path: Path, route: Route = Route.WILD) -> tuple[SourceConfig, list[Chun
     return source, [chunk for file in list_source_files(source) for chunk in read_pair_file(file, source)]
 
 
-@pytest.mark.parametrize(
-    ("file", "num_pairs"), [("hh_rlhf/train.parquet", 1456), ("hh_rlhf/test.parquet", 269), ("human_extra/train.parquet", 3376)]
-)
+@pytest.mark.parametrize(("file", "num_pairs"), [("hh_rlhf/train.parquet", 1456), ("hh_rlhf/test.parquet", 269), ("human_extra/train.parquet", 3376)])
 def test_every_row_is_a_pair_and_none_contradicts_another(shared_data: Path, file: str, num_pairs: int) -> None:
     _, chunks = read(shared_data / file)
     assert (sum(chunk.pairs.num_rows for chunk in chunks), sum(chunk.rejects.num_rows for chunk in chunks)) == (num_pairs, 0)

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 
 from synpref_ray.errors import CleanGoldError, InputError
+from synpref_ray.llm.judge import VOTES_SCHEMA
 from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
 from synpref_ray.pipeline.llm_steps import spread_rows
-from synpref_ray.llm.judge import VOTES_SCHEMA
 from synpref_ray.retrieval.embedder import embeddings_schema
 from synpref_ray.rules.gold import GoldConfig, check_best_rm_training, check_silver, split_gold
 from synpref_ray.rules.judges import TrustConfig
@@ -107,9 +107,7 @@ def test_the_sets_hold_what_they_say_and_a_leak_is_refused(tmp_path: Path) -> No
 
 def test_rows_of_selected_pairs_are_spread_over_the_shard(tmp_path: Path) -> None:
     pairs = make_pairs(4)
-    rows = pa.Table.from_pylist(
-        [{"pair_id": pairs["pair_id"][n].as_py(), "votes": [], "num_exemplars": n} for n in (1, 3)], schema=VOTES_SCHEMA
-    )
+    rows = pa.Table.from_pylist([{"pair_id": pairs["pair_id"][n].as_py(), "votes": [], "num_exemplars": n} for n in (1, 3)], schema=VOTES_SCHEMA)
     spread = spread_rows(pairs["pair_id"], pa.array([False, True, False, True]), rows).to_pylist()
     assert [row["num_exemplars"] for row in spread] == [None, 1, None, 3]
     assert [row["drop_reason"] for row in spread] == ["not_selected", None, "not_selected", None]

@@ -63,9 +63,7 @@ def results(workspace: Path) -> dict[str, bytes]:
 
 def kill_when(loop: SmallLoop, job: str, workspace: Path, is_now: Callable[[Path], bool]) -> None:
     """Start a job and kill its driver with SIGKILL as soon as the moment has come."""
-    process = subprocess.Popen(
-        loop.command(job, workspace), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=loop.root, env=environment()
-    )
+    process = subprocess.Popen(loop.command(job, workspace), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=loop.root, env=environment())
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         while not is_now(workspace):

@@ -40,9 +40,7 @@ def same(found, expected):
 def test_faiss_equals_brute_force(num_distinct, k):
     pairs = random_pairs(300, 64, seed=1, num_distinct=num_distinct)
     index, oracle = build(pairs), BruteForceSearch(pairs)
-    queries = np.concatenate([np.float32(pairs["embedding"].to_pylist()[:15]), np.random.default_rng(2).normal(size=(15, 64))]).astype(
-        np.float32
-    )
+    queries = np.concatenate([np.float32(pairs["embedding"].to_pylist()[:15]), np.random.default_rng(2).normal(size=(15, 64))]).astype(np.float32)
     same(index.search(queries, k), oracle.search(queries, k))
     groups = [*pairs["prompt_group"].to_pylist()[:15], *(f"g{i}" for i in range(14)), "no such group"]
     found = index.search(queries, k, exclude_groups=groups)

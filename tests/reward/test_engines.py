@@ -35,9 +35,7 @@ def test_deepspeed_on_two_workers_equals_the_plain_loop(ray: ModuleType, tiny_ba
         assert (ours.loss, ours.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-3)
         assert (ours.accuracy, ours.num_pairs, ours.num_tokens) == (expected.accuracy, expected.num_pairs, expected.num_tokens)
     assert (record.chosen_step, record.gold_accuracy) == (plain.chosen_step, plain.gold_accuracy)
-    first, second = (
-        AutoModelForSequenceClassification.from_pretrained(tmp_path / name, num_labels=1).state_dict() for name in ("ray", "plain")
-    )
+    first, second = (AutoModelForSequenceClassification.from_pretrained(tmp_path / name, num_labels=1).state_dict() for name in ("ray", "plain"))
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
     assert record.versions["deepspeed"]

@@ -30,9 +30,7 @@ def test_bfloat16_rewards_are_compared_in_float32() -> None:
 @settings(deadline=None)
 @given(FINITE, FINITE, st.floats(-10, 10, width=32))
 def test_adding_a_constant_changes_nothing(chosen: float, rejected: float, constant: float) -> None:
-    shifted = bradley_terry_loss(
-        torch.tensor([chosen + constant], dtype=torch.float64), torch.tensor([rejected + constant], dtype=torch.float64)
-    )
+    shifted = bradley_terry_loss(torch.tensor([chosen + constant], dtype=torch.float64), torch.tensor([rejected + constant], dtype=torch.float64))
     assert shifted.item() == pytest.approx(bradley_terry_loss(torch.tensor([chosen]), torch.tensor([rejected])).item(), abs=2e-5)
 
 

@@ -94,9 +94,7 @@ def test_micro_batches_do_not_change_the_result(tiny_backbone: str, tmp_path: Pa
 
 def test_steps_equal_a_plain_loop_over_separate_sequences(tiny_backbone: str, tmp_path: Path) -> None:
     pairs = random_pairs(12)
-    config = config_for(
-        tiny_backbone, num_epochs=1, global_batch_pairs=4, schedule="linear", weight_decay=0.1, head_learning_rate_multiplier=5
-    )
+    config = config_for(tiny_backbone, num_epochs=1, global_batch_pairs=4, schedule="linear", weight_decay=0.1, head_learning_rate_multiplier=5)
     record = train_in_process(pairs, None, config, str(tmp_path / "model"))
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)

@@ -13,6 +13,7 @@ def candidates(rows):
     return pa.table(
         {
             "pair_id": pa.array([row[0] for row in rows], pa.string()),
+            "prompt_group": pa.array([row[3] if len(row) > 3 else row[0] for row in rows], pa.string()),
             "objectivity": pa.array([row[1] for row in rows], pa.string()),
             "controversiality": pa.array([row[2] for row in rows], pa.string()),
         }
@@ -50,6 +51,14 @@ def test_a_share_is_drawn_from_everything():
     assert len(drawn) == 100
     assert 55 <= sum(name.startswith("hard") for name in drawn) <= 85  # 70 expected, standard deviation 4.3
     assert all(row["pair_id"].startswith("easy") for row in queue if row["selected_by"] == "priority")
+
+
+def test_a_pair_brings_the_other_pairs_of_its_prompt():
+    rows = [("c", "objective", "low", "g1"), ("a", "subjective", "high", "g1"), ("b", "objective", "low", "g2"), ("d", None, None, "g2")]
+    queue = select_for_verification(candidates(rows), VerificationConfig(max_pairs=2, random_fraction=0.0))["pair_id"].to_pylist()
+    assert sorted(queue) in (["a", "c"], ["b", "d"])
+    three = select_for_verification(candidates(rows), VerificationConfig(max_pairs=3, random_fraction=0.0))["pair_id"].to_pylist()
+    assert three[:2] == queue
 
 
 ATTRIBUTES = st.tuples(st.sampled_from(["objective", "subjective", None]), st.sampled_from(["low", "medium", "high", None]))

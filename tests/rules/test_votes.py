@@ -85,9 +85,7 @@ def test_a_verdict_needs_a_judge_that_gives_it_in_both_orders(votes):
         assert {0, 1} in orders.values()
 
 
-@pytest.mark.parametrize(
-    "votes", [[VoteRecord("j", 0, 0, C), VoteRecord("j", 0, 0, C)], [VoteRecord("j", 2, 0, C)]], ids=["twice", "no such order"]
-)
+@pytest.mark.parametrize("votes", [[VoteRecord("j", 0, 0, C), VoteRecord("j", 0, 0, C)], [VoteRecord("j", 2, 0, C)]], ids=["twice", "no such order"])
 def test_bad_votes_are_refused(votes):
     with pytest.raises(ValueError, match="one vote per judge"):
         merge_votes(votes)
