@@ -51,7 +51,7 @@ endif
 	@touch $@
 
 demo: setup
-	$(VENV)/bin/python jobs/demo.py
+	$(VENV)/bin/python jobs/demo.py --config jobs/configs/demo.yaml
 
 check: setup
 	$(VENV)/bin/ruff format --check .

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from synpref_ray.bundled import resolve_model
-from synpref_ray.errors import ConfigError
+from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.ingest.readers import open_binary, read_pair_file
 from synpref_ray.ingest.source import SourceConfig
 from synpref_ray.pipeline.job import JobConfig
@@ -57,7 +57,7 @@ def read_training_pairs(storage: Storage, set_name: str, file: str) -> tuple[pa.
     chunks = list(read_pair_file(file, SourceConfig(name="pairs", path=file)))
     refused = sum(chunk.rejects.num_rows for chunk in chunks)
     if refused:
-        raise ConfigError(f"{file}: {refused} rows are not pairs; ingest the file first (jobs/ingest.py), which keeps them with their reasons")
+        raise InputError(f"{file}: {refused} rows are not pairs; ingest the file first (jobs/ingest.py), which keeps them with their reasons")
     table = pa.concat_tables([chunk.pairs for chunk in chunks])
     return table, content_digest(table["pair_id"].to_pylist())
 

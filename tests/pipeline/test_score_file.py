@@ -1,0 +1,91 @@
+"""Scoring a file: rows out == rows in, in input order, whatever is wrong with a row."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from synpref_ray.errors import InputError
+from synpref_ray.pipeline.evaluate import EvaluateConfig, benchmark_files, run_evaluate
+from synpref_ray.pipeline.score_file import ScoreJobConfig, run_score
+from synpref_ray.pipeline.scoring import ScoreConfig
+from synpref_ray.pipeline.train_set import read_training_pairs
+from synpref_ray.reporting.run import Run
+from synpref_ray.reward import RewardModel
+from synpref_ray.reward.scorer import ScorerConfig
+from synpref_ray.schema import pair_id
+from synpref_ray.tables.storage import Storage
+from tests.reward.conftest import save_tiny_backbone
+
+INLINE = ScoreConfig(scorer=ScorerConfig(model="", dtype="float32", max_length_tokens=200, num_threads=1), num_workers=0)
+GOOD = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return save_tiny_backbone(tmp_path / "model", head=True)
+
+
+def write_lines(file: Path, lines: list[str]) -> str:
+    file.write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
+def run_of(tmp_path: Path, config: ScoreJobConfig | EvaluateConfig) -> Run:
+    return Run(Storage(str(tmp_path / "ws")), "score", config)
+
+
+@pytest.mark.parametrize("pairs_per_shard", [1, 7])
+def test_every_row_has_an_answer_in_its_place(tmp_path: Path, model: str, pairs_per_shard: int) -> None:
+    lines = [
+        json.dumps({**GOOD, "id": "first"}),
+        "not json",
+        json.dumps({**GOOD, "chosen": " ", "pair_id": "mine"}),
+        json.dumps({**GOOD, "pair_id": "mine too", "source_id": 7}),
+        json.dumps({**GOOD, "chosen": "x" * 500}),
+        json.dumps(GOOD),
+    ]
+    pairs = write_lines(tmp_path / "pairs.jsonl", lines)
+    out = str(tmp_path / "out.parquet")
+    config = ScoreJobConfig(
+        workspace=str(tmp_path / "ws"), model=model, pairs=pairs, out=out, score=INLINE, dtype="float32", pairs_per_shard=pairs_per_shard
+    )
+    run = run_of(tmp_path, config)
+    run_score(config, run)
+    rows = pq.read_table(out).to_pylist()
+    assert [row["drop_reason"] for row in rows] == [None, "invalid_json", "empty_reply", None, "too_long", None]
+    computed = pair_id([{"role": "user", "content": GOOD["prompt"]}], GOOD["chosen"], GOOD["rejected"])
+    assert [row["pair_id"] for row in rows][:4] == [computed, None, "mine", "mine too"]
+    assert [row["source_id"] for row in rows][:4] == ["first", None, "mine", "7"]
+    expected = RewardModel.load(model, dtype="float32", num_threads=1).score([GOOD]).to_pylist()[0]
+    for index in (0, 3, 5):
+        assert rows[index]["reward_chosen"] == pytest.approx(expected["reward_chosen"], abs=1e-5)
+        assert rows[index]["p_chosen"] == pytest.approx(expected["p_chosen"], abs=1e-5)
+    assert all(rows[index][name] is None for index in (1, 2, 4) for name in ("reward_chosen", "reward_rejected", "margin", "p_chosen"))
+    assert (run.metrics["rows"], run.metrics["scored"]) == (6, 3)
+
+
+def test_an_unscorable_pair_is_wrong_and_named(tmp_path: Path, model: str) -> None:
+    flipped = {"prompt": GOOD["prompt"], "chosen": GOOD["rejected"], "rejected": GOOD["chosen"]}
+    write_lines(tmp_path / "bench.jsonl", [json.dumps(GOOD), json.dumps(flipped), json.dumps({**GOOD, "chosen": ""})])
+    config = EvaluateConfig(workspace=str(tmp_path / "ws"), model=model, benchmarks=("bench",), data=str(tmp_path), score=INLINE)
+    run = run_of(tmp_path, config)
+    run_evaluate(config, run)
+    assert (run.metrics["bench/num_pairs"], run.metrics["bench/num_correct"], run.metrics["bench/unscored"]) == (3, 1, 1)
+
+
+def test_a_benchmark_must_be_a_file_of_pairs(tmp_path: Path) -> None:
+    config = EvaluateConfig(workspace=str(tmp_path), model="m", benchmarks=("rm_bench",), data=str(tmp_path))
+    with pytest.raises(InputError, match="benchmark 'rm_bench': expected a file of pairs"):
+        benchmark_files(config)
+
+
+def test_training_takes_pairs_only(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "pairs.jsonl", [json.dumps(GOOD), json.dumps({**GOOD, "chosen": "Seven."})])
+    with pytest.raises(InputError, match="1 rows are not pairs"):
+        read_training_pairs(Storage(str(tmp_path)), "", file)
+    file = write_lines(tmp_path / "fine.jsonl", [json.dumps(GOOD)])
+    found = read_training_pairs(Storage(str(tmp_path)), "", file)
+    assert found is not None
+    assert found[0].num_rows == 1
