@@ -4,7 +4,7 @@ verdicts.
 Our choice: one model, one reply a pair, schema-guided. A reply that does not parse makes a null row with the reason, never a half row.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -14,7 +14,7 @@ from synpref_ray.errors import ReplyParseError, SchemaError
 from synpref_ray.llm.engine import Engine, Request
 from synpref_ray.llm.journal import Journal, generate_once
 from synpref_ray.llm.parsing import parse_tag
-from synpref_ray.llm.prompts import TAG_PROMPT_VERSION, TAG_REPLY_START, tag_prompt, tag_schema
+from synpref_ray.llm.prompts import TAG_INSTRUCTIONS, TAG_PROMPT_VERSION, TAG_REPLY_START, tag_prompt, tag_schema
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, DropReason, stable_hash
 
 REQUIRES = ("pair_id", "prompt", "chosen", "rejected")
@@ -24,6 +24,7 @@ ADDS = ("task_category", "objectivity", "controversiality", "desired_attributes"
 class TaggerConfig(Settings):
     """How pairs are tagged; all of it changes results."""
 
+    instructions: Literal["full", "short"] = "full"  # ours: see prompts.py; short is for very small models
     show_replies: bool = False  # ours: attributes are of the request; two replies triple the prompt on a CPU
     max_input_tokens: int = Field(default=1024, gt=0)  # ours
     max_new_tokens: int = Field(default=224, gt=0)  # ours: the five fields at full length, a token a character
@@ -56,7 +57,7 @@ def _request(pair: dict[str, Any], config: TaggerConfig) -> Request:
     # The tag must not carry the label, so which reply comes first has nothing to do with it.
     replies = sorted((pair["chosen"], pair["rejected"]), key=lambda reply: stable_hash(config.seed, reply, "tag-order"))
     return Request.of(
-        tag_prompt(pair["prompt"], replies if config.show_replies else ()),
+        tag_prompt(TAG_INSTRUCTIONS[config.instructions], pair["prompt"], replies if config.show_replies else ()),
         prompt_version=TAG_PROMPT_VERSION,
         max_new_tokens=config.max_new_tokens,
         json_schema=tag_schema(config.max_attributes_chars, config.max_guideline_chars),

@@ -39,7 +39,7 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
         yield
         return
     if given:
-        ray.init()
+        _connect()
     else:
         ray.init(
             address="local",
@@ -54,6 +54,17 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _connect() -> None:
+    address = os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(logging_level=logging.WARNING)
+    except ConnectionError as error:
+        raise InputError(
+            f"cannot reach the Ray cluster at RAY_ADDRESS={address} ({' '.join(str(error).split())}); is it up, and does it want its token "
+            "(RAY_AUTH_MODE=token)?"
+        ) from None
 
 
 def probe_workspace(storage: Storage) -> None:

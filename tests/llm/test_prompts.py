@@ -52,7 +52,7 @@ def test_no_text_changes_the_lines_of_a_judge_prompt(request: str, first: str, s
 
 @given(texts, texts)
 def test_no_text_changes_the_lines_of_a_tag_prompt(request: str, reply: str) -> None:
-    assert len(tag_prompt(user(request), [reply, reply]).splitlines()) == len(tag_prompt(user("r"), ["a", "b"]).splitlines())
+    assert len(tag_prompt("T\n", user(request), [reply, reply]).splitlines()) == len(tag_prompt("T\n", user("r"), ["a", "b"]).splitlines())
 
 
 def test_a_judge_prompt_line_by_line() -> None:
@@ -78,12 +78,12 @@ def test_a_judge_prompt_line_by_line() -> None:
 
 
 def test_prompts_share_their_start() -> None:
-    first, second = tag_prompt(user("x"), []), tag_prompt(user("y"), [])
+    first, second = tag_prompt("T\n", user("x"), []), tag_prompt("T\n", user("y"), [])
     assert first[: first.rindex('Request: "x"')] == second[: second.rindex('Request: "y"')]
 
 
 def test_the_taggers_own_examples_are_valid_tags() -> None:
-    answers = [line.removeprefix(TAG_REPLY_START) for line in tag_prompt(user("x"), []).splitlines() if line.startswith(TAG_REPLY_START)]
+    answers = [line.removeprefix(TAG_REPLY_START) for line in tag_prompt("T\n", user("x"), []).splitlines() if line.startswith(TAG_REPLY_START)]
     assert len(answers) == 4
     for answer in answers:
         parse_tag(answer)
