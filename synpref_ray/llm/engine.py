@@ -155,7 +155,7 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
     """
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if config.in_process else "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -7,6 +7,7 @@ template's own stay whole.
 
 import itertools
 import re
+import threading
 from typing import Any
 
 from synpref_ray.errors import InputError
@@ -16,10 +17,11 @@ _SLOT = "SYNPREF-USER-MESSAGE-SLOT"
 
 
 class PlainEncoder:
-    """Tokenises requests with one Hugging Face tokenizer."""
+    """Tokenises requests with one Hugging Face tokenizer, which nobody else may use; several threads may call it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # a fast tokenizer that two threads use at once raises "Already borrowed"
         # A run of white space may be an added token too (Gemma); it controls nothing, and cutting it would only change how text reads.
         control = sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1 and not token.isspace()), key=len, reverse=True)
         self._control = re.compile(f"(?=({'|'.join(map(re.escape, control))}))" if control else r"(?!)")
@@ -40,7 +42,10 @@ class PlainEncoder:
         return [*before, *self.encode_text(request.prompt + request.reply_start)]
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        if not text:
+            return []
+        with self._lock:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _chat_sides(self) -> tuple[list[int], list[int]]:
         if self._around_chat is None:

@@ -3,7 +3,8 @@
 One thread owns vLLM's `LLMEngine` and steps it; callers queue requests at any time and wait for their own replies.
 Our choice: by default the model runs in this very process. vLLM's usual child processes each import vllm again: 26 to 44 s until the engine
 is up, against 11 s, and 306 to 512 output tokens/s against 425 to 636 (SmolLM2-135M, 2-core VM, 2026-11-21); and a killed worker leaves
-nothing behind. `in_process=false` puts the engine into children (needed for tensor parallelism; lets scheduling overlap with a GPU).
+nothing behind. `in_process=false` puts the engine into children (needed for tensor parallelism; lets scheduling overlap with a GPU); they
+outlive a parent that is killed with SIGKILL, so whoever runs it that way must sweep.
 """
 
 import logging
@@ -223,6 +224,7 @@ def _set_environment(config: EngineConfig) -> None:
 
 def _start(config: EngineConfig, model_dir: str) -> tuple[Any, PlainEncoder]:
     import torch
+    from transformers import AutoTokenizer
     from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
@@ -255,7 +257,7 @@ def _start(config: EngineConfig, model_dir: str) -> tuple[Any, PlainEncoder]:
     engine = LLMEngine.from_engine_args(arguments)
     if not config.in_process:
         threading.Thread(target=_wake_on_death, args=(engine.engine_core,), name="vllm-watch", daemon=True).start()
-    return engine, PlainEncoder(engine.get_tokenizer())
+    return engine, PlainEncoder(AutoTokenizer.from_pretrained(model_dir))  # not the engine's own: it detokenises in another thread
 
 
 def _wake_on_death(core: Any) -> None:

@@ -43,7 +43,9 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     processes = []
     try:
         for command in (head, ["unshare", "-m", "sh", "-c", node]):
-            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**environment(), "RAY_AUTH_MODE": "token"}))
+            processes.append(
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**environment(), "RAY_AUTH_MODE": "token"})
+            )
             time.sleep(15)
         yield f"127.0.0.1:{port}", hidden
     finally:
