@@ -40,8 +40,10 @@ def id_of(row: Row) -> str:
 
 
 def text_of(row: Row) -> str:
-    (message,) = row["prompt"]  # type: ignore[misc]
-    return str(message["content"])
+    prompt = row["prompt"]
+    assert isinstance(prompt, list)
+    assert len(prompt) == 1
+    return str(prompt[0]["content"])
 
 
 def test_sizes_and_noise(shipped: dict[str, list[Row]], truth: dict[str, Row]) -> None:

@@ -101,7 +101,7 @@ def test_200_real_pairs_score_as_plain_transformers(smollm2_reward_model: str, s
 def test_smollm2_learns_eight_real_pairs_by_heart(shared_data: Path, tmp_path: Path) -> None:
     pairs = pq.read_table(shared_data / "hh_rlhf" / "train.parquet").slice(0, 8)
     config = TrainConfig(
-        backbone=SMOLLM2, learning_rate=1e-4, head_learning_rate_multiplier=20, num_epochs=8, global_batch_pairs=8,
+        backbone=SMOLLM2, learning_rate=1e-4, head_learning_rate_multiplier=20, num_epochs=4, global_batch_pairs=8,
         max_tokens_per_microbatch=2048, evaluations_per_epoch=1,
     )  # fmt: skip
     record = train_in_process(pairs, pairs, config, str(tmp_path / "model"))
