@@ -43,6 +43,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	$(PIP) -e .
 ifeq ($(VARIANT),cpu)
 	@echo "building DeepSpeed's communication op for CPUs"
+	@find $${TORCH_EXTENSIONS_DIR:-$$HOME/.cache/torch_extensions} -path '*deepspeed_shm_comm/lock' -mmin +10 -delete 2>/dev/null || true
 	@timeout 900 $(BUILD_OP) > $(VENV)/deepspeed-op.log 2>&1 || { tail -n 5 $(VENV)/deepspeed-op.log >&2; \
 		echo "error: DeepSpeed's op was not built; it needs g++, and waits for ever if a killed build left the file 'lock' in" \
 			"~/.cache/torch_extensions/*/deepspeed_shm_comm" >&2; exit 2; }
