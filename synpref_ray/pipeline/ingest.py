@@ -191,10 +191,6 @@ def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int
     return done
 
 
-def _read_staged(storage: Storage, paths: Sequence[str], chunk: int) -> pa.Table:
-    return storage.read_table(paths[chunk])
-
-
 def _write_pool(storage: Storage, name: str, route: Route, shards: Sequence[ShardPlan], paths: Sequence[str]) -> Pool | None:
     """Pass 3 for one pool; a pool without pairs is not made."""
     if pool_exists(storage, route.value):
@@ -210,7 +206,7 @@ def _write_shard(storage: Storage, pool: str, plan: ShardPlan, paths: dict[int, 
 
 
 def _write_duplicates(storage: Storage, name: str, number: int, part: DuplicatePart, paths: Sequence[str]) -> None:
-    rejects = duplicate_rejects(part, lambda chunk: _read_staged(storage, paths, chunk))
+    rejects = duplicate_rejects(part, lambda chunk: storage.read_table(paths[chunk]))
     storage.write_table(f"rejects/ingest/{name[:8]}/duplicates-{number:05d}.parquet", rejects)
 
 

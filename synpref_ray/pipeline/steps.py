@@ -5,7 +5,6 @@ the sidecar with its manifest last. Killing anything at any moment loses the sha
 """
 
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,8 +24,6 @@ from synpref_ray.schema import REJECT_REASONS
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, content_digest, shard_path, with_shard_number
 from synpref_ray.tables.sidecars import Sidecar, fingerprint, zip_shard
-
-logger = logging.getLogger(__name__)
 
 _TABLE = "_table"
 _SHARD = "_shard"
