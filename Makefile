@@ -17,6 +17,11 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 # DeepSpeed would compile this at the start of the first training, in every worker, and hang after a kill at that moment; so once, here.
 BUILD_OP := $(VENV)/bin/python -c \
 	'from deepspeed.accelerator import get_accelerator; get_accelerator().create_op_builder("ShareMemCommBuilder").load()'
+# A killed build leaves its `lock`, and every later one waits for it. A living build has the file open; /proc shows open files by their real path.
+DROP_STALE_LOCKS := find "$${TORCH_EXTENSIONS_DIR:-$$HOME/.cache/torch_extensions}" -path '*deepspeed_shm_comm/lock' 2>/dev/null | \
+	while IFS= read -r lock; do \
+		ls -l /proc/[0-9]*/fd 2>/dev/null | grep -qF -e "-> $$(readlink -f "$$lock")" || rm -f "$$lock"; \
+	done
 PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 REAL := (ray or engine) and not slow and not gpu and not cluster
 
@@ -32,7 +37,7 @@ setup: $(STAMP)
 # A run that was cut off goes on where it stopped.
 $(STAMP): $(LOCK) pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one, or name it: make setup PYTHON=..." >&2; exit 2; }
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing $(LOCK); this takes a few minutes"
 	$(PIP) $$(grep -E '^setuptools==' $(LOCK))
 	@grep -vE '^deepspeed==' $(LOCK) > $(VENV)/wheels.txt
@@ -43,9 +48,9 @@ $(STAMP): $(LOCK) pyproject.toml
 	$(PIP) -e .
 ifeq ($(VARIANT),cpu)
 	@echo "building DeepSpeed's communication op for CPUs"
-	@find $${TORCH_EXTENSIONS_DIR:-$$HOME/.cache/torch_extensions} -path '*deepspeed_shm_comm/lock' -mmin +10 -delete 2>/dev/null || true
+	@$(DROP_STALE_LOCKS)
 	@timeout 900 $(BUILD_OP) > $(VENV)/deepspeed-op.log 2>&1 || { tail -n 5 $(VENV)/deepspeed-op.log >&2; \
-		echo "error: DeepSpeed's op was not built; it needs g++, and waits for ever if a killed build left the file 'lock' in" \
+		echo "error: DeepSpeed's op was not built; it needs g++, and waits while another build holds the file 'lock' in" \
 			"~/.cache/torch_extensions/*/deepspeed_shm_comm" >&2; exit 2; }
 endif
 	@rm -f $(VENV)/.installed-*

@@ -44,7 +44,7 @@ def _read_yaml(file: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {file}: {error}") from None
     try:
-        values = yaml.safe_load(text)
+        values = _load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -54,12 +54,28 @@ def _read_yaml(file: str) -> dict[str, Any]:
     return values
 
 
+def _load_yaml(text: str) -> Any:
+    """Return the value of a YAML text, every alias a copy of its own, so that an override of one section changes no other."""
+    try:
+        return _without_sharing(yaml.safe_load(text))
+    except RecursionError:
+        raise ConfigError("the settings are nested too deeply, or a YAML alias refers to itself") from None
+
+
+def _without_sharing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_sharing(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_sharing(inner) for inner in value]
+    return value
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"expected key=value or section.key=value, found {override!r}")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = _load_yaml(text) if text else ""
     except yaml.YAMLError:
         value = text
     *sections, key = path.split(".")

@@ -79,3 +79,34 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
 def test_more_than_three_problems_are_counted() -> None:
     with pytest.raises(ConfigError, match="and 2 more"):
         load_config(Outer, None, ["a=1", "b=1", "c=1", "d=1", "e=1"])
+
+
+class Twins(Settings):
+    one: Outer = Outer()
+    other: Outer = Outer()
+
+
+class Pair(Settings):
+    twins: Twins = Twins()
+
+
+@pytest.mark.parametrize("section", ["one", "other"])
+def test_an_override_of_an_aliased_section_leaves_the_other_alone(tmp_path: Path, section: str) -> None:
+    file = write(tmp_path, "one: &both\n  inner: &inner {rate: 0.25, names: [a]}\nother: *both\n")
+    config = load_config(Twins, file, [f"{section}.inner.rate=0.75", f"{section}.size=2"])
+    changed, kept = (config.one, config.other) if section == "one" else (config.other, config.one)
+    assert changed == Outer(size=2, inner=Inner(rate=0.75, names=("a",)))
+    assert kept == Outer(inner=Inner(rate=0.25, names=("a",)))
+
+
+def test_aliases_of_merged_sections_and_of_overrides_are_copies_too(tmp_path: Path) -> None:
+    file = write(tmp_path, "one: &both\n  inner: {rate: 0.25}\nother:\n  <<: *both\n  size: 3\n")
+    config = load_config(Twins, file, ["other.inner.rate=0.75"])
+    assert (config.one.inner.rate, config.other.inner.rate, config.other.size) == (0.25, 0.75, 3)
+    pair = load_config(Pair, None, ["twins={one: &both {inner: {rate: 0.25}}, other: *both}", "twins.one.inner.rate=0.5"]).twins
+    assert (pair.one.inner.rate, pair.other.inner.rate) == (0.5, 0.25)
+
+
+def test_an_alias_of_itself_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="refers to itself"):
+        load_config(Twins, write(tmp_path, "one: &one\n  inner: *one\n"), [])

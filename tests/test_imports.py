@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "synpref_ray"
 
-BASE = {"schema", "errors", "config", "bundled"}
+BASE = {"schema", "errors", "config", "bundled", "versions"}
 FOUNDATION = {"tables", "rules"}
 MIDDLE = {"ingest", "llm", "reward", "retrieval", "human", "evaluation", "reporting", "planning"}
 MAY_IMPORT = {
@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "bundled": {"errors"},
+    "versions": set(),
     "rules": BASE - {"bundled"},
-    "tables": BASE,
+    "tables": BASE | {"rules"},
     **{room: BASE | FOUNDATION for room in MIDDLE},
     "pipeline": BASE | FOUNDATION | MIDDLE,
     "jobs": BASE | FOUNDATION | MIDDLE | {"pipeline"},

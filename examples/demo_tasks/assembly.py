@@ -26,9 +26,9 @@ class AssemblyConfig(Settings):
 
     num_seed: int = Field(default=150, ge=1)
     num_unverified: int = Field(default=300, ge=1)
-    num_wild: int = Field(default=620, ge=1)
+    num_wild: int = Field(default=500, ge=1)
     num_held_out: int = Field(default=400, ge=1)
-    seed_noise: float = Field(default=0.0, ge=0, le=1)  # a person verifies every seed pair anyway
+    seed_noise: float = Field(default=0.1, ge=0, le=1)  # people verify only a part of it, and a rest without noise would be gold for free
     unverified_noise: float = Field(default=0.1, ge=0, le=1)  # labels of paid annotators are not all right either
     wild_noise: float = Field(default=0.3, ge=0, le=1)
     max_pairs_per_prompt: int = Field(default=3, ge=1)
@@ -154,5 +154,6 @@ def _flip_exactly(pairs: Sequence[DemoPair], share: float, seed: int) -> list[De
 
 
 def _in_neutral_order(pairs: Sequence[DemoPair], seed: int) -> list[DemoPair]:
-    """Order rows by a hash of the comparison, which does not know the label."""
-    return sorted(pairs, key=lambda pair: stable_hash(seed, pair.comparison_id, "row-order"))
+    """Order rows by hashes of the prompt and the comparison, which do not know the label; pairs of one prompt are neighbours, as in public data."""
+    by_prompt = {pair.prompt: stable_hash(seed, pair.prompt, "prompt-order") for pair in pairs}
+    return sorted(pairs, key=lambda pair: (by_prompt[pair.prompt], stable_hash(seed, pair.comparison_id, "row-order")))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from synpref_ray.evaluation.accuracy import Accuracy, pair_accuracy
+from synpref_ray.evaluation.accuracy import Accuracy, bootstrap_accuracy, pair_accuracy
 from synpref_ray.schema import Decision, Verdict
 
 
@@ -31,12 +31,15 @@ class LabelQuality:
     confusion: Mapping[str, Mapping[str, int]]
 
 
-def label_quality(decisions: Sequence[str], truth: Sequence[str | None], *, confidence: float = 0.95) -> LabelQuality:
+def label_quality(
+    decisions: Sequence[str], truth: Sequence[str | None], *, groups: Sequence[str] | None = None, confidence: float = 0.95
+) -> LabelQuality:
     """Compare decisions with the truth.
 
     Args:
         decisions: keep, flip or drop, one per pair.
         truth: which reply of the pair as ingested is really better; None or abstain is not known, and such a pair is only counted.
+        groups: pairs of one group (a prompt) are drawn together in the intervals, which are bootstrapped then; without, Wilson's.
 
     Raises:
         ValueError: the lengths differ, or a value is neither of these.
@@ -45,14 +48,21 @@ def label_quality(decisions: Sequence[str], truth: Sequence[str | None], *, conf
     better = np.array([Verdict(value).value if value is not None else Verdict.ABSTAIN.value for value in truth], dtype=object)
     if decided.shape != better.shape:
         raise ValueError(f"expected a truth for each of {len(decided)} decisions, found {len(better)}")
+    names = None if groups is None else np.array(list(groups), dtype=object)
+    if names is not None and names.shape != decided.shape:
+        raise ValueError(f"expected a group for each of {len(decided)} decisions, found {len(names)}")
     known = better != Verdict.ABSTAIN.value
+    names = None if names is None else names[known]
     decided, better = decided[known], better[known]
     label_right = better == Verdict.CHOSEN.value
     kept, flipped, dropped = (decided == decision.value for decision in (Decision.KEEP, Decision.FLIP, Decision.DROP))
     curated_right = np.where(flipped, ~label_right, label_right).astype(bool)
 
     def accuracy(rows: np.ndarray, right: np.ndarray) -> Accuracy:
-        return pair_accuracy(right[rows].astype(bool), confidence=confidence)
+        flags = right[rows].astype(bool)
+        if names is None or not flags.size:
+            return pair_accuracy(flags, confidence=confidence)
+        return bootstrap_accuracy(flags, groups=names[rows].tolist(), confidence=confidence)
 
     return LabelQuality(
         raw=accuracy(np.ones(len(decided), dtype=bool), label_right),

@@ -7,6 +7,7 @@ lost in between.
 import codecs
 import contextlib
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,15 @@ def open_binary(file: str) -> Iterator[IO[bytes]]:
         raise InputError(f"cannot open {file}: {' '.join(str(error).split())}") from None
     with stream:
         yield cast(IO[bytes], stream)
+
+
+def digest_file(file: str) -> str:
+    """Return 32 hex digits of a file's bytes, read in pieces."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open_binary(file) as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read_jsonl_chunks(stream: IO[bytes], file: str, source: SourceConfig, *, max_rows: int, max_bytes: int) -> Iterator[Chunk]:

@@ -37,6 +37,7 @@ class JournalStorage(Protocol):
 class Journal:
     """The journal of one shard. `find` answers from earlier runs and this one; `append` adds; `flush` writes what is buffered.
 
+    `num_replies_found` and `num_requests_sent` are of this shard alone, where the engine's own counts are of all shards in flight.
     Our choice: an object every `flush_replies` replies or `flush_seconds` seconds, whichever comes first, seen when a reply arrives.
     """
 
@@ -57,6 +58,7 @@ class Journal:
         self._buffer: list[Reply] = []
         self.num_damaged_objects = 0
         self.num_replies_found = 0
+        self.num_requests_sent = 0
         self._replies, self._num_objects = self._load()
         self._flushed_at = clock()
 
@@ -114,6 +116,8 @@ def generate_once(requests: Sequence[Request], engine: Engine, journal: Journal 
     if journal is not None:
         found = {key: reply for key in unique if (reply := journal.find(key)) is not None}
     pending = [request for key, request in unique.items() if key not in found]
+    if journal is not None:
+        journal.num_requests_sent += len(pending)
     try:
         fresh = engine.generate(pending, journal.append if journal is not None else None) if pending else []
     finally:

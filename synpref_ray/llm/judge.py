@@ -176,7 +176,8 @@ def _row(pair_id: str, plan: _Plan, replies: Mapping[str, Reply], config: JudgeC
         return {"pair_id": pair_id, "drop_reason": plan.drop_reason.value}
     votes = [_vote(order, sample, replies[request.key], config.judge) for (order, sample), request in plan.requests.items()]
     if all(vote["verdict"] == Verdict.ABSTAIN for vote in votes):
-        return {"pair_id": pair_id, "drop_reason": DropReason.UNPARSABLE_REPLY.value}
+        unreadable = DropReason.UNPARSABLE_REPLY.value  # counted as a failure; the votes stay, because an unreadable answer is an abstention
+        return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars, "drop_reason": unreadable}
     return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars}
 
 

@@ -15,12 +15,15 @@ from synpref_ray.errors import InputError
 from synpref_ray.tables.pools import MAX_BYTES_PER_SHARD
 from synpref_ray.tables.storage import Storage
 
+logger = logging.getLogger(__name__)
+
 
 class RayConfig(Settings):
     """How a job reaches Ray. Inside `ray job submit`, or with RAY_ADDRESS set, the given cluster is used and `num_cpus` ignored."""
 
     num_cpus: int = 8  # ours: logical, so that actors that wait on each other never starve on a 2-core laptop
     object_store_memory_bytes: int = 1 * 2**30  # ours: shards of 64 MiB stream; a local run needs no more
+    dashboard: bool = True
 
 
 def configure_ray_data() -> None:
@@ -41,13 +44,15 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
     if given:
         _connect()
     else:
-        ray.init(
+        context = ray.init(
             address="local",
             num_cpus=max(config.num_cpus, os.cpu_count() or 1),
             object_store_memory=config.object_store_memory_bytes,
-            include_dashboard=False,
+            include_dashboard=config.dashboard,
             logging_level=logging.WARNING,
         )
+        if config.dashboard:
+            logger.info("Ray dashboard: http://%s (if it asks for a token: ray get-auth-token)", context.dashboard_url)
     configure_ray_data()
     try:
         probe_workspace(storage)

@@ -4,26 +4,26 @@ Truth is read in two places only: by the simulated annotator, for the budgeted p
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from synpref_ray.config import load_config
 from synpref_ray.errors import InputError
-from synpref_ray.evaluation.accuracy import Accuracy, Difference, pair_accuracy, paired_bootstrap
+from synpref_ray.evaluation.accuracy import Accuracy, Difference, bootstrap_accuracy, paired_bootstrap
 from synpref_ray.evaluation.label_quality import LabelQuality, label_quality
 from synpref_ray.human.simulated import read_truth
 from synpref_ray.ingest.source import Route, SourceConfig
 from synpref_ray.pipeline.evaluate import correct_flags
 from synpref_ray.pipeline.ingest import IngestConfig, check_ingest, run_ingest
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.score_file import FileScoring
-from synpref_ray.pipeline.scoring import ScoreConfig
+from synpref_ray.pipeline.score_file import FileScoring, score_file
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD, Stage1Config, run_stage1
 from synpref_ray.pipeline.stage2 import STAGE2_RECORD, Stage2Config, load_stage1, run_stage2
 from synpref_ray.pipeline.train_set import TrainJobConfig
@@ -35,7 +35,7 @@ from synpref_ray.schema import stable_hash
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool, content_digest, open_pool
 from synpref_ray.tables.sets import load_set
-from synpref_ray.tables.sidecars import open_sidecar
+from synpref_ray.tables.sidecars import open_sidecar, zip_shard
 
 SHARD_PAIRS = 64  # ours: the demo's pools are hundreds of pairs, and a kill should lose little of them
 
@@ -58,7 +58,7 @@ class DemoConfig(JobConfig):
 
     @property
     def held_out(self) -> str:
-        """Pairs whose prompts share nothing with the pools'."""
+        """Pairs whose prompts are of the pools' kinds and share no topic, word, category or number with theirs."""
         return f"{self.data}/held_out.parquet"
 
     def ingest(self) -> IngestConfig:
@@ -137,35 +137,34 @@ def _final_report(config: DemoConfig, run: Run, models: Mapping[str, list[Stored
     storage = config.storage
     record, before = storage.read_json(STAGE2_RECORD), load_stage1(config)
     pool = open_pool(storage, record["pool"])
-    decisions = open_sidecar(pool, "decision", record["decision"]).read_all(["pair_id", "decision"])
-    truth = read_truth(config.truth, decisions["pair_id"].to_pylist())
-    quality = label_quality(decisions["decision"].to_pylist(), [truth.get(pair_id) for pair_id in decisions["pair_id"].to_pylist()])
-    flags = {
-        name: np.array([_held_out_flags(config, run, model) for model in found])
-        for name, found in {**models, "best": [before.best], "gold": [before.gold_rm]}.items()
-    }
-    difference = paired_bootstrap(flags["curated"], flags["raw"])
-    accuracies = {name: pair_accuracy(values[0]) for name, values in flags.items()}
-    num_gold = sum(load_set(storage, name).read().num_rows for name in _gold_sets(config))
+    columns = {"decision": "decision"}
+    decision = open_sidecar(pool, "decision", record["decision"])
+    table = pa.concat_tables([zip_shard(pool, shard.number, ["prompt_group"], [(decision, columns)]) for shard in pool.shards])
+    truth = read_truth(config.truth, table["pair_id"].to_pylist())
+    known = [truth.get(pair_id) for pair_id in table["pair_id"].to_pylist()]
+    quality = label_quality(table["decision"].to_pylist(), known, groups=table["prompt_group"].to_pylist())
+    flags = _held_out_flags(config, run, {**models, "best": [before.best], "gold": [before.gold_rm]})
+    prompts = [json.dumps(prompt) for prompt in pq.read_table(config.held_out, columns=["prompt"])["prompt"].to_pylist()]
+    difference = paired_bootstrap(flags["curated"], flags["raw"], groups=prompts)
+    accuracies = {name: [bootstrap_accuracy(of_seed, groups=prompts) for of_seed in values] for name, values in flags.items()}
+    sets = storage.read_json(STAGE1_RECORD)["sets"]
+    num_gold = sum(load_set(storage, **sets[name]).read().num_rows for name in ("gold-working", "gold-audit"))
     num_pairs = sum(open_pool(storage, route.value).num_rows for route in Route)
     run.metrics["demo"] = {
         "labels": asdict(quality),
-        "held_out": {name: asdict(value) for name, value in accuracies.items()},
+        "held_out": {name: [asdict(value) for value in values] for name, values in accuracies.items()},
         "curated_minus_raw": asdict(difference),
         "gold_share": num_gold / num_pairs,
     }
     header = f"Final report (the truth is known here; gold is SIMULATED: {num_gold} of {num_pairs} pairs, {format_share(num_gold, num_pairs)})"
-    return "\n\n".join([header, _label_table(quality), _model_table(accuracies, difference)])
+    return "\n\n".join([header, _label_table(quality), _model_table(accuracies, difference, config.comparison_seeds)])
 
 
-def _gold_sets(config: DemoConfig) -> list[str]:
-    sets = config.storage.read_json(STAGE1_RECORD)["sets"]
-    return [sets["gold-working"], sets["gold-audit"]]
-
-
-def _held_out_flags(config: DemoConfig, run: Run, model: StoredModel) -> Any:
-    score: ScoreConfig = config.stage2().score
-    return correct_flags(run, config.storage, config.held_out, model.local_folder(), score, FileScoring())
+def _held_out_flags(config: DemoConfig, run: Run, models: Mapping[str, list[StoredModel]]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return by name, shape (seeds, pairs), whether each model is right about each held-out pair."""
+    folders = [model.local_folder() for found in models.values() for model in found]
+    scored = iter(score_file(run, config.storage, config.held_out, folders, FileScoring(), config.stage2().score))
+    return {name: np.array([correct_flags(next(scored)) for _ in found]) for name, found in models.items()}
 
 
 def _label_table(quality: LabelQuality) -> str:
@@ -181,16 +180,20 @@ def _label_table(quality: LabelQuality) -> str:
     return format_table(("wild pairs, gold excluded", "pairs", "share", "labels right", "95 % interval"), rows)
 
 
-def _model_table(accuracies: Mapping[str, Accuracy], difference: Difference) -> str:
+def _model_table(accuracies: Mapping[str, Sequence[Accuracy]], difference: Difference, seeds: Sequence[int]) -> str:
     names = {
         "curated": "trained on curated pairs",
         "raw": "trained on as many raw pairs",
         "best": "best RM of Stage 1",
         "gold": "gold RM of Stage 1",
     }
-    rows = [(names[name], str(a.num_pairs), *_cells(a)) for name, a in accuracies.items()]
+    rows = []
+    for name, values in accuracies.items():
+        for seed, accuracy in zip(seeds, values, strict=False):
+            rows.append((names[name] + (f", seed {seed}" if len(values) > 1 else ""), str(accuracy.num_pairs), *_cells(accuracy)))
     interval = f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-    rows.append(("curated minus raw", str(difference.num_pairs), f"{100 * difference.difference:+.1f} points", interval))
+    over = f", mean of {difference.num_seeds} seeds" if difference.num_seeds > 1 else ""
+    rows.append((f"curated minus raw{over}", str(difference.num_pairs), f"{100 * difference.difference:+.1f} points", interval))
     return format_table(("reward models on held-out prompts", "pairs", "accuracy", "95 % interval"), rows)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from pydantic import Field
 
 from synpref_ray.bundled import resolve_model
@@ -21,7 +22,6 @@ from synpref_ray.pipeline.score_file import FileScoring, score_file
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
-from synpref_ray.tables.storage import Storage
 
 PAIR_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
@@ -63,9 +63,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
             pass
 
 
-def correct_flags(run: Run, storage: Storage, file: str, model: str, config: ScoreConfig, reading: FileScoring) -> npt.NDArray[np.bool_]:
-    """Return, for every row of a pair file, whether the model ranks chosen strictly above rejected; unscored rows are wrong."""
-    scored = score_file(run, storage, file, model, reading, config)
+def correct_flags(scored: pa.Table) -> npt.NDArray[np.bool_]:
+    """Return, for every row of a scored file, whether chosen ranks strictly above rejected; unscored rows are wrong."""
     return np.array([margin is not None and margin > 0 for margin in scored["margin"].to_pylist()], dtype=bool)
 
 
@@ -74,10 +73,9 @@ def run_evaluate(config: EvaluateConfig, run: Run) -> str:
     rows: list[tuple[str, ...]] = []
     metrics: dict[str, Any] = {}
     for name, file in benchmark_files(config).items():
-        scored = score_file(run, config.storage, file, resolve_model(config.model), config.reading, config.score)
-        margins: list[Any] = scored["margin"].to_pylist()
-        result = pair_accuracy(np.array([margin is not None and margin > 0 for margin in margins], dtype=bool))
-        unscored = margins.count(None)
+        scored = score_file(run, config.storage, file, [resolve_model(config.model)], config.reading, config.score)[0]
+        result = pair_accuracy(correct_flags(scored))
+        unscored = scored["margin"].null_count
         metrics |= dict(as_metrics(name, result)) | {f"{name}/unscored": unscored}
         interval = f"{100 * result.low:.1f} to {100 * result.high:.1f}"
         rows.append((name, str(result.num_pairs), str(unscored), format_share(result.accuracy, 1), interval))

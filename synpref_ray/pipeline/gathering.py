@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from synpref_ray.pipeline.steps import INLINE_SHARDS, Output, ShardKey, Step, StepInput, run_step, unwrap
+from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, run_step, unwrap
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, Shard, commit_pool, open_pool, pool_exists, write_pool_shard
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece, gather_pairs, gather_sidecar, plan_gather, scatter_shard
@@ -32,13 +32,16 @@ def gather_pool(storage: Storage, name: str, selected: Sequence[Piece], *, input
     if pool_exists(storage, name):
         return open_pool(storage, name)
     plan = plan_gather(selected, max_pairs)
-    with Lease(storage, f"pools/{name}/lease.json"):
+    with Lease(storage, f"pools/{name}/lease.json") as lease:
+        if pool_exists(storage, name):  # made by another driver meanwhile
+            return open_pool(storage, name)
         shards = _write_shards(storage, name, plan)
+        lease.check()
         return commit_pool(storage, name, name_of_content, shards, {"step": "gather", "inputs": dict(inputs)})
 
 
 def _write_shards(storage: Storage, name: str, plan: Sequence[Sequence[Piece]]) -> list[Shard]:
-    if len(plan) <= INLINE_SHARDS:
+    if sum(len(piece.rows) for pieces in plan for piece in pieces) <= INLINE_ROWS:
         return [write_pool_shard(storage, name, number, gather_pairs(pieces)) for number, pieces in enumerate(plan)]
     try:
         shards: list[Shard] = ray.get([_write_gathered.remote(storage, name, number, pieces) for number, pieces in enumerate(plan)])

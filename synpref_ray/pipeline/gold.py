@@ -89,7 +89,7 @@ def _gold_votes(gold: GoldTables, votes: Sidecar) -> pa.Table:
         (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
         (votes, {"votes": VOTE_COLUMN}),
     ]
-    return pa.concat_tables([zip_shard(gold.pool, shard.number, [], beside) for shard in gold.pool.shards])
+    return pa.concat_tables([zip_shard(gold.pool, shard.number, ["prompt_group"], beside) for shard in gold.pool.shards])
 
 
 class MergeWorker:
@@ -136,7 +136,7 @@ class LabelWorker:
 
 def label_pool(labelled: LabelledPool, verdict: Sidecar, gold: GoldTables) -> Sidecar:
     """Make the sidecar `label` of a pool, given all gold so far."""
-    groups = frozenset(gold.pool.read_all(["prompt_group"])["prompt_group"].to_pylist())
+    groups = gold.prompt_groups()
     step = Step(
         name="label",
         version=RULES_VERSION,

@@ -4,13 +4,15 @@ Paper: Sec. 3.1 and App. C (structural filter, global exact dedup on conversatio
 which only the plan runs on the driver, over 128-bit ids and sizes (32 bytes a pair).
 """
 
-import hashlib
+import glob
+import posixpath
 import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import ray
+from fsspec.core import url_to_fs
 from pydantic import Field
 
 from synpref_ray.config import Settings
@@ -26,10 +28,10 @@ from synpref_ray.ingest.plan import (
     index_chunk,
     ingest_plan,
 )
-from synpref_ray.ingest.readers import open_binary, read_pair_file
+from synpref_ray.ingest.readers import digest_file, read_pair_file
 from synpref_ray.ingest.source import Route, SourceConfig, check_source_names, list_source_files
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.steps import INLINE_SHARDS, unwrap
+from synpref_ray.pipeline.steps import unwrap
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
 from synpref_ray.tables.leases import Lease
@@ -38,6 +40,7 @@ from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 
 INGEST_VERSION = 1
+INLINE_TASKS = 4  # ours: so few files or shards are done before Ray has started its workers
 
 
 class IngestConfig(JobConfig):
@@ -64,6 +67,7 @@ def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:
     """Return the sources of a config, those under `data` found by name.
 
     Our choice: a file (or the first folder under `data`) whose name begins with seed, unverified or wild feeds that pool; any other feeds wild.
+    A source is named by its file's path under `data` (under the last folder before the first wildcard of a pattern), never by where `data` lies.
 
     Raises:
         ConfigError: neither or both of `data` and `sources` are given.
@@ -75,14 +79,24 @@ def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:
         check_source_names(config.sources)
         return config.sources
     found = list_source_files(SourceConfig(name="data", path=config.data))
-    root = config.data.rstrip("/")
+    folder = _data_folder(config.data)
     sources = []
     for file in found:
-        name = file[file.find(root) + len(root) :].strip("/") if root in file else file
-        name = name or file.rsplit("/", 1)[-1]
+        name = posixpath.relpath(url_to_fs(file)[1], folder)
         route = next((route for route in Route if name.startswith(route.value)), Route.WILD)
         sources.append(SourceConfig(name=name, path=file, route=route))
     return tuple(sources)
+
+
+def _data_folder(data: str) -> str:
+    """Return the folder that source names are relative to, as the file system itself writes it (absolute, `~` resolved)."""
+    filesystem, root = url_to_fs(data)
+    if not filesystem.isfile(root):
+        if filesystem.isdir(root):
+            return str(root)
+        while glob.has_magic(posixpath.dirname(root)):
+            root = posixpath.dirname(root)
+    return str(posixpath.dirname(root))
 
 
 def check_ingest(config: IngestConfig) -> None:
@@ -96,7 +110,7 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
     storage = config.storage
     sources = resolve_sources(config)
     files = [(number, file) for number, source in enumerate(sources) for file in list_source_files(source)]
-    digests = _map(_digest_file, [(file,) for _, file in files])
+    digests = _map(digest_file, [(file,) for _, file in files])
     settings = config.model_dump(mode="json", include={"max_pairs_per_shard", "max_bytes_per_shard"})
     settings["sources"] = [source.model_dump(mode="json", exclude={"path", "label_kind"}) for source in sources]
     name = fingerprint(
@@ -104,10 +118,12 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
     )
     record = f"pools/ingest-{name[:8]}.json"
     if not storage.exists(record):
-        _refuse_other_pools(storage, name)
-        with Lease(storage, "pools/ingest.lease.json"):
-            summary = _ingest(storage, name, sources, files, config, run)
-            storage.write_json(record, summary)
+        with Lease(storage, "pools/ingest.lease.json") as lease:
+            if not storage.exists(record):  # or another driver made the pools before the lease was ours
+                _refuse_other_pools(storage, name)
+                summary = _ingest(storage, name, sources, files, config, run)
+                lease.check()
+                storage.write_json(record, summary)
     summary = storage.read_json(record)
     run.metrics.update(summary)
     return _closing_table(summary)
@@ -148,7 +164,7 @@ def _ingest(
 
 
 def _map(function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    if len(arguments) <= INLINE_SHARDS:
+    if len(arguments) <= INLINE_TASKS:
         return [function(*values) for values in arguments]
     remote = ray.remote(function)
     try:
@@ -156,14 +172,6 @@ def _map(function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     except ray.exceptions.RayError as error:
         raise unwrap(error) from error
     return results
-
-
-def _digest_file(file: str) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open_binary(file) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int, file: str, max_rejected_fraction: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from synpref_ray.config import Settings, load_config
-from synpref_ray.errors import ConfigError, SynprefError
+from synpref_ray.errors import ConfigError, InputError, SynprefError
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.storage import Storage
@@ -73,6 +73,14 @@ def parse_arguments(argv: Sequence[str], verbs: Sequence[str] = ()) -> Arguments
     return Arguments(verb, config, tuple(overrides), dry_run)
 
 
+def _start_run(storage: Storage, name: str, config: JobConfig) -> Run:
+    """Make the run folder, a job's first write: whether the workspace can be written shows here."""
+    try:
+        return Run(storage, name, config)
+    except OSError as error:
+        raise InputError(f"cannot write to the workspace {storage.url}: {error}") from None
+
+
 def run_job(
     name: str,
     argv: Sequence[str],
@@ -104,7 +112,7 @@ def run_job(
             print(f"{name}: config and inputs are valid")  # noqa: T201  # the job's summary
             return EXIT_DONE
         storage = config.storage
-        run = Run(storage, name, config)
+        run = _start_run(storage, name, config)
         with ray_session(config.ray, storage):
             summary = body(config, run)
         run.finish()

@@ -23,6 +23,7 @@ from synpref_ray.rules.gold import check_exemplars
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, DropReason
 from synpref_ray.tables.pools import Pool, content_digest
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
+from synpref_ray.versions import engine_version
 
 TAG_VERSION = 1
 JUDGE_VERSION = 1
@@ -49,7 +50,7 @@ class LLMStepConfig(Settings):
     @property
     def settings(self) -> dict[str, object]:
         """What changes replies."""
-        return self.engine.model_dump(mode="json", include=ENGINE_SETTINGS)
+        return {**self.engine.model_dump(mode="json", include=ENGINE_SETTINGS), "engine": engine_version()}
 
     @property
     def model_digest(self) -> str:
@@ -88,6 +89,10 @@ class GoldTables:
     embeddings: Sidecar
     human: Sidecar
 
+    def prompt_groups(self) -> frozenset[str]:
+        """Return the prompt groups of all gold: no pair of theirs may train anything that gold checks."""
+        return frozenset(self.pool.read_all(["prompt_group"])["prompt_group"].to_pylist())
+
     def read(self) -> pa.Table:
         """Return gold with its attributes and verdicts: pool columns, ATTRIBUTE_COLUMNS, human_verdict, gold_split."""
         columns = [name for name in self.pool.read(0).column_names if name != "pair_id"]
@@ -106,7 +111,7 @@ class TagWorker:
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         journal = open_journal(self._tables, key)
         table = tag_pairs(shard, self._engine, self._config.tagger, journal)
-        return table, {"requests": float(shard.num_rows), "from_journal": float(journal.num_replies_found)}
+        return table, _counters(journal)
 
 
 class JudgeWorker:
@@ -127,7 +132,12 @@ class JudgeWorker:
             free = pc.fill_null(pc.equal(shard["human_drop_reason"], DropReason.NOT_SELECTED.value), False)
             asked = pc.and_(free, pc.invert(pc.is_in(shard["prompt_group"], value_set=pa.array(sorted(self._groups), pa.string()))))
         votes = judge_pairs(shard.filter(asked), self._gold, self._engine, self._config.judge, journal)
-        return spread_rows(shard["pair_id"], asked, votes), {"judged": float(votes.num_rows), "from_journal": float(journal.num_replies_found)}
+        return spread_rows(shard["pair_id"], asked, votes), {"judged": float(votes.num_rows), **_counters(journal)}
+
+
+def _counters(journal: Journal) -> dict[str, float]:
+    """Return what a shard asked of the engine in this run, and what an earlier run had paid for; equal requests count once."""
+    return {"requests_sent": float(journal.num_requests_sent), "from_journal": float(journal.num_replies_found)}
 
 
 def open_journal(tables: list[Sidecar], key: ShardKey) -> Journal:

@@ -23,6 +23,7 @@ from synpref_ray.rules.gold import GoldSplit
 from synpref_ray.tables.pools import Pool
 from synpref_ray.tables.selection import Piece
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
+from synpref_ray.versions import versions_of
 
 EMBED_VERSION = 1
 EXEMPLARS_VERSION = 1
@@ -60,7 +61,7 @@ def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], conf
         version=EMBED_VERSION,
         worker=EmbedWorker,
         outputs=(Output("embeddings", config.schema),),
-        settings=config.embedder.model_dump(mode="json", include={"max_window_tokens"}),
+        settings={**config.embedder.model_dump(mode="json", include={"max_window_tokens"}), "versions": versions_of("torch", "transformers")},
         digests={"model": digest_folder(resolve_model(config.embedder.model))},
         worker_arguments=lambda _: {"config": config.embedder},
         resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),

@@ -3,22 +3,23 @@
 The file becomes a scratch pool in the workspace, so that scoring runs on the same workers, resumes after a kill and never scores a file twice.
 """
 
-import hashlib
 import io
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import Field
 
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, InputError
-from synpref_ray.ingest.readers import open_binary, read_pair_file
+from synpref_ray.ingest.readers import digest_file, open_binary, read_pair_file
 from synpref_ray.ingest.source import PairColumns, SourceConfig
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
@@ -68,8 +69,8 @@ def check_score(config: ScoreJobConfig) -> None:
 def run_score(config: ScoreJobConfig, run: Run) -> str:
     """Score a file and write the rewards beside their rows; return the closing table."""
     reading = FileScoring(columns=config.columns, pairs_per_shard=config.pairs_per_shard)
-    score = config.score.model_copy(update={"scorer": config.score.scorer.model_copy(update={"dtype": config.dtype})})
-    scored = score_file(run, config.storage, config.pairs, resolve_model(config.model), reading, score)
+    score = config.score.model_copy(update={"dtype": config.dtype})
+    scored = score_file(run, config.storage, config.pairs, [resolve_model(config.model)], reading, score)[0]
     _write(scored, config.out)
     reasons = Counter(reason for reason in scored["drop_reason"].to_pylist() if reason is not None)
     run.metrics.update({"rows": scored.num_rows, "scored": scored.num_rows - reasons.total(), "rejected": dict(sorted(reasons.items()))})
@@ -78,20 +79,20 @@ def run_score(config: ScoreJobConfig, run: Run) -> str:
     return format_table(("pairs", "count"), rows)
 
 
-def score_file(run: Run, storage: Storage, file: str, model: str, reading: FileScoring, config: ScoreConfig) -> pa.Table:
-    """Return SCORED_SCHEMA for every row of a pair file, in input order."""
+def score_file(run: Run, storage: Storage, file: str, models: Sequence[str], reading: FileScoring, config: ScoreConfig) -> list[pa.Table]:
+    """Return for every model folder a table SCORED_SCHEMA with every row of a pair file, in input order; the file is read once."""
     pool = _file_pool(storage, file, reading)
-    short = digest_folder(model)[:8]
-    rewards = score_pools(run, f"score {file.rsplit('/', 1)[-1]}", [pool], {short: model}, config).sidecars[0][0]
-    tables = [_in_input_order(storage, pool, shard.number, rewards) for shard in pool.shards]
-    return pa.concat_tables(tables) if tables else SCORED_SCHEMA.empty_table()
+    names = [digest_folder(model)[:8] for model in models]
+    every_row = config.model_copy(update={"max_failed_fraction": 1.0})  # a pair without a reward is an answer here, however many there are
+    rewards = score_pools(run, f"score {file.rsplit('/', 1)[-1]}", [pool], dict(zip(names, models, strict=True)), every_row).sidecars[0]
+    sidecar_of = dict(zip(dict.fromkeys(names), rewards, strict=True))
+    tables = {name: [_in_input_order(storage, pool, shard.number, sidecar) for shard in pool.shards] for name, sidecar in sidecar_of.items()}
+    return [pa.concat_tables(tables[name]) for name in names]
 
 
 def _file_pool(storage: Storage, file: str, reading: FileScoring) -> Pool:
     """Return the scratch pool of a file, made once per content; duplicates stay, since every row wants an answer."""
-    with open_binary(file) as stream:
-        content = io.BytesIO(stream.read()).getbuffer()
-    name_of_content = content_digest([FILE_POOL_VERSION, reading.model_dump(mode="json"), _digest(content)])
+    name_of_content = content_digest([FILE_POOL_VERSION, reading.model_dump(mode="json"), digest_file(file)])
     name = f"file-{name_of_content[:8]}"
     if pool_exists(storage, name):
         return open_pool(storage, name)
@@ -102,10 +103,6 @@ def _file_pool(storage: Storage, file: str, reading: FileScoring) -> Pool:
     if not shards:
         raise InputError(f"{file} holds no rows")
     return commit_pool(storage, name, name_of_content, shards, {"step": "file", "file": file})
-
-
-def _digest(content: memoryview) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _read(file: str, reading: FileScoring) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -153,11 +150,19 @@ def _in_input_order(storage: Storage, pool: Pool, number: int, rewards: Sidecar)
 
 
 def _write(table: pa.Table, out: str) -> None:
+    """Write the output whole or not at all: locally under a temporary name, then renamed; on object storage an upload is whole by itself."""
+    buffer = io.BytesIO()
+    if out.endswith(".parquet"):
+        pq.write_table(table, buffer, compression="zstd")
+    else:
+        buffer.write("".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode())
     try:
-        with fsspec.open(out, "wb", auto_mkdir=True) as stream:
-            if out.endswith(".parquet"):
-                pq.write_table(table, stream, compression="zstd")
-            else:
-                stream.write("".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode())
-    except OSError as error:
+        fs, path = fsspec.core.url_to_fs(out)
+        if isinstance(fs, LocalFileSystem):
+            folder, name = os.path.split(path)
+            Storage(folder).write_bytes(name, buffer.getvalue())
+        else:
+            with fsspec.open(out, "wb", auto_mkdir=True) as stream:
+                stream.write(buffer.getvalue())
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot write {out}: {error}") from None

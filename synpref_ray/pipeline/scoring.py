@@ -9,22 +9,21 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from synpref_ray.bundled import digest_folder
-from synpref_ray.config import Settings
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, run_step
 from synpref_ray.reporting.run import Run
-from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards
+from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards_of_all
 from synpref_ray.schema import REWARDS_SCHEMA
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool
+from synpref_ray.versions import versions_of
 
 SCORE_VERSION = 1
 SCORE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
-class ScoreConfig(Settings):
+class ScoreConfig(ScorerConfig):
     """How pools are scored; which model is the caller's business."""
 
-    scorer: ScorerConfig = ScorerConfig(model="")
     num_workers: int = 1  # ours: one per GPU; on a laptop one process with all its threads
     num_gpus_per_worker: float = 0.0
     max_failed_fraction: float = 0.5  # ours: more than half unscorable means the wrong data or length limit
@@ -34,15 +33,13 @@ class ScoreWorker:
     """Loads its models once per actor."""
 
     def __init__(self, models: Sequence[tuple[str, StoredModel | str]], config: ScoreConfig):
-        self._scorers = []
-        for prefix, model in models:
-            folder = model if isinstance(model, str) else model.local_folder()
-            self._scorers.append((prefix, PairScorer.load(config.scorer.model_copy(update={"model": folder}))))
+        folders = [model if isinstance(model, str) else model.local_folder() for _, model in models]
+        self._prefixes = [prefix for prefix, _ in models]
+        self._scorers = [PairScorer.load(folder, config) for folder in folders]
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         result = shard.select(["pair_id"])
-        for prefix, scorer in self._scorers:
-            rewards = add_rewards(shard, scorer)
+        for prefix, rewards in zip(self._prefixes, add_rewards_of_all(shard, self._scorers), strict=True):
             for field in REWARDS_SCHEMA:
                 if field.name != "pair_id":
                     result = result.append_column(prefix + field.name, rewards[field.name])
@@ -62,7 +59,7 @@ def score_pools(run: Run, name: str, pools: Sequence[Pool], models: Mapping[str,
         version=SCORE_VERSION,
         worker=ScoreWorker,
         outputs=tuple(Output(f"rewards.{short}", REWARDS_SCHEMA, prefix) for (prefix, _), short in zip(prefixes, models, strict=True)),
-        settings=config.scorer.model_dump(mode="json", include={"dtype", "max_length_tokens"}),
+        settings={**config.model_dump(mode="json", include={"dtype", "max_length_tokens"}), "versions": versions_of("torch", "transformers")},
         digests=digests,
         worker_arguments=lambda _: {"models": prefixes, "config": config},
         resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),

@@ -6,15 +6,17 @@ Our choice: after the last round the best RM is trained once more, on all silver
 best. Every step is resumable by itself; running the job again goes on where it stopped.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field, field_validator
 
 from synpref_ray.bundled import resolve_model
-from synpref_ray.evaluation.accuracy import is_correct, pair_accuracy
+from synpref_ray.evaluation.accuracy import bootstrap_accuracy, is_correct
+from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
 from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
 from synpref_ray.pipeline.job import JobConfig
@@ -29,7 +31,7 @@ from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.retrieval.select import RetrievalConfig
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_best_rm_training, check_gold_rm_training, check_silver
-from synpref_ray.rules.judges import JudgeTrust, TrustConfig
+from synpref_ray.rules.judges import JudgeTrust, TrustConfig, describe_trust
 from synpref_ray.rules.stop import StopConfig, stop_reason
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, Verdict
 from synpref_ray.tables.models import StoredModel
@@ -39,6 +41,7 @@ from synpref_ray.tables.sets import PairSet
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
 
 STAGE1_RECORD = "rounds/stage1.json"
+logger = logging.getLogger(__name__)
 
 
 class Stage1Config(JobConfig):
@@ -91,14 +94,46 @@ class _Labels:
     audit: Mapping[str, JudgeTrust]
 
 
+class _GoldMargin(NamedTuple):
+    split: str
+    prompt_group: str
+    margin: float
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What a round did with the labels that it found: the RM's summary, its margins on all gold, what its errors retrieved; empty for the seed."""
+
+    summary: Mapping[str, Any] | None = None
+    margins: Sequence[_GoldMargin] = ()
+    retrieved: pa.Table | None = None
+    pool: Pool | None = None
+
+
+def report_verdict_file(config: AnnotatorConfig, run: Run, pools: Sequence[Pool]) -> None:
+    """Say how the verdict file fits the pools, if verdicts come from one: those on pairs that no pool holds would vanish silently."""
+    if config.kind != "file":
+        return
+    known = {pair_id for pool in pools for shard in pool.shards for pair_id in pool.read(shard.number, ["pair_id"])["pair_id"].to_pylist()}
+    report = import_verdicts(config.path).report(known)
+    run.metrics["verdict_file"] = report.model_dump(mode="json")
+    if report.num_unknown:
+        examples = ", ".join(report.unknown_examples)
+        names = " or ".join(pool.name for pool in pools)
+        logger.warning(
+            "%s: %d of %d judged pairs are in no pool (%s), left out: %s …", config.path, report.num_unknown, report.num_pairs, names, examples
+        )
+
+
 def run_stage1(config: Stage1Config, run: Run) -> str:
     """Run Stage 1 to its end; return the closing table."""
     storage = config.storage
     seed, unverified = open_pool(storage, "seed"), open_pool(storage, "unverified")
+    report_verdict_file(config.annotator, run, [seed, unverified])
     attributes = tag_pools(run, "tag", [seed, unverified], config.tag)
     embeddings = embed_pools(run, "embed", [(seed, attributes[0]), (unverified, attributes[1])], config.embed)
     labels = _label(config, run, 0, [], seed, attributes[0], embeddings[0], config.annotator.seed_pairs)
-    rounds: list[dict[str, Any]] = [_record(config, run, 0, labels, None, [])]
+    rounds: list[dict[str, Any]] = [_record(config, run, 0, None, labels, _Training())]
     selected: set[str] = set()
     num_new = unverified.num_rows
     while stop_reason([entry["working_gold_accuracy"] for entry in rounds[1:]], num_new_pairs=num_new, config=config.stop) is None:
@@ -113,14 +148,14 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
         run.step(f"retrieve, round {number}", rows=unverified.num_rows, computed=0, rejected={}, seconds=0.0, selected=pool.num_rows)
         selected |= set(retrieved.record["pair_id"].to_pylist())
         num_new = pool.num_rows
-        accuracy = _gold_accuracies(labels.gold, rewards)
+        before, training = labels, _Training(trained, _gold_accuracies(labels.gold, rewards), retrieved.record, pool)
         if num_new:
             tags, vectors = (
                 gather_sidecars(sidecar.name, schema, [(pool, {unverified.name: sidecar})])[0]
                 for sidecar, schema in ((attributes[1], ATTRIBUTES_SCHEMA), (embeddings[1], config.embed.schema))
             )
             labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs)
-        rounds.append(_record(config, run, number, labels, trained, accuracy, retrieved.record, pool))
+        rounds.append(_record(config, run, number, before, labels, training))
     return _finish(config, run, labels, rounds)
 
 
@@ -169,40 +204,35 @@ def _training_summary(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if isinstance(value, int | float | str)}
 
 
-def _gold_accuracies(gold: GoldTables, rewards: Sidecar) -> list[tuple[str, float]]:
-    """Return (split, margin in favour of the human verdict) for every scored gold pair."""
+def _gold_accuracies(gold: GoldTables, rewards: Sidecar) -> list[_GoldMargin]:
+    """Return the margin in favour of the human verdict for every scored gold pair."""
     beside: list[tuple[Sidecar, Mapping[str, str]]] = [
         (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
         (rewards, {"p_chosen": "p_chosen", "margin": "margin"}),
     ]
     found = []
     for shard in gold.pool.shards:
-        for row in zip_shard(gold.pool, shard.number, [], beside).to_pylist():
+        for row in zip_shard(gold.pool, shard.number, ["prompt_group"], beside).to_pylist():
             if row["margin"] is not None:
                 margin = row["margin"] if row["human_verdict"] == Verdict.CHOSEN else -row["margin"]
-                found.append((row["gold_split"], margin))
+                found.append(_GoldMargin(row["gold_split"], row["prompt_group"], margin))
     return found
 
 
-def _accuracy(found: Sequence[tuple[str, float]], split: GoldSplit) -> dict[str, Any]:
-    margins = [margin for name, margin in found if name == split]
-    return asdict(pair_accuracy(is_correct(margins))) if margins else {}
+def _accuracy(found: Sequence[_GoldMargin], split: GoldSplit) -> dict[str, Any]:
+    of_split = [entry for entry in found if entry.split == split]
+    correct = is_correct([entry.margin for entry in of_split])
+    return asdict(bootstrap_accuracy(correct, groups=[entry.prompt_group for entry in of_split])) if of_split else {}
 
 
-def _record(
-    config: Stage1Config,
-    run: Run,
-    number: int,
-    labels: _Labels,
-    trained: Mapping[str, Any] | None,
-    accuracy: Sequence[tuple[str, float]],
-    retrieved: pa.Table | None = None,
-    pool: Pool | None = None,
-) -> dict[str, Any]:
-    working, audit = _accuracy(accuracy, GoldSplit.WORKING), _accuracy(accuracy, GoldSplit.AUDIT)
+def _record(config: Stage1Config, run: Run, number: int, before: _Labels | None, labels: _Labels, training: _Training) -> dict[str, Any]:
+    """Write a round's record: what its RM read (`read`, measured on that round's gold), and what the round made of it (`wrote`, `set_sizes`)."""
+    working, audit = _accuracy(training.margins, GoldSplit.WORKING), _accuracy(training.margins, GoldSplit.AUDIT)
+    retrieved, pool = training.retrieved, training.pool
     record: dict[str, Any] = {
         "round": number,
-        "read": {name: pairs.digest for name, pairs in labels.sets.items()} | {"gold_pool": labels.gold.pool.name},
+        "read": _digests(before) if before else {},
+        "wrote": _digests(labels),
         "selected_pairs": pool.num_rows if pool else 0,
         "selected_pool": pool.name if pool else None,
         "calling_gold_pairs": len(set(retrieved["gold_pair_id"].to_pylist())) if retrieved is not None else 0,
@@ -210,7 +240,7 @@ def _record(
         "simulated_gold": config.annotator.kind == "simulated",
         "judges_on_working_gold": {judge: trust.report() for judge, trust in labels.trust.items()},
         "judges_on_audit_gold": {judge: trust.report() for judge, trust in labels.audit.items()},
-        "training": dict(trained) if trained else None,
+        "training": dict(training.summary) if training.summary else None,
         "working_gold_accuracy": working.get("accuracy", 0.0),
         "best_rm_on_working_gold": working,
         "best_rm_on_audit_gold": audit,
@@ -218,6 +248,10 @@ def _record(
     config.storage.write_json(f"rounds/{number:02d}/round.json", record)
     run.event("round", round=number, sets=record["set_sizes"], selected=record["selected_pairs"])
     return record
+
+
+def _digests(labels: _Labels) -> dict[str, str]:
+    return {name: pairs.digest for name, pairs in labels.sets.items()} | {"gold_pool": labels.gold.pool.name}
 
 
 def _finish(config: Stage1Config, run: Run, labels: _Labels, rounds: list[dict[str, Any]]) -> str:
@@ -236,11 +270,14 @@ def _finish(config: Stage1Config, run: Run, labels: _Labels, rounds: list[dict[s
             "embeddings": labels.gold.embeddings.fingerprint,
             "human": labels.gold.human.fingerprint,
         },
-        "sets": {name: pairs.name for name, pairs in labels.sets.items()},
+        "sets": {name: {"name": pairs.name, "digest": pairs.digest} for name, pairs in labels.sets.items()},
         "simulated_gold": config.annotator.kind == "simulated",
         "audit_gold_accuracy": final,
         "rounds": len(rounds) - 1,
     }
+    for path in config.storage.list_files("rounds"):  # of an earlier run with other settings and more rounds
+        if path.endswith("/round.json") and int(path.split("/")[1]) >= len(rounds):
+            config.storage.delete(path)
     config.storage.write_json(STAGE1_RECORD, record)
     run.metrics.update({"stage1": record, "rounds": rounds})
     return _closing_table(rounds, final, config.annotator.kind == "simulated")
@@ -249,24 +286,21 @@ def _finish(config: Stage1Config, run: Run, labels: _Labels, rounds: list[dict[s
 def _closing_table(rounds: Sequence[Mapping[str, Any]], final: Mapping[str, Mapping[str, Any]], simulated: bool) -> str:
     rows = []
     for entry in rounds:
-        sizes, audit = entry["set_sizes"], entry["best_rm_on_audit_gold"]
-        decides = sorted({category for judge in entry["judges_on_working_gold"].values() for category in judge["decides"]})
+        sizes, summary = entry["set_sizes"], entry["training"]
+        name = "seed" if entry["round"] == 0 else f"round {entry['round']}"
+        measured = [_share_of(entry[f"best_rm_on_{split}_gold"]) for split in ("working", "audit")]
+        trained = str(summary["silver_pairs"]) if summary else "-"
         rows.append(
-            (
-                "seed" if entry["round"] == 0 else f"round {entry['round']}",
-                str(entry["selected_pairs"] or "-"),
-                str(sizes["silver"]),
-                str(sizes["gold-working"]),
-                str(sizes["gold-audit"]),
-                format_share(entry["working_gold_accuracy"], 1) if entry["best_rm_on_working_gold"] else "-",
-                format_share(audit["accuracy"], 1) if audit else "-",
-                ", ".join(decides) or "none",
-            )
+            (name, trained, *measured, str(entry["selected_pairs"] or "-"), *(str(sizes[n]) for n in ("silver", "gold-working", "gold-audit")))
         )
-    header = ("", "selected", "silver", "working gold", "audit gold", "RM, working", "RM, audit", "judges decide in")
+    header = ("", "RM trained on", "right, working gold", "right, audit gold", "then selected", "silver", "working gold", "audit gold")
     lines = [format_table(header, rows)]
-    for name, accuracy in final.items():
-        lines.append(f"final {name} RM on audit gold: {format_share(accuracy.get('accuracy', 0.0), 1)} of {accuracy.get('num_pairs', 0)} pairs")
+    lines += [f"final {name} RM on audit gold: {_share_of(accuracy)}" for name, accuracy in final.items()]
+    lines += [describe_trust(judge, report) for judge, report in sorted(rounds[-1]["judges_on_working_gold"].items())]
     if simulated:
         lines.append("gold is SIMULATED: an annotator that reads known truth for the budgeted pairs")
     return "\n".join(lines)
+
+
+def _share_of(accuracy: Mapping[str, Any]) -> str:
+    return f"{format_share(accuracy['accuracy'], 1)} of {accuracy['num_pairs']}" if accuracy else "-"

@@ -1,7 +1,7 @@
 """Stage 2: two reward models score the wild pool, judges see only what the best RM disagrees with, one table decides: keep, flip or drop.
 
-Paper: Sec. 3.3 and App. H.4. Both curated datasets (kept pairs: the 26M kind; kept and flipped: the 40M kind) are filters over the decision sidecar,
-and new thresholds are applied to stored rewards and votes without running a model.
+Paper: Sec. 3.3 and App. H.4. Both curated datasets (kept pairs: the 26M kind; kept and flipped: the 40M kind) are filters over the decision sidecar.
+A new judge bar is applied to stored votes and rewards without running a model; a band that asks about other pairs has them tagged and judged.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.rules.gate import DECISION_SCHEMA, GateConfig, decide_shard, select_for_judge
-from synpref_ray.rules.judges import JudgeTrust, TrustConfig
+from synpref_ray.rules.judges import JudgeTrust, TrustConfig, describe_trust
 from synpref_ray.rules.verdicts import VERDICT_SCHEMA
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, Decision
 from synpref_ray.tables.models import StoredModel
@@ -35,7 +35,7 @@ from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece
 from synpref_ray.tables.sets import Member, save_set
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 
-GATE_VERSION = 1
+GATE_VERSION = 2
 STAGE2_RECORD = "rounds/stage2.json"
 SELECTED_SCHEMA = pa.schema([pa.field("pair_id", pa.string(), nullable=False), pa.field("ask_judge", pa.bool_(), nullable=False)])
 
@@ -103,11 +103,12 @@ class SelectWorker:
 class DecideWorker:
     """Applies the truth table."""
 
-    def __init__(self, gate: GateConfig):
+    def __init__(self, gate: GateConfig, gold_groups: frozenset[str]):
         self._gate = gate
+        self._gold_groups = gold_groups
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        return decide_shard(shard, self._gate), {}
+        return decide_shard(shard, self._gate, self._gold_groups), {}
 
 
 def run_stage2(config: Stage2Config, run: Run) -> str:
@@ -118,23 +119,26 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     margins: list[tuple[Sidecar, Mapping[str, str]]] = [(rewards[0], {"margin": "margin_best"}), (rewards[1], {"margin": "margin_gold"})]
     mismatches = _gather_mismatches(config, run, pool, margins)
     trust: dict[str, JudgeTrust] = {}
+    audit: dict[str, JudgeTrust] = {}
     if mismatches.num_rows:
-        verdict, trust = _judge(config, run, pool, mismatches, before.gold)
+        verdict, trust, audit = _judge(config, run, pool, mismatches, before.gold)
         verdicts = scatter_sidecar(pool, mismatches, verdict, "judge_verdict", VERDICT_SCHEMA)
     else:
         verdicts = _no_verdicts(pool)
+    gold_groups = before.gold.prompt_groups()
     step = Step(
         name="decide",
         version=GATE_VERSION,
         worker=DecideWorker,
         outputs=(Output("decision", DECISION_SCHEMA),),
         settings=config.gate.model_dump(mode="json"),
-        worker_arguments=lambda _: {"gate": config.gate},
+        digests={"gold": before.gold.pool.digest},
+        worker_arguments=lambda _: {"gate": config.gate, "gold_groups": gold_groups},
     )
-    result = run_step(step, [StepInput(pool, (), (*margins, (verdicts, {"judge_verdict": "judge_verdict"})))])
+    result = run_step(step, [StepInput(pool, ("prompt_group",), (*margins, (verdicts, {"judge_verdict": "judge_verdict"})))])
     run.step("decide", rows=result.rows, computed=result.rows_computed, rejected={}, seconds=result.seconds)
     decision = result.sidecars[0][0]
-    return _finish(config, run, pool, decision, mismatches, trust, before)
+    return _finish(config, run, pool, decision, mismatches, (trust, audit), before)
 
 
 def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> Pool:
@@ -154,12 +158,16 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list
         if rows:
             pieces.append(Piece(pool, shard.number, rows))
     name = f"{pool.name}-mismatches"
-    gathered = gather_pool(config.storage, name, pieces, inputs={"selected": selected.fingerprint}, max_pairs=config.gathered_shard_pairs)
+    gathered = gather_pool(
+        config.storage, name, pieces, inputs={}, max_pairs=config.gathered_shard_pairs
+    )  # named by its rows: same pairs, same votes
     run.step("gather mismatches", rows=pool.num_rows, computed=0, rejected={}, seconds=0.0, selected=gathered.num_rows)
     return gathered
 
 
-def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: GoldTables) -> tuple[Sidecar, dict[str, JudgeTrust]]:
+def _judge(
+    config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: GoldTables
+) -> tuple[Sidecar, dict[str, JudgeTrust], dict[str, JudgeTrust]]:
     """Tag, embed, find exemplars and judge the mismatches; judges are measured on gold as in Stage 1 (its stored votes, if they are the same)."""
     if config.tag_scope == "all":
         whole = tag_pools(run, "tag", [pool], config.tag)[0]
@@ -175,8 +183,8 @@ def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: G
         both = judge_pools(run, f"judge ({judge.judge.judge})", judged, gold, judge)
         gold_votes.append(both[0])
         votes.append(both[1])
-    trust, _ = measure_judges(gold, gold_votes, config.trust)
-    return merge_pool_votes(mismatches, attributes, votes, trust), trust
+    trust, audit = measure_judges(gold, gold_votes, config.trust)
+    return merge_pool_votes(mismatches, attributes, votes, trust), trust, audit
 
 
 class _NothingAsked:
@@ -191,8 +199,15 @@ def _no_verdicts(pool: Pool) -> Sidecar:
 
 
 def _finish(
-    config: Stage2Config, run: Run, pool: Pool, decision: Sidecar, mismatches: Pool, trust: Mapping[str, JudgeTrust], before: Stage1Result
+    config: Stage2Config,
+    run: Run,
+    pool: Pool,
+    decision: Sidecar,
+    mismatches: Pool,
+    judges: tuple[Mapping[str, JudgeTrust], Mapping[str, JudgeTrust]],
+    before: Stage1Result,
 ) -> str:
+    working, audit = judges
     reasons: Counter[tuple[str, str]] = Counter()
     for shard in pool.shards:
         table = decision.read(shard.number, ["decision", "decision_reason"])
@@ -212,7 +227,8 @@ def _finish(
         "judged_pairs": mismatches.num_rows,
         "decisions": counts,
         "reasons": {f"{what}/{why}": count for (what, why), count in sorted(reasons.items())},
-        "judges_on_working_gold": {judge: measured.report() for judge, measured in trust.items()},
+        "judges_on_working_gold": {judge: measured.report() for judge, measured in working.items()},
+        "judges_on_audit_gold": {judge: measured.report() for judge, measured in audit.items()},
         "sets": {"kept": f"curated-{pool.name}-kept", "kept_and_flipped": f"curated-{pool.name}-kept-and-flipped"},
         "simulated_gold": before.simulated_gold,
     }
@@ -220,9 +236,9 @@ def _finish(
     run.metrics.update({"stage2": record})
     rows = [(what, why, str(count), format_share(count, pool.num_rows)) for (what, why), count in sorted(reasons.items())]
     rows.append(("all", "", str(pool.num_rows), format_share(pool.num_rows, pool.num_rows)))
-    decides = sorted({category for measured in trust.values() for category in measured.report()["decides"]})
     lines = [format_table(("decision", "reason", "pairs", "share"), rows)]
-    lines.append(f"asked a judge about {mismatches.num_rows} pairs; judges decide in: {', '.join(decides) or 'no category (both RMs alone decide)'}")
+    lines.append(f"asked a judge about {mismatches.num_rows} pairs; where no judge decides, both reward models alone do")
+    lines += [describe_trust(judge, measured.report()) for judge, measured in sorted(working.items())]
     if before.simulated_gold:
         lines.append("gold is SIMULATED: an annotator that reads known truth for the budgeted pairs")
     return "\n".join(lines)

@@ -29,7 +29,7 @@ _TABLE = "_table"
 _SHARD = "_shard"
 _ROWS = "_rows"
 _COUNTERS = "_counters"
-INLINE_SHARDS = 4  # ours: a rule over this few shards takes milliseconds, and starting a Ray Data plan over a second
+INLINE_ROWS = 20_000  # ours: a rule over so few rows takes well under a second, and starting a Ray Data plan several
 
 
 @dataclass(frozen=True)
@@ -127,15 +127,15 @@ def run_step(step: Step, inputs: Sequence[StepInput]) -> StepResult:
     counters: Counter[str] = Counter()
     shards_computed = rows_computed = 0
     with ExitStack() as leases:
-        for index in open_tables:
-            leases.enter_context(Lease(inputs[index].pool.storage, f"{tables[index][0].folder}/lease.json"))
+        held = {index: leases.enter_context(Lease(inputs[index].pool.storage, f"{tables[index][0].folder}/lease.json")) for index in open_tables}
         pending = [key for index in open_tables for key in _pending(index, inputs[index].pool, step.outputs, tables[index])]
-        run = _run_inline if step.resources.num_workers == 0 and len(pending) <= INLINE_SHARDS else _run_on_ray
-        for result in run(step, inputs, tables, pending):
+        inline = step.resources.num_workers == 0 and sum(rows for _, rows in _with_rows(inputs, pending)) <= INLINE_ROWS
+        for result in (_run_inline if inline else _run_on_ray)(step, inputs, tables, pending):
             counters.update(result["counters"])
             shards_computed += 1
             rows_computed += result["rows"]
         for index in open_tables:
+            held[index].check()
             _seal(step, inputs[index], tables[index], counters, time.monotonic() - started)
     rejected: Counter[str] = Counter()
     for outputs in tables:
@@ -361,11 +361,17 @@ class _ShardSink(Datasink[list[dict[str, Any]]]):
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """Return the `SynprefError` behind a Ray error, if there is one, else the error itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, SynprefError):
-            return seen
-        cause = getattr(seen, "cause", None)
-        seen = cause if isinstance(cause, BaseException) else seen.__cause__
+    """Return the `SynprefError` behind a Ray error, if there is one, else the error itself.
+
+    Ray keeps the error of a task in `cause`; of an actor whose constructor failed, it keeps the task's error as the only argument of an
+    ActorDiedError (Ray 2.60).
+    """
+    open_errors, seen = [error], set()
+    while open_errors:
+        found = open_errors.pop(0)
+        if isinstance(found, SynprefError) and not isinstance(found, ray.exceptions.RayError):  # not Ray's double, whose text is a traceback
+            return found
+        seen.add(id(found))
+        behind = (getattr(found, "cause", None), found.__cause__, *found.args)
+        open_errors += [other for other in behind if isinstance(other, BaseException) and id(other) not in seen]
     return error

@@ -17,6 +17,7 @@ from synpref_ray.pipeline.training import train_model
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
 from synpref_ray.reward.training_config import TrainConfig
+from synpref_ray.rules.gold import check_best_rm_training
 from synpref_ray.tables.pools import content_digest
 from synpref_ray.tables.sets import load_set
 from synpref_ray.tables.storage import Storage
@@ -67,6 +68,8 @@ def run_train(config: TrainJobConfig, run: Run) -> str:
     train = read_training_pairs(config.storage, config.set, config.pairs)
     assert train is not None  # check_train saw to it
     gold = read_training_pairs(config.storage, config.gold_set, config.gold_pairs)
+    if gold is not None:
+        check_best_rm_training(train[0], gold[0])
     model, record = train_model(run, config.storage, config.name, train=train, gold=gold, config=config.train)
     values: dict[str, Any] = record.model_dump(mode="json")
     run.metrics.update({"model": model.path, "training": values})

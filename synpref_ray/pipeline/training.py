@@ -17,9 +17,11 @@ from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.models import RECORD_FILE, StoredModel, model_is_stored, store_model
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
+from synpref_ray.versions import versions_of
 
 TRAIN_VERSION = 1
-RESOURCE_SETTINGS = {"num_threads", "use_gpu"}  # what a config says about the machine and not about the result
+# What a config says about the machine and not about the result: how the global batch is spread and what is recomputed changes it by float error only.
+RESOURCE_SETTINGS = {"num_threads", "use_gpu", "num_workers", "max_tokens_per_microbatch", "gradient_checkpointing", "zero_stage"}
 
 
 def train_model(
@@ -35,19 +37,21 @@ def train_model(
     backbone = resolve_model(config.backbone)
     digests = {"backbone": digest_folder(backbone), "train": train[1], "gold": gold[1] if gold else ""}
     settings = config.model_dump(mode="json", exclude=RESOURCE_SETTINGS | {"backbone"})
+    settings["versions"] = versions_of("torch", "transformers", "deepspeed")
     stored = f"{name}-{fingerprint('train', TRAIN_VERSION, settings, digests)[:8]}"
     computed = 0
     if not model_is_stored(storage, stored):
-        with Lease(storage, f"models/.lease-{stored}.json"):
-            _train(storage, stored, train[0], gold[0] if gold else None, config.model_copy(update={"backbone": backbone}))
-        computed = train[0].num_rows
+        with Lease(storage, f"models/.lease-{stored}.json") as lease:
+            if not model_is_stored(storage, stored):  # or another driver stored it before the lease was ours
+                _train(storage, stored, train[0], gold[0] if gold else None, config.model_copy(update={"backbone": backbone}), lease)
+                computed = train[0].num_rows
     record = TrainingRecord.model_validate(json.loads(storage.read_bytes(f"models/{stored}/{RECORD_FILE}")))
     model = StoredModel(storage, stored, _digest(storage, stored))
     run.step(f"train {name}", rows=train[0].num_rows, computed=computed, rejected={}, seconds=time.monotonic() - started)
     return model, record
 
 
-def _train(storage: Storage, stored: str, train: pa.Table, gold: pa.Table | None, config: TrainConfig) -> None:
+def _train(storage: Storage, stored: str, train: pa.Table, gold: pa.Table | None, config: TrainConfig, lease: Lease) -> None:
     parent = Path(storage.local_path("tmp")) if storage.is_local else Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     for left_over in parent.glob(f"{stored}-*"):  # of a run that was killed; the lease says that nobody else is at it
@@ -56,6 +60,7 @@ def _train(storage: Storage, stored: str, train: pa.Table, gold: pa.Table | None
     try:
         output = str(Path(scratch) / "model")
         train_reward_model(train, gold, config, output, str(Path(scratch) / "ray"))
+        lease.check()
         store_model(storage, stored, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

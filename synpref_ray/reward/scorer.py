@@ -31,10 +31,8 @@ Rewards = npt.NDArray[np.float32]
 
 
 class ScorerConfig(Settings):
-    """One reward model and how to run it."""
+    """How to run a reward model."""
 
-    model: str
-    """Folder of a reward model, or its name on the hub."""
     dtype: Literal["checkpoint", "float32", "bfloat16"] = "checkpoint"
     """What the backbone computes in; "checkpoint" is what the model's config says. The head is float32 always."""
     max_tokens_per_batch: PositiveInt = 2048
@@ -44,6 +42,9 @@ class ScorerConfig(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: PositiveInt = 2
     """CPU threads of this process. Ours: the laptop of the demo."""
+
+
+_DEFAULT = ScorerConfig()
 
 
 class PairScorer:
@@ -56,8 +57,8 @@ class PairScorer:
         self.template_digest = template_digest(tokenizer)
 
     @classmethod
-    def load(cls, config: ScorerConfig) -> "PairScorer":
-        """Load the model.
+    def load(cls, model: str, config: ScorerConfig = _DEFAULT) -> "PairScorer":
+        """Load the model: a folder of a reward model, or its name on the hub.
 
         Raises:
             InputError: no such model, no reward head, no chat template, or another template than the one the model was trained with.
@@ -68,12 +69,12 @@ class PairScorer:
         start = time.perf_counter()
         if config.device == "cpu":
             torch.set_num_threads(config.num_threads)
-        folder = resolve_model(config.model)
+        folder = resolve_model(model)
         tokenizer = load_tokenizer(folder)
-        model = load_backbone_with_head(folder, config.dtype)
-        scorer = cls(RewardModule(model.to(config.device)).eval(), tokenizer, config)
+        loaded = load_backbone_with_head(folder, config.dtype)
+        scorer = cls(RewardModule(loaded.to(config.device)).eval(), tokenizer, config)
         _check_template(folder, scorer.template_digest)
-        logger.info("reward model %s on %s in %s, %.1f s", config.model, config.device, model.dtype, time.perf_counter() - start)
+        logger.info("reward model %s on %s in %s, %.1f s", model, config.device, loaded.dtype, time.perf_counter() - start)
         return scorer
 
     def render(self, shard: pa.Table) -> RenderedPairs:
@@ -125,16 +126,19 @@ def score_groups(module: RewardModule, groups: Sequence[Group], max_tokens_per_b
 
 def add_rewards(shard: pa.Table, scorer: PairScorer) -> pa.Table:
     """Score a shard: rows and order unchanged, nulls and a drop_reason where there is no reward (REWARDS_SCHEMA)."""
-    rendered = scorer.render(shard)
-    return _rewards_table(rendered, scorer.score_rendered(rendered))
+    return add_rewards_of_all(shard, [scorer])[0]
 
 
-def add_dual_rewards(shard: pa.Table, first: PairScorer, second: PairScorer) -> tuple[pa.Table, pa.Table]:
-    """Score a shard with two models, tokenised once when both read the same tokens (Stage 2's best RM and gold RM, Sec. 3.3)."""
-    rendered = first.render(shard)
-    same = first.template_digest == second.template_digest and first.config.max_length_tokens == second.config.max_length_tokens
-    again = rendered if same else second.render(shard)
-    return _rewards_table(rendered, first.score_rendered(rendered)), _rewards_table(again, second.score_rendered(again))
+def add_rewards_of_all(shard: pa.Table, scorers: Sequence[PairScorer]) -> list[pa.Table]:
+    """Score a shard with several models, tokenised once for those that read the same tokens (Stage 2's best RM and gold RM, Sec. 3.3)."""
+    rendered: dict[tuple[str, int], RenderedPairs] = {}
+    tables = []
+    for scorer in scorers:
+        key = (scorer.template_digest, scorer.config.max_length_tokens)
+        if key not in rendered:
+            rendered[key] = scorer.render(shard)
+        tables.append(_rewards_table(rendered[key], scorer.score_rendered(rendered[key])))
+    return tables
 
 
 class RewardModel:
@@ -146,7 +150,7 @@ class RewardModel:
     @classmethod
     def load(cls, model: str, **settings: Any) -> "RewardModel":
         """Load a reward model's folder; `settings` are the other fields of `ScorerConfig`."""
-        return cls(PairScorer.load(ScorerConfig(model=str(model), **settings)))
+        return cls(PairScorer.load(str(model), ScorerConfig(**settings)))
 
     def score(self, pairs: pa.Table | Sequence[Mapping[str, Any]]) -> pa.Table:
         """Score pairs with `prompt` (text or messages), `chosen` and `rejected`, order kept; `pair_id` is computed where absent.

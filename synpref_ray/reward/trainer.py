@@ -29,7 +29,8 @@ from synpref_ray.reward.render import RenderedPairs, choose_pad_token, render_pa
 from synpref_ray.reward.scorer import RECORD_FILE, make_pair_group
 from synpref_ray.reward.training_config import TrainConfig as TrainConfig
 from synpref_ray.reward.training_plan import evaluation_steps, learning_rate_factor, plan_epoch, plan_ranks
-from synpref_ray.reward.training_record import EvaluationRecord, StepRecord, TrainingRecord, package_versions
+from synpref_ray.reward.training_record import EvaluationRecord, StepRecord, TrainingRecord
+from synpref_ray.versions import package_versions
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,12 @@ def parameter_groups(module: RewardModule, config: TrainConfig) -> list[dict[str
 def build_module(config: TrainConfig) -> RewardModule:
     """Load the model to train: float32 weights, autocast as configured, the first layers frozen if asked."""
     model = load_backbone_with_head(
-        resolve_model(config.backbone), "float32", new_head=config.new_head, head_init_std=config.head_init_std, seed=config.seed
+        resolve_model(config.backbone),
+        "float32",
+        new_head=config.new_head,
+        head_init_std=config.head_init_std,
+        seed=config.seed,
+        num_layers=config.num_layers,
     )
     if config.num_frozen_layers:
         layers = model.base_model.layers

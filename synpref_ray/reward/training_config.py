@@ -38,6 +38,8 @@ class TrainConfig(Settings):
     evaluations_per_epoch: PositiveInt = 4
     """How often gold picks the checkpoint. Paper: Sec. 3.2 chooses by gold accuracy; ours: how often."""
     gradient_checkpointing: bool = False
+    num_layers: PositiveInt | None = None
+    """Keep only the backbone's first layers: a smaller reward model for a CPU. Ours; the paper keeps all."""
     num_frozen_layers: NonNegativeInt = 0
     """Leave the embeddings and the first layers as they are: less to compute on a CPU. Ours; the paper trains everything."""
     zero_stage: Literal[0, 1, 2] = 1  # App. E

@@ -3,14 +3,9 @@
 Metrics are named as TRL's RewardTrainer names them (loss, accuracy, margin, mean_reward, min_reward, max_reward, num_tokens).
 """
 
-import platform
-from importlib import metadata
-
 from pydantic import BaseModel, ConfigDict
 
 from synpref_ray.reward.training_config import TrainConfig
-
-RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "ray", "numpy", "pyarrow")
 
 
 class Record(BaseModel):
@@ -74,14 +69,3 @@ class TrainingRecord(Record):
     shared_fraction: float
     seconds: dict[str, float]
     """Wall time by part: startup, load, train, evaluate, save, total."""
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions that may change a training run; packages that are not installed are left out."""
-    versions = {"python": platform.python_version()}
-    for name in RECORDED_PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -10,6 +10,7 @@ decide here.
 """
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
@@ -39,6 +40,7 @@ class GateReason(StrEnum):
     GOLD_RM_DISAGREES = "gold_rm_disagrees"
     GOLD_RM_UNSURE = "gold_rm_unsure"
     UNSCORED = "unscored"
+    GOLD_PROMPT = "gold_prompt"
 
 
 class Basis(StrEnum):
@@ -124,9 +126,9 @@ _CELLS = {
 TRUTH_TABLE: tuple[Cell, ...] = tuple(_CELLS[key] for key in product(_OPINIONS, _OPINIONS, _VERDICTS))
 """All 36 cells, ordered by best RM, gold RM (agrees, disagrees, no opinion), judge (chosen, rejected, abstain, none)."""
 
-_UNSCORED = len(TRUTH_TABLE)
-_DECISIONS = [*(cell.decision.value for cell in TRUTH_TABLE), Decision.DROP.value]
-_REASONS = [*(cell.reason.value for cell in TRUTH_TABLE), GateReason.UNSCORED.value]
+_UNSCORED, _GOLD_PROMPT = len(TRUTH_TABLE), len(TRUTH_TABLE) + 1
+_DECISIONS = [*(cell.decision.value for cell in TRUTH_TABLE), Decision.DROP.value, Decision.DROP.value]
+_REASONS = [*(cell.reason.value for cell in TRUTH_TABLE), GateReason.UNSCORED.value, GateReason.GOLD_PROMPT.value]
 
 DECISION_SCHEMA = pa.schema(
     [
@@ -149,7 +151,7 @@ def stage2_decision(best: bool | None, gold: bool | None, judge: Verdict | None)
 
     Args:
         best, gold: whether that RM agrees with the source label; None is no opinion (see the module), not a missing reward.
-        judge: about the pair as ingested; None if no judge was asked, answered or may decide (then the reward models decide alone).
+        judge: about the pair as ingested; None if no judge was asked or may decide (then the reward models decide alone).
     """
     cell = _CELLS[best, gold, judge]
     return cell.decision, cell.reason
@@ -182,17 +184,22 @@ def select_for_judge(shard: pa.Table, config: GateConfig) -> pa.Array:
     require_columns(shard, ("margin_best", "margin_gold"), rule="select_for_judge")
     best, gold = _floats(shard, "margin_best"), _floats(shard, "margin_gold")
     asks = np.array([[needs_judge(b, g) for g in _OPINIONS] for b in _OPINIONS])
-    asked = asks[_opinion_codes(best, _band_margin(config.band)), _opinion_codes(gold, 0.0)]
+    gold_code = _opinion_codes(gold, 0.0)
+    asked = asks[_opinion_codes(best, _band_margin(config.band)), gold_code] | asks[_opinion_codes(best, 0.0), gold_code]
     return pa.array(asked & np.isfinite(best) & np.isfinite(gold))
 
 
-def decide_shard(shard: pa.Table, config: GateConfig) -> pa.Table:
-    """Decide every pair of a shard by the truth table; a pair that an RM could not score is dropped as `unscored` before it.
+def decide_shard(shard: pa.Table, config: GateConfig, gold_groups: Set[str] = frozenset()) -> pa.Table:
+    """Decide every pair of a shard by the truth table; before it, pairs of a gold prompt and pairs that an RM could not score are dropped.
 
-    Our choice: the band only widens whom the judge is asked about. Where no verdict came back or none may count, the published threshold
-    0.5 holds again: "both reward models alone" is a rule about their signs, and a wider band must not drop pairs that nobody doubts.
+    Our choice: a pair whose prompt is in gold is left out of curated data, so that gold can pick checkpoints of, and audit, what trains on it.
+
+    Our choice: the band only widens whom the judge is asked about, and counts only where the gold RM agrees with the label and a verdict
+    came back. Everywhere else the published threshold 0.5 holds: a wider band must neither drop pairs that nobody doubts nor take the
+    judge's say from pairs that both reward models reject.
 
     Args:
+        gold_groups: prompt groups of all gold, working and audit; if there are any, the shard needs `prompt_group`.
         shard: with `DECISION_REQUIRES`; `judge_verdict` is null unless a judge that may decide was asked and answered.
 
     Returns:
@@ -202,10 +209,15 @@ def decide_shard(shard: pa.Table, config: GateConfig) -> pa.Table:
     best, gold = _floats(shard, "margin_best"), _floats(shard, "margin_gold")
     verdicts, judge = _verdict_codes(shard)
     answered = judge < len(Verdict)
-    best_code = np.where(answered, _opinion_codes(best, _band_margin(config.band)), _opinion_codes(best, 0.0))
     gold_code = _opinion_codes(gold, 0.0)
+    in_band = answered & (gold_code == _OPINIONS.index(True))
+    best_code = np.where(in_band, _opinion_codes(best, _band_margin(config.band)), _opinion_codes(best, 0.0))
     cells = (best_code * len(_OPINIONS) + gold_code) * len(_VERDICTS) + judge
     cells = np.where(np.isfinite(best) & np.isfinite(gold), cells, _UNSCORED)
+    if gold_groups:
+        require_columns(shard, ("prompt_group",), rule="decide_shard")
+        in_gold = pc.is_in(shard.column("prompt_group"), value_set=pa.array(sorted(gold_groups), pa.string()))
+        cells = np.where(np.asarray(in_gold), _GOLD_PROMPT, cells)
     decisions = pa.array(_DECISIONS).take(pa.array(cells))
     columns = [
         shard.column("pair_id"),
@@ -219,16 +231,6 @@ def decide_shard(shard: pa.Table, config: GateConfig) -> pa.Table:
         verdicts,
     ]
     return pa.table(columns, schema=DECISION_SCHEMA)
-
-
-def count_decisions(decided: pa.Table) -> dict[str, int]:
-    """Return rows read, kept, flipped and dropped, and rows by reason as `reason/<name>`, for a report; every key is always there."""
-    require_columns(decided, ("decision", "decision_reason"), rule="count_decisions")
-    counts = {"read": decided.num_rows}
-    for column, names in (("decision", Decision), ("decision_reason", GateReason)):
-        found = {entry["values"]: entry["counts"] for entry in pc.value_counts(decided.column(column)).to_pylist()}
-        counts |= {name.value if names is Decision else f"reason/{name.value}": found.get(name.value, 0) for name in names}
-    return counts
 
 
 def render_truth_table() -> str:
@@ -261,7 +263,9 @@ print(r(), end='')"`); a test compares. Section numbers are those of arXiv 2507.
 its confidence lies within `band` of 0.5 (default 0: the paper publishes only the threshold). *No judge*: none was asked, none answered, or
 none has proved on gold that it beats chance; then `band` is ignored and the reward models decide alone, by their signs. "(asked)" marks
 where a judge is asked: the best RM does not agree, and an answer can change the decision.
-Before the table: a pair that one of the reward models could not score (too long, not finite) is dropped as `unscored`.
+The band counts only where the gold RM agrees; elsewhere the sign decides, and "no opinion" of the best RM means equal rewards.
+Before the table: a pair that one of the reward models could not score (too long, not finite) is dropped as `unscored`; a pair that shares
+its prompt with gold is dropped as `gold_prompt`, so that gold stays clean for whatever trains on the curated pairs.
 
 *Paper* marks a decision that the paper's text gives; *Our choice* one that it leaves open in whole or in part.
 """

@@ -3,7 +3,8 @@ section 4).
 
 Our choice: the paper trusts its judges after manual checks (agreement in Table 14). Here every judge first judges working gold, each gold
 pair with exemplars of other prompts only (leave-one-out), and the Wilson lower bound of its agreement must lie above chance, overall and in
-the pair's category.
+the pair's category. A prompt counts once there, with the share of its pairs that agree: outcomes of one prompt go together, and people
+verify all pairs of a prompt. The bound is taken anew for every category and round, without a correction for asking often.
 
 Chance is 0.5 whatever share of the source labels is right: a judge sees two candidates in both orders and never the label, so one that
 guesses agrees with gold half of the time.
@@ -27,7 +28,9 @@ class TrustConfig(Settings):
     """What a judge must show on working gold."""
 
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level; the lower bound alone errs 2.5 % of the time
-    min_verdicts: int = Field(default=6, ge=1)  # ours: Wilson lets 4 of 4 pass, which guessing reaches once in 16; 6 of 6 once in 64
+    min_verdicts: int = Field(
+        default=6, ge=1
+    )  # ours, of different prompts: Wilson lets 4 of 4 pass, which guessing reaches once in 16; 6 of 6 once in 64
     must_beat_source_label: bool = False  # ours: true also asks the bound to exceed the share of source labels that gold confirms
 
 
@@ -39,14 +42,17 @@ class AgreementRecord(NamedTuple):
     gold_verdict: Verdict
     num_first_choices: int = 0
     num_choices: int = 0
+    prompt_group: str | None = None
+    """Pairs of one group count as one in the bound, because they go right or wrong together; None: a group of its own."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A judge's record on some gold pairs. `lower_bound` is 0 without a verdict."""
+    """A judge's record on some gold pairs. `lower_bound` is 0 without a verdict; it counts every prompt with a verdict once."""
 
     num_pairs: int
     num_verdicts: int
+    num_prompts: int
     num_agreed: int
     num_source_agreed: int
     num_choices: int
@@ -85,7 +91,10 @@ class JudgeTrust:
 
     def decides(self, category: str | None) -> bool:
         """Whether its verdict may decide a pair of this category; never for a category without gold, or for a pair without one."""
-        return category is not None and category in self.by_category and self._passes(self.overall) and self._passes(self.by_category[category])
+        if category is None or category not in self.by_category:
+            return False
+        passes = [self._beats_chance, *([self._beats_source_label] if self.config.must_beat_source_label else [])]
+        return all(test(agreement) for test in passes for agreement in (self.overall, self.by_category[category]))
 
     def report(self) -> dict[str, Any]:
         """Return plain values for metrics and reports: the overall record, one per category, and which categories it decides."""
@@ -93,18 +102,26 @@ class JudgeTrust:
         return {
             "chance": CHANCE,
             "confidence": self.config.confidence,
-            "beats_chance_overall": self._passes(self.overall),
+            "beats_chance_overall": self._beats_chance(self.overall),
+            "beats_chance_in": [category for category in categories if self._beats_chance(self.by_category[category])],
+            "must_beat_source_label": self.config.must_beat_source_label,
+            "beats_source_label_overall": self._beats_source_label(self.overall),
             "decides": [category for category in categories if self.decides(category)],
             "overall": _figures(self.overall),
             "by_category": {category: _figures(self.by_category[category]) for category in categories},
         }
 
-    def _passes(self, agreement: Agreement) -> bool:
-        bar = max(CHANCE, agreement.source_agreement or 0.0) if self.config.must_beat_source_label else CHANCE
-        return agreement.num_verdicts >= self.config.min_verdicts and agreement.lower_bound > bar
+    def _beats_chance(self, agreement: Agreement) -> bool:
+        return self._passes(agreement, CHANCE)
+
+    def _beats_source_label(self, agreement: Agreement) -> bool:
+        return self._passes(agreement, agreement.source_agreement or 0.0)
+
+    def _passes(self, agreement: Agreement, bar: float) -> bool:
+        return agreement.num_prompts >= self.config.min_verdicts and agreement.lower_bound > bar
 
 
-def agreement_record(category: str | None, votes: Iterable[VoteRecord], gold_verdict: Verdict) -> AgreementRecord:
+def agreement_record(category: str | None, votes: Iterable[VoteRecord], gold_verdict: Verdict, prompt_group: str | None = None) -> AgreementRecord:
     """Make the record of one judge's votes on one gold pair; a judge without a readable vote abstained."""
     votes = list(votes)
     if len({vote.judge for vote in votes}) > 1:
@@ -112,7 +129,7 @@ def agreement_record(category: str | None, votes: Iterable[VoteRecord], gold_ver
     first = {0: Verdict.CHOSEN, 1: Verdict.REJECTED}
     choices = [vote for vote in votes if vote.verdict is not Verdict.ABSTAIN]
     num_first = sum(vote.verdict is first[vote.order] for vote in choices)
-    return AgreementRecord(category, merge_votes(votes).verdict or Verdict.ABSTAIN, gold_verdict, num_first, len(choices))
+    return AgreementRecord(category, merge_votes(votes).verdict or Verdict.ABSTAIN, gold_verdict, num_first, len(choices), prompt_group)
 
 
 def judge_trust(records: Iterable[AgreementRecord], config: TrustConfig | None = None) -> JudgeTrust:
@@ -136,21 +153,40 @@ def judge_trust(records: Iterable[AgreementRecord], config: TrustConfig | None =
 def _measure(records: list[AgreementRecord], config: TrustConfig) -> Agreement:
     verdicts = [record for record in records if record.judge_verdict is not Verdict.ABSTAIN]
     agreed = sum(record.judge_verdict is record.gold_verdict for record in verdicts)
+    by_prompt: dict[str | int, list[bool]] = {}
+    for number, record in enumerate(verdicts):
+        key = record.prompt_group if record.prompt_group is not None else number
+        by_prompt.setdefault(key, []).append(record.judge_verdict is record.gold_verdict)
+    prompts_agreed = sum(sum(found) / len(found) for found in by_prompt.values())
     return Agreement(
         num_pairs=len(records),
         num_verdicts=len(verdicts),
+        num_prompts=len(by_prompt),
         num_agreed=agreed,
         num_source_agreed=sum(record.gold_verdict is Verdict.CHOSEN for record in records),
         num_choices=sum(record.num_choices for record in records),
         num_first_choices=sum(record.num_first_choices for record in records),
-        lower_bound=wilson_interval(agreed, len(verdicts), confidence=config.confidence)[0],
+        lower_bound=wilson_interval(prompts_agreed, len(by_prompt), confidence=config.confidence)[0],
     )
+
+
+def describe_trust(judge: str, report: Mapping[str, Any]) -> str:
+    """Return one line for people: what a judge (its `JudgeTrust.report()`) showed on working gold, which bar it had to pass, where it decides."""
+    overall = report["overall"]
+    if not overall["num_verdicts"]:
+        return f"judge {judge}: no verdict on working gold, so it decides nothing"
+    found = f"agrees with working gold on {100 * overall['agreement']:.0f} % of {overall['num_verdicts']} verdicts (lower bound "
+    found += f"{100 * overall['lower_bound']:.0f} %, {'above' if report['beats_chance_overall'] else 'not above'} chance)"
+    if report["must_beat_source_label"]:
+        found += f"; must also beat the source labels ({100 * overall['source_agreement']:.0f} % right on gold)"
+    return f"judge {judge}: {found}; decides in: {', '.join(report['decides']) or 'no category, so the stated fallback applies'}"
 
 
 def _figures(agreement: Agreement) -> dict[str, float | int | None]:
     return {
         "num_pairs": agreement.num_pairs,
         "num_verdicts": agreement.num_verdicts,
+        "num_prompts": agreement.num_prompts,
         "agreement": agreement.agreement,
         "lower_bound": agreement.lower_bound,
         "source_agreement": agreement.source_agreement,

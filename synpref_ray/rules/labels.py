@@ -38,7 +38,7 @@ class LabelReason(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about one pair; verdicts refer to the pair as ingested. No judge verdict: none was asked, answered, or may decide here."""
+    """What is known about one pair; verdicts refer to the pair as ingested. No judge verdict: none was asked, or may decide here."""
 
     human: Verdict | None
     judge: Verdict | None

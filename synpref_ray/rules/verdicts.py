@@ -66,16 +66,16 @@ def agreement_records(gold: pa.Table) -> dict[str, list[AgreementRecord]]:
     """Return, for each judge, its records on gold pairs; a pair without votes, or that the person could not decide, makes none.
 
     Args:
-        gold: with `votes`, `task_category` and `human_verdict`.
+        gold: with `prompt_group`, `votes`, `task_category` and `human_verdict`.
     """
-    require_columns(gold, ("votes", "task_category", "human_verdict"), rule="agreement_records")
+    names = ("votes", "task_category", "human_verdict", "prompt_group")
+    require_columns(gold, names, rule="agreement_records")
     records: dict[str, list[AgreementRecord]] = {}
-    columns = (gold.column(name).to_pylist() for name in ("votes", "task_category", "human_verdict"))
-    for stored, category, human in zip(*columns, strict=True):
+    for stored, category, human, group in zip(*(gold.column(name).to_pylist() for name in names), strict=True):
         if human not in (Verdict.CHOSEN, Verdict.REJECTED):
             continue
         votes = read_votes(stored)
         for judge in sorted({vote.judge for vote in votes}):
             own = [vote for vote in votes if vote.judge == judge]
-            records.setdefault(judge, []).append(agreement_record(category, own, Verdict(human)))
+            records.setdefault(judge, []).append(agreement_record(category, own, Verdict(human), group))
     return records

@@ -1,10 +1,17 @@
 """A lease on a table: a second driver is refused, a dead one's place is taken.
 
 The holder rewrites the lease file every few seconds. It counts as dead at once when it ran on this host and its process is gone, and otherwise when
-the file has not been renewed for `EXPIRES_SECONDS`. Shard writes are atomic and repeatable, so even a lost race costs work, never correctness.
+the file has not been renewed for `EXPIRES_SECONDS`. The file names one owner at any moment, and nobody enters without having read its own name there.
+
+That keeps honest drivers apart; it is not a fence. A holder that was silent for too long (suspended, cut off from storage) loses its place without
+being stopped, and on object storage, where a file cannot be removed on condition of its content, a driver that stalls in the middle of a takeover can
+remove a younger lease. So holders call `check` before they seal what they made: it narrows such a race to the moment between the check and the seal,
+and there writes are atomic and repeatable.
 """
 
+import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -20,6 +27,9 @@ from synpref_ray.tables.storage import Storage, encode_json
 
 RENEW_SECONDS = 10.0
 EXPIRES_SECONDS = 60.0
+SETTLE_SECONDS = 1.0  # ours: many times what a rival needs between reading a dead lease and removing it
+
+logger = logging.getLogger(__name__)
 
 
 class Lease:
@@ -33,24 +43,34 @@ class Lease:
         self._renewer = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
+        took_over = False
         for _ in range(3):
             if self._storage.create_exclusive(self._path, self._content()):
-                self._renewer.start()
-                return self
-            holder = self._read()
+                if took_over:
+                    time.sleep(SETTLE_SECONDS)  # a rival that saw the same dead lease may be about to remove ours in its stead
+                if self._is_ours():
+                    self._renewer.start()
+                    return self
+                continue
+            content = self._read()
+            if content is None:
+                continue
+            holder = _parse(content)
             if holder is not None and not _is_dead(holder):
                 raise RunConflictError(
                     f"{self._storage.join(self._path)} is held by process {holder.get('pid')} on {holder.get('host')}: another job is writing "
                     f"this table; wait for it, or stop it (a dead holder's lease ends by itself within {EXPIRES_SECONDS:.0f} s)"
                 )
-            self._storage.delete(self._path)
+            self._remove(content)
+            took_over = True
         raise RunConflictError(f"{self._storage.join(self._path)}: several drivers are racing for this table; start one of them again")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._renewer.join(timeout=RENEW_SECONDS)
-        if self._is_ours():
-            self._storage.delete(self._path)
+        content = self._read()
+        if content is not None and self._owns(content):
+            self._remove(content)
 
     def check(self) -> None:
         """Raise `RunConflictError` if another driver has taken the lease since."""
@@ -58,15 +78,39 @@ class Lease:
             raise RunConflictError(f"{self._storage.join(self._path)} was taken over by another driver (this one was silent too long)")
 
     def _is_ours(self) -> bool:
-        holder = self._read()
+        content = self._read()
+        return content is not None and self._owns(content)
+
+    def _owns(self, content: bytes) -> bool:
+        holder = _parse(content)
         return holder is not None and holder.get("owner") == self._owner
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> bytes | None:
         try:
-            holder = json.loads(self._storage.read_bytes(self._path))
-        except (InputError, ValueError):
+            return self._storage.read_bytes(self._path)
+        except InputError:
             return None
-        return holder if isinstance(holder, dict) else None
+
+    def _remove(self, content: bytes) -> None:
+        """Remove the lease file if it still holds `content`; on local files a rename settles who removes it, and another's lease is put back."""
+        if self._read() != content:
+            return
+        if not self._storage.is_local:
+            self._storage.delete(self._path)
+            return
+        path = self._storage.local_path(self._path)
+        folder, name = os.path.split(path)
+        aside = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:  # a rival was first
+            return
+        with open(aside, "rb") as file:
+            moved = file.read()
+        if moved != content:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+        os.unlink(aside)
 
     def _content(self) -> bytes:
         me = psutil.Process()
@@ -76,15 +120,32 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_SECONDS):
-            if not self._is_ours():
-                return
-            self._storage.write_bytes(self._path, self._content())
+            try:
+                content = self._read()
+                if content is None:  # put aside by a rival for a moment, or gone for good: `check` will tell
+                    continue
+                if not self._owns(content):
+                    return
+                self._storage.write_bytes(self._path, self._content())
+            except Exception:
+                logger.exception("could not renew %s; trying again in %.0f s", self._storage.join(self._path), RENEW_SECONDS)
+
+
+def _parse(content: bytes) -> dict[str, Any] | None:
+    try:
+        holder = json.loads(content)
+    except ValueError:
+        return None
+    return holder if isinstance(holder, dict) else None
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    if holder.get("host") == socket.gethostname() and holder.get("pid") != os.getpid():
+    if holder.get("host") == socket.gethostname():
         try:
-            return bool(abs(psutil.Process(int(holder["pid"])).create_time() - float(holder["process_started"])) > 1.0)
-        except (psutil.NoSuchProcess, KeyError, ValueError):
+            if abs(psutil.Process(int(holder["pid"])).create_time() - float(holder["process_started"])) > 1.0:
+                return True  # the pid was given out again, perhaps to us: a restarted container counts its processes from the same number
+        except (psutil.NoSuchProcess, KeyError, ValueError, TypeError):
             return True
+        if holder["pid"] != os.getpid():
+            return False
     return time.time() - float(holder.get("renewed", 0.0)) > EXPIRES_SECONDS

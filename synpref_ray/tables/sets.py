@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synpref_ray.errors import InputError
+from synpref_ray.errors import InputError, RunConflictError
+from synpref_ray.rules.flip import flip_pairs
 from synpref_ray.tables.pools import content_digest, open_pool
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar, zip_shard
 from synpref_ray.tables.storage import Storage
@@ -52,16 +53,11 @@ class PairSet:
 def read_member(member: Member, number: int) -> pa.Table:
     """Return the selected pairs of one shard, flips applied."""
     filters = {name: f"where.{name}" for name, _ in member.where}
-    table = zip_shard(member.sidecar.pool, number, SET_COLUMNS, [(member.sidecar, {"flipped": "flipped", **filters})])
+    table = zip_shard(member.sidecar.pool, number, SET_COLUMNS, [(member.sidecar, {"flipped": "flips", **filters})])
     for name, values in member.where:
         table = table.filter(pc.is_in(table[f"where.{name}"], value_set=pa.array(values, pa.string())))
-    table = table.drop_columns([f"where.{name}" for name, _ in member.where])
-    flipped = pc.fill_null(table["flipped"], False)
-    preferred = pc.if_else(flipped, table["rejected"], table["chosen"])
-    other = pc.if_else(flipped, table["chosen"], table["rejected"])
-    index = table.column_names.index
-    table = table.set_column(index("chosen"), "chosen", preferred).set_column(index("rejected"), "rejected", other)
-    return table.set_column(index("flipped"), "flipped", flipped)
+    flips = pc.fill_null(table["flips"], False)
+    return flip_pairs(table.drop_columns(["flips", *filters.values()]), flips)
 
 
 def save_set(storage: Storage, name: str, members: Sequence[Member]) -> PairSet:
@@ -87,12 +83,22 @@ def save_set(storage: Storage, name: str, members: Sequence[Member]) -> PairSet:
     return pairs
 
 
-def load_set(storage: Storage, name: str) -> PairSet:
-    """Return the set of that name; a set that is not there is an `InputError`."""
+def load_set(storage: Storage, name: str, digest: str | None = None) -> PairSet:
+    """Return the set of that name.
+
+    Raises:
+        InputError: there is none.
+        RunConflictError: it is not the one with this digest any more: a later run with other settings replaced it.
+    """
     manifest = storage.read_json(f"sets/{name}.json")
     members = []
     for entry in manifest["members"]:
         pool = open_pool(storage, entry["pool"], entry["version"])
         where = tuple((key, tuple(values)) for key, values in entry["where"].items())
         members.append(Member(open_sidecar(pool, entry["sidecar"], entry["fingerprint"]), where))
-    return PairSet(name, tuple(members))
+    pairs = PairSet(name, tuple(members))
+    if digest is not None and pairs.digest != digest:
+        raise RunConflictError(
+            f"set {name!r} was replaced since it was recorded ({digest[:8]}, now {pairs.digest[:8]}): run the job that made it again"
+        )
+    return pairs

@@ -48,9 +48,9 @@ def text_of(row: Row) -> str:
 
 def test_sizes_and_noise(shipped: dict[str, list[Row]], truth: dict[str, Row]) -> None:
     wrong = {name: sum(truth[id_of(row)]["verdict"] == "rejected" for row in rows) for name, rows in shipped.items()}
-    assert {name: len(rows) for name, rows in shipped.items()} == {"seed": 150, "unverified": 300, "wild": 620, HELD_OUT_POOL: 400}
-    assert wrong == {"seed": 0, "unverified": 30, "wild": 186, HELD_OUT_POOL: 0}
-    assert len(truth) == 1470
+    assert {name: len(rows) for name, rows in shipped.items()} == {"seed": 150, "unverified": 300, "wild": 500, HELD_OUT_POOL: 400}
+    assert wrong == {"seed": 15, "unverified": 30, "wild": 150, HELD_OUT_POOL: 0}
+    assert len(truth) == 1350
 
 
 def test_truth_is_what_the_checkers_say(shipped: dict[str, list[Row]], truth: dict[str, Row], tasks: dict[str, Task]) -> None:
@@ -84,13 +84,13 @@ def test_pair_files_tell_nothing_but_the_pair(shipped: dict[str, list[Row]]) -> 
 
 def test_flips_are_spread_over_the_file(shipped: dict[str, list[Row]], truth: dict[str, Row]) -> None:
     wrong = [truth[id_of(row)]["verdict"] == "rejected" for row in shipped["wild"]]
-    halves = sum(wrong[:310]), sum(wrong[310:])
-    assert min(halves) > 70  # 93 expected in each, standard deviation 5.7
+    halves = sum(wrong[:250]), sum(wrong[250:])
+    assert min(halves) > 55  # 75 expected in each, standard deviation 5.1; more than that, since pairs of one prompt are neighbours
 
 
 def test_script_makes_the_shipped_files_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert make_pool.main(["--output", str(tmp_path)]) == 0
-    assert "wild: 620 pairs, 0.700 of labels right" in capsys.readouterr().out
+    assert "wild: 500 pairs, 0.700 of labels right" in capsys.readouterr().out
     for name in ("seed.jsonl", "unverified.jsonl", "wild.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
     for name in ("held_out.parquet", "truth.parquet"):

@@ -34,6 +34,17 @@ def test_a_second_run_sends_nothing() -> None:
     assert journal.num_replies_found == 2
 
 
+def test_what_is_sent_and_what_was_paid_for_are_counted_once_per_request() -> None:
+    storage, engine = MemoryStorage(), ScriptedEngine(lambda request: request.prompt)
+    first, other = Journal(storage, FOLDER), Journal(storage, "journal/00008")  # two shards share one engine
+    generate_once(requests("a", "b", "a"), engine, first)
+    generate_once(requests("a"), engine, other)
+    resumed = Journal(storage, FOLDER)
+    generate_once(requests("a", "b", "c", "c"), engine, resumed)
+    assert [(j.num_requests_sent, j.num_replies_found) for j in (first, other, resumed)] == [(2, 0), (1, 0), (1, 2)]
+    assert engine.counts().requests_sent == 4
+
+
 def test_what_finished_before_the_engine_died_is_kept() -> None:
     storage = MemoryStorage()
     with pytest.raises(EngineDied, match="scripted death"):

@@ -27,8 +27,9 @@ class SmallLoop:
         self.truth = REPOSITORY / "examples" / "data" / "truth.parquet"
         self.data.mkdir(parents=True)
         for name, size in SIZES.items():
-            lines = (REPOSITORY / "examples" / "data" / f"{name}.jsonl").read_text().splitlines()[:size]
-            (self.data / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+            lines = (REPOSITORY / "examples" / "data" / f"{name}.jsonl").read_text().splitlines()
+            few = lines[:: len(lines) // size][:size]  # not the first ones: those are of a handful of prompts
+            (self.data / f"{name}.jsonl").write_text("\n".join(few) + "\n")
         self.backbone = make_backbone(root / "backbone")
         self.config = write_configs(root, self.backbone, self.truth)
 
@@ -79,7 +80,7 @@ def write_configs(root: Path, backbone: Path, truth: Path) -> dict[str, Path]:
     common = {
         "tag": {**step, "tagger": {"max_attributes_chars": 30, "max_guideline_chars": 40, "max_new_tokens": 80}},
         "judges": [{**step, "judge": {"judge": "small", "max_exemplars": 1, "max_input_tokens": 800}}],
-        "score": {"scorer": {"model": "", "dtype": "float32"}},
+        "score": {"dtype": "float32"},
         "gathered_shard_pairs": 8,
     }
     train = {

@@ -86,3 +86,13 @@ def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: 
     code, _ = run(capsys, ingest.main, f"data={tmp_path / 'data'}", f"workspace={tmp_path / 'ws'}", "--dry-run")
     assert code == 0
     assert not (tmp_path / "ws").exists()
+
+
+@pytest.mark.parametrize("place", ["file/ws", "file", "/proc/ws"])
+def test_a_workspace_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "seed.jsonl").write_text(json.dumps({"prompt": "Hi?", "chosen": "Hi.", "rejected": "No."}) + "\n")
+    code, error = run(capsys, ingest.main, f"data={tmp_path / 'data'}", f"workspace={tmp_path / place}")
+    assert code == 2
+    assert f"cannot write to the workspace {tmp_path / place}: " in error

@@ -24,7 +24,7 @@ def test_the_loop_runs_and_a_second_run_computes_nothing(tmp_path: Path) -> None
 
     storage = Storage(str(workspace))
     gold = open_pool(storage, stage1["stage1"]["gold"]["pool"]).read_all()
-    silver = load_set(storage, stage1["stage1"]["sets"]["silver"]).read()
+    silver = load_set(storage, **stage1["stage1"]["sets"]["silver"]).read()
     assert not set(silver["prompt_group"].to_pylist()) & set(gold["prompt_group"].to_pylist())
     wild = open_pool(storage, "wild")
     decision = open_sidecar(wild, "decision").read_all()

@@ -3,22 +3,22 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.evaluate import EvaluateConfig, benchmark_files, run_evaluate
-from synpref_ray.pipeline.score_file import ScoreJobConfig, run_score
+from synpref_ray.pipeline.score_file import ScoreJobConfig, _write, run_score
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.train_set import read_training_pairs
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward import RewardModel
-from synpref_ray.reward.scorer import ScorerConfig
 from synpref_ray.schema import pair_id
 from synpref_ray.tables.storage import Storage
 from tests.reward.conftest import save_tiny_backbone
 
-INLINE = ScoreConfig(scorer=ScorerConfig(model="", dtype="float32", max_length_tokens=200, num_threads=1), num_workers=0)
+INLINE = ScoreConfig(dtype="float32", max_length_tokens=200, num_threads=1, num_workers=0)
 GOOD = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 
 
@@ -64,6 +64,34 @@ def test_every_row_has_an_answer_in_its_place(tmp_path: Path, model: str, pairs_
         assert rows[index]["p_chosen"] == pytest.approx(expected["p_chosen"], abs=1e-5)
     assert all(rows[index][name] is None for index in (1, 2, 4) for name in ("reward_chosen", "reward_rejected", "margin", "p_chosen"))
     assert (run.metrics["rows"], run.metrics["scored"]) == (6, 3)
+
+
+def test_a_file_of_which_most_pairs_are_too_long_still_has_every_row(tmp_path: Path, model: str) -> None:
+    lines = [json.dumps({**GOOD, "chosen": f"{number}" * 500}) for number in range(3)]
+    pairs, out = write_lines(tmp_path / "pairs.jsonl", [*lines, json.dumps(GOOD)]), str(tmp_path / "out.jsonl")
+    config = ScoreJobConfig(workspace=str(tmp_path / "ws"), model=model, pairs=pairs, out=out, score=INLINE, dtype="float32")
+    run_score(config, run_of(tmp_path, config))
+    rows = [json.loads(line) for line in Path(out).read_text().splitlines()]
+    assert [row["drop_reason"] for row in rows] == ["too_long", "too_long", "too_long", None]
+    assert [row["margin"] is None for row in rows] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "deep/out.jsonl"])
+def test_an_output_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    out, table = tmp_path / name, pa.table({"pair_id": ["a", "b"]})
+    _write(table, str(out))
+    before = out.read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.fsync", fail)
+        with pytest.raises(InputError, match=r"cannot write .*no space left"):
+            _write(table.slice(1), str(out))
+    assert out.read_bytes() == before
+    _write(table.slice(1), str(out))
+    assert out.read_bytes() != before
 
 
 def test_an_unscorable_pair_is_wrong_and_named(tmp_path: Path, model: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from synpref_ray.errors import RunConflictError, SchemaError, SynprefError
-from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.errors import InputError, RunConflictError, SchemaError, SynprefError
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, plan_sidecars, run_step
 from synpref_ray.schema import POOL_SCHEMA, DropReason
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, commit_pool, shard_path, write_pool_shard
@@ -46,6 +46,14 @@ class Shuffler:
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         table = shard.select(["pair_id"]).append_column("chosen_characters", pa.array([0] * shard.num_rows))
         return table.append_column("drop_reason", pa.nulls(shard.num_rows, pa.string())).take(list(range(shard.num_rows))[::-1]), {}
+
+
+class NeverStarts:
+    def __init__(self) -> None:
+        raise InputError("the model has no reward head")
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        raise NotImplementedError
 
 
 def make_pool(root: Path, name: str, sizes: list[int]) -> Pool:
@@ -131,6 +139,29 @@ def test_a_second_driver_is_refused(tmp_path: Path) -> None:
         run_step(step, [StepInput(pool, ("chosen",))])
 
 
+class LosesItsLease:
+    """Writes another driver's name into the lease, as a takeover would."""
+
+    def __init__(self, storage: Storage, lease: str):
+        self._storage = storage
+        self._lease = lease
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        self._storage.write_json(self._lease, {"owner": "another", "host": "elsewhere", "pid": 1, "renewed": time.time()})
+        return shard.select(["pair_id"]), {}
+
+
+def test_a_table_whose_lease_was_lost_is_not_sealed(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [4])
+    output = Output("ids", pa.schema([LENGTHS.field("pair_id")]))
+    step = Step("lose", 1, LosesItsLease, (output,), {})
+    sidecar = plan_sidecars(step, [StepInput(pool, ("chosen",))])[0][0]
+    step = replace(step, worker_arguments=lambda _: {"storage": pool.storage, "lease": f"{sidecar.folder}/lease.json"})
+    with pytest.raises(RunConflictError, match="taken over"):
+        run_step(step, [StepInput(pool, ("chosen",))])
+    assert not sidecar.is_sealed
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray")
 def test_many_shards_on_actors_equal_the_inline_run(tmp_path: Path) -> None:
@@ -153,6 +184,16 @@ def test_an_error_of_ours_in_a_worker_reaches_the_driver_as_itself(tmp_path: Pat
     step = Step("shuffle", 1, Shuffler, (Output("lengths", LENGTHS),), {}, resources=Resources(num_workers=1))
     with pytest.raises(SchemaError, match="changed the rows or the order"):
         run_step(step, [StepInput(pool, ("chosen",))])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray")
+def test_an_error_of_ours_in_the_constructor_of_a_worker_reaches_the_driver_as_itself(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [4, 4])
+    step = Step("start", 1, NeverStarts, (Output("lengths", LENGTHS),), {}, resources=Resources(num_workers=1))
+    with pytest.raises(InputError, match=r"^the model has no reward head$") as caught:
+        run_step(step, [StepInput(pool, ("chosen",))])
+    assert type(caught.value) is InputError
 
 
 def test_pool_schema_is_what_the_builder_makes() -> None:

@@ -62,7 +62,7 @@ def smollm2_reward_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def check_against_plain(folder: str, pairs: pa.Table) -> None:
-    scorer = PairScorer.load(ScorerConfig(model=folder, dtype="float32", num_threads=2))
+    scorer = PairScorer.load(folder, ScorerConfig(dtype="float32", num_threads=2))
     table = add_rewards(pairs, scorer)
     ours = np.stack([np.asarray(table["reward_chosen"]), np.asarray(table["reward_rejected"])], axis=1)
     plain = plain_rewards(folder, pairs)

@@ -146,6 +146,20 @@ def test_missing_models_and_tokenizers_are_one_line(tmp_path: Path) -> None:
         load_backbone_with_head(save_tiny_backbone(tmp_path / "m", head=True), "int8")
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_the_first_layers_are_a_model_of_their_own(architecture: str, tmp_path: Path) -> None:
+    whole = save_tiny_backbone(tmp_path / "whole", architecture, head=False)
+    model = load_backbone_with_head(whole, "float32", new_head=True, num_layers=1)
+    save_reward_model(model, load_tokenizer(whole), str(tmp_path / "first"), dtype="float32")
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "first", num_labels=1, dtype=torch.float32).eval()
+    assert len(plain.base_model.layers) == 1
+    ours = RewardModule(load_backbone_with_head(str(tmp_path / "first"), "float32")).eval()
+    group = random_groups(ours, (2,))[0]
+    assert score_groups(ours, [group], 256)[0].tolist() == pytest.approx(alone(RewardModule(plain), group), rel=1e-4, abs=1e-4)
+    with pytest.raises(ConfigError, match="num_layers is 99"):
+        load_backbone_with_head(whole, "float32", new_head=True, num_layers=99)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_saved_model_loads_plainly_and_gives_the_same_rewards(dtype: str, tiny_reward_model: str, tmp_path: Path) -> None:
     model = load_backbone_with_head(tiny_reward_model, "float32")

@@ -11,13 +11,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from synpref_ray.errors import ConfigError, InputError, SchemaError
 from synpref_ray.reward import RewardModel
 from synpref_ray.reward.render import template_digest
-from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_dual_rewards, add_rewards
+from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards, add_rewards_of_all
 from synpref_ray.schema import REWARDS_SCHEMA, pair_id
 from tests.reward.conftest import random_pairs, save_tiny_backbone
 
 
 def load(model: str, **settings: Any) -> PairScorer:
-    return PairScorer.load(ScorerConfig(model=model, dtype="float32", num_threads=1, **settings))
+    return PairScorer.load(model, ScorerConfig(dtype="float32", num_threads=1, **settings))
 
 
 def plain_rewards(folder: str, pairs: pa.Table) -> np.ndarray:
@@ -97,7 +97,7 @@ def test_dual_scoring_equals_two_passes(tiny_reward_model: str, tmp_path: Path) 
     other = save_tiny_backbone(tmp_path / "other", "qwen3", head=True, seed=5)
     first, second = load(tiny_reward_model), load(other)
     pairs = random_pairs(8)
-    assert add_dual_rewards(pairs, first, second) == (add_rewards(pairs, first), add_rewards(pairs, second))
+    assert add_rewards_of_all(pairs, [first, second]) == [add_rewards(pairs, first), add_rewards(pairs, second)]
 
 
 def test_a_model_with_another_template_than_it_was_trained_with_is_refused(tiny_reward_model: str) -> None:

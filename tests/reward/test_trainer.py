@@ -38,7 +38,7 @@ def test_eight_pairs_are_learnt_by_heart(tiny_backbone: str, tmp_path: Path, pre
     assert record.steps[0].loss == pytest.approx(np.log(2), abs=0.05)
     assert record.steps[-1].loss < 0.1
     assert record.gold_accuracy == 1.0
-    scorer = PairScorer.load(ScorerConfig(model=str(tmp_path / "model"), num_threads=1))
+    scorer = PairScorer.load(str(tmp_path / "model"), ScorerConfig(num_threads=1))
     table = add_rewards(pairs, scorer)
     assert all(margin > 0 for margin in table["margin"].to_pylist())
 
@@ -66,7 +66,7 @@ def test_the_saved_model_loads_plainly_and_the_record_tells_the_run(tiny_backbon
         ]
         with torch.inference_mode():
             rewards.append(model(**tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)).logits[:, 0].tolist())
-    table = add_rewards(gold, PairScorer.load(ScorerConfig(model=str(out), num_threads=1)))
+    table = add_rewards(gold, PairScorer.load(str(out), ScorerConfig(num_threads=1)))
     assert table["reward_chosen"].to_pylist() == pytest.approx([row[0] for row in rewards], rel=1e-4, abs=1e-4)
     assert table["reward_rejected"].to_pylist() == pytest.approx([row[1] for row in rewards], rel=1e-4, abs=1e-4)
     accuracy = np.mean([margin > 0 for margin in table["margin"].to_pylist()])
@@ -144,7 +144,7 @@ def test_metrics_are_means_over_the_global_batch(tiny_backbone: str, tmp_path: P
 
 
 def _untrained_scorer(config: TrainConfig) -> PairScorer:
-    return PairScorer(build_module(config).eval(), AutoTokenizer.from_pretrained(config.backbone), ScorerConfig(model=config.backbone))
+    return PairScorer(build_module(config).eval(), AutoTokenizer.from_pretrained(config.backbone), ScorerConfig())
 
 
 def test_without_gold_the_last_step_is_kept(tiny_backbone: str, tmp_path: Path) -> None:

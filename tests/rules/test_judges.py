@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from synpref_ray.rules.intervals import wilson_interval
-from synpref_ray.rules.judges import AgreementRecord, TrustConfig, agreement_record, judge_trust
+from synpref_ray.rules.judges import AgreementRecord, TrustConfig, agreement_record, describe_trust, judge_trust
 from synpref_ray.rules.votes import VoteRecord
 from synpref_ray.schema import Verdict
 
@@ -101,6 +101,24 @@ def test_the_bar_may_be_the_source_label():
     strict = judge_trust(gold, TrustConfig(must_beat_source_label=True))
     assert strict.overall.source_agreement == pytest.approx(0.75)
     assert not strict.decides("math")
+    report = strict.report()
+    assert (report["beats_chance_overall"], report["beats_chance_in"], report["beats_source_label_overall"]) == (True, ["math"], False)
+    line = describe_trust("small", report)
+    assert "above chance" in line
+    assert "must also beat the source labels (75 % right on gold)" in line
+    assert "no category" in line
+    assert "decides in: math" in describe_trust("small", judge_trust(gold).report())
+    assert "decides nothing" in describe_trust("small", judge_trust([]).report())
+
+
+def test_pairs_of_one_prompt_count_once_in_the_bound():
+    same = [record._replace(prompt_group=f"g{number // 3}") for number, record in enumerate(records("math", right=6))]
+    trust = judge_trust(same)  # six verdicts, two prompts
+    assert (trust.overall.num_verdicts, trust.overall.num_prompts) == (6, 2)
+    assert not trust.decides("math")
+    assert judge_trust(same, TrustConfig(min_verdicts=2)).overall.lower_bound == pytest.approx(wilson_interval(2, 2)[0])
+    mixed = [record._replace(prompt_group="g") for record in records("math", right=1, wrong=1)]
+    assert judge_trust(mixed).overall.lower_bound == pytest.approx(wilson_interval(0.5, 1)[0])
 
 
 def test_position_bias_is_the_share_of_first_candidates():

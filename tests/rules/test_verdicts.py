@@ -81,5 +81,5 @@ def test_a_drop_reason_is_handed_on_and_columns_are_checked():
 
 def test_records_by_judge():
     gold = shard([(both("a", "chosen") + both("b", "rejected"), "math"), (None, "math"), (both("a", "chosen"), "math")])
-    gold = gold.append_column("human_verdict", pa.array(["rejected", "chosen", "abstain"]))
-    assert agreement_records(gold) == {"a": [AgreementRecord("math", C, R, 1, 2)], "b": [AgreementRecord("math", R, R, 1, 2)]}
+    gold = gold.append_column("human_verdict", pa.array(["rejected", "chosen", "abstain"])).append_column("prompt_group", pa.array(["g", "g", "h"]))
+    assert agreement_records(gold) == {"a": [AgreementRecord("math", C, R, 1, 2, "g")], "b": [AgreementRecord("math", R, R, 1, 2, "g")]}
