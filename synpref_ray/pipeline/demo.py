@@ -24,12 +24,14 @@ from synpref_ray.pipeline.evaluate import correct_flags
 from synpref_ray.pipeline.ingest import IngestConfig, check_ingest, run_ingest
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.score_file import FileScoring, score_file
+from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD, Stage1Config, run_stage1
 from synpref_ray.pipeline.stage2 import STAGE2_RECORD, Stage2Config, load_stage1, run_stage2
 from synpref_ray.pipeline.train_set import TrainJobConfig
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
+from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import check_best_rm_training
 from synpref_ray.schema import stable_hash
 from synpref_ray.tables.models import StoredModel
@@ -98,14 +100,15 @@ def check_demo(config: DemoConfig) -> None:
 
 def run_demo(config: DemoConfig, run: Run) -> str:
     """Run every job once; return the closing table."""
+    stage1, stage2, training = config.stage1(), config.stage2(), config.training()  # now: a file that changes meanwhile changes nothing
     run_ingest(config.ingest(), run)
-    stage1_table = run_stage1(config.stage1(), run)
-    stage2_table = run_stage2(config.stage2(), run)
-    models = _train_pair(config, run)
-    return "\n\n".join([stage1_table, stage2_table, _final_report(config, run, models)])
+    stage1_table = run_stage1(stage1, run)
+    stage2_table = run_stage2(stage2, run)
+    models = _train_pair(config, training.train, run)
+    return "\n\n".join([stage1_table, stage2_table, _final_report(config, stage2.score, run, models)])
 
 
-def _train_pair(config: DemoConfig, run: Run) -> dict[str, list[StoredModel]]:
+def _train_pair(config: DemoConfig, train: TrainConfig, run: Run) -> dict[str, list[StoredModel]]:
     """Train on curated pairs, and on as many raw pairs with the same steps and seeds; gold is in neither."""
     storage = config.storage
     record = storage.read_json(STAGE2_RECORD)
@@ -118,7 +121,7 @@ def _train_pair(config: DemoConfig, run: Run) -> dict[str, list[StoredModel]]:
     for name, (table, digest) in data.items():
         check_best_rm_training(table, gold)
         for seed in config.comparison_seeds:
-            settings = config.training().train.model_copy(update={"seed": seed})
+            settings = train.model_copy(update={"seed": seed})
             model, _ = train_model(run, storage, f"{name}-seed{seed}", train=(table, digest), gold=None, config=settings)
             models.setdefault(name, []).append(model)
     return models
@@ -132,7 +135,7 @@ def _raw_pairs(pool: Pool, count: int) -> pa.Table:
     return table.take(pa.array(sorted(drawn), pa.int64()))
 
 
-def _final_report(config: DemoConfig, run: Run, models: Mapping[str, list[StoredModel]]) -> str:
+def _final_report(config: DemoConfig, score: ScoreConfig, run: Run, models: Mapping[str, list[StoredModel]]) -> str:
     """Compare decisions and models with the truth: the only place besides the simulated annotator that opens the truth file."""
     storage = config.storage
     record, before = storage.read_json(STAGE2_RECORD), load_stage1(config)
@@ -143,7 +146,7 @@ def _final_report(config: DemoConfig, run: Run, models: Mapping[str, list[Stored
     truth = read_truth(config.truth, table["pair_id"].to_pylist())
     known = [truth.get(pair_id) for pair_id in table["pair_id"].to_pylist()]
     quality = label_quality(table["decision"].to_pylist(), known, groups=table["prompt_group"].to_pylist())
-    flags = _held_out_flags(config, run, {**models, "best": [before.best], "gold": [before.gold_rm]})
+    flags = _held_out_flags(config, score, run, {**models, "best": [before.best], "gold": [before.gold_rm]})
     prompts = [json.dumps(prompt) for prompt in pq.read_table(config.held_out, columns=["prompt"])["prompt"].to_pylist()]
     difference = paired_bootstrap(flags["curated"], flags["raw"], groups=prompts)
     accuracies = {name: [bootstrap_accuracy(of_seed, groups=prompts) for of_seed in values] for name, values in flags.items()}
@@ -160,10 +163,10 @@ def _final_report(config: DemoConfig, run: Run, models: Mapping[str, list[Stored
     return "\n\n".join([header, _label_table(quality), _model_table(accuracies, difference, config.comparison_seeds)])
 
 
-def _held_out_flags(config: DemoConfig, run: Run, models: Mapping[str, list[StoredModel]]) -> dict[str, npt.NDArray[np.bool_]]:
+def _held_out_flags(config: DemoConfig, score: ScoreConfig, run: Run, models: Mapping[str, list[StoredModel]]) -> dict[str, npt.NDArray[np.bool_]]:
     """Return by name, shape (seeds, pairs), whether each model is right about each held-out pair."""
     folders = [model.local_folder() for found in models.values() for model in found]
-    scored = iter(score_file(run, config.storage, config.held_out, folders, FileScoring(), config.stage2().score))
+    scored = iter(score_file(run, config.storage, config.held_out, folders, FileScoring(), score))
     return {name: np.array([correct_flags(next(scored)) for _ in found]) for name, found in models.items()}
 
 

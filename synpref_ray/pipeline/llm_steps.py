@@ -166,7 +166,8 @@ def spread_rows(pair_ids: pa.ChunkedArray, selected: pa.Array | pa.ChunkedArray,
 def tag_pools(run: Run, name: str, pools: Sequence[Pool], config: TagStepConfig) -> list[Sidecar]:
     """Make the sidecar `attributes` of every pool, in one pass with the same engines."""
     step = Step(
-        name=name,
+        name="tag",
+        title=name,
         version=TAG_VERSION,
         worker=TagWorker,
         outputs=(Output("attributes", ATTRIBUTES_SCHEMA),),
@@ -183,7 +184,8 @@ def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTabl
     """Make the sidecar `votes.<judge>` of every pool; gold pairs are judged leave-one-out, since no exemplar shares their prompt."""
     exemplars = content_digest([gold.pool.digest, gold.attributes.fingerprint, gold.human.fingerprint])
     step = Step(
-        name=name,
+        name="judge",
+        title=name,
         version=JUDGE_VERSION,
         worker=JudgeWorker,
         outputs=(Output(f"votes.{config.judge.judge}", VOTES_SCHEMA),),

@@ -57,7 +57,8 @@ class EmbedWorker:
 def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], config: EmbedStepConfig) -> list[Sidecar]:
     """Make the sidecar `embeddings` of every (pool, attributes)."""
     step = Step(
-        name=name,
+        name="embed",
+        title=name,
         version=EMBED_VERSION,
         worker=EmbedWorker,
         outputs=(Output("embeddings", config.schema),),
@@ -90,7 +91,8 @@ def find_exemplars(
     """Make the sidecar `exemplars` of every (pool, embeddings): nearest working gold of other prompts."""
     config = ExemplarConfig(max_exemplars=max_exemplars)
     step = Step(
-        name=name,
+        name="exemplars",
+        title=name,
         version=EXEMPLARS_VERSION,
         worker=ExemplarWorker,
         outputs=(Output("exemplars", EXEMPLARS_SCHEMA),),

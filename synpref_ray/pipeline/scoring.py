@@ -55,7 +55,8 @@ def score_pools(run: Run, name: str, pools: Sequence[Pool], models: Mapping[str,
     prefixes = [(f"{short}." if len(models) > 1 else "", model) for short, model in models.items()]
     digests = {short: digest_folder(model) if isinstance(model, str) else model.digest for short, model in models.items()}
     step = Step(
-        name=name,
+        name="score",
+        title=name,
         version=SCORE_VERSION,
         worker=ScoreWorker,
         outputs=tuple(Output(f"rewards.{short}", REWARDS_SCHEMA, prefix) for (prefix, _), short in zip(prefixes, models, strict=True)),

@@ -77,7 +77,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Step:
-    """A worker class with what determines its results; `worker_arguments` gets the sidecars about to be written (for journals)."""
+    """A worker class with what determines its results; `worker_arguments` gets the sidecars about to be written (for journals).
+
+    `name` is part of the result's fingerprint: the same work has the same name wherever it is done. `title` is what people see, with the round.
+    """
 
     name: str
     version: int
@@ -87,6 +90,7 @@ class Step:
     digests: Mapping[str, str] = field(default_factory=dict)
     worker_arguments: Callable[[list[Sidecar]], Mapping[str, Any]] = lambda _: {}
     resources: Resources = Resources()
+    title: str = ""
     max_failed_fraction: float = 0.5  # ours: more rejects than accepted rows means a wrong model or a wrong input, not bad luck
 
 
@@ -219,7 +223,7 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
             max_concurrent_calls_per_actor=resources.concurrent_shards,
             enable_true_multi_threading=resources.concurrent_shards > 1,
         )
-        named = type(step.name, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
+        named = type(step.title or step.name, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
         dataset = dataset.map_batches(named, fn_constructor_args=(step, tables), compute=compute, **arguments)
     try:
         dataset.write_datasink(sink)

@@ -75,7 +75,8 @@ def verify_pool(run: Run, name: str, pool: Pool, attributes: Sidecar, budget: in
     with open_binary(config.path):  # a missing file is said before any work
         pass
     step = Step(
-        name=name,
+        name="verify",
+        title=name,
         version=VERIFY_VERSION,
         worker=VerifyWorker,
         outputs=(Output("human", HUMAN_SCHEMA),),

@@ -41,6 +41,7 @@ class GateReason(StrEnum):
     GOLD_RM_UNSURE = "gold_rm_unsure"
     UNSCORED = "unscored"
     GOLD_PROMPT = "gold_prompt"
+    FLIP_UNSURE = "flip_unsure"
 
 
 class Basis(StrEnum):
@@ -51,9 +52,12 @@ class Basis(StrEnum):
 
 
 class GateConfig(Settings):
-    """The gate's one setting."""
+    """The gate's settings."""
 
     band: float = Field(default=0.0, ge=0.0, lt=0.5)  # Paper: Sec. 3.3 has only the threshold 0.5; Fig. 3 adds "or close to 0.5"
+    min_flip_confidence: float = Field(
+        default=0.5, ge=0.5, lt=1.0
+    )  # Paper: App. H.4 flips whatever both reject; ours: small models err most where they are unsure
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,11 @@ _CELLS = {
 TRUTH_TABLE: tuple[Cell, ...] = tuple(_CELLS[key] for key in product(_OPINIONS, _OPINIONS, _VERDICTS))
 """All 36 cells, ordered by best RM, gold RM (agrees, disagrees, no opinion), judge (chosen, rejected, abstain, none)."""
 
-_UNSCORED, _GOLD_PROMPT = len(TRUTH_TABLE), len(TRUTH_TABLE) + 1
-_DECISIONS = [*(cell.decision.value for cell in TRUTH_TABLE), Decision.DROP.value, Decision.DROP.value]
-_REASONS = [*(cell.reason.value for cell in TRUTH_TABLE), GateReason.UNSCORED.value, GateReason.GOLD_PROMPT.value]
+_OUTSIDE = (GateReason.UNSCORED, GateReason.GOLD_PROMPT, GateReason.FLIP_UNSURE)  # drops that the table does not hold
+_UNSCORED, _GOLD_PROMPT, _FLIP_UNSURE = range(len(TRUTH_TABLE), len(TRUTH_TABLE) + len(_OUTSIDE))
+_DECISIONS = [*(cell.decision.value for cell in TRUTH_TABLE), *(Decision.DROP.value for _ in _OUTSIDE)]
+_REASONS = [*(cell.reason.value for cell in TRUTH_TABLE), *(reason.value for reason in _OUTSIDE)]
+_FLIPS_IN_TABLE = [index for index, cell in enumerate(TRUTH_TABLE) if cell.decision is Decision.FLIP]
 
 DECISION_SCHEMA = pa.schema(
     [
@@ -186,7 +192,8 @@ def select_for_judge(shard: pa.Table, config: GateConfig) -> pa.Array:
     asks = np.array([[needs_judge(b, g) for g in _OPINIONS] for b in _OPINIONS])
     gold_code = _opinion_codes(gold, 0.0)
     asked = asks[_opinion_codes(best, _band_margin(config.band)), gold_code] | asks[_opinion_codes(best, 0.0), gold_code]
-    return pa.array(asked & np.isfinite(best) & np.isfinite(gold))
+    doomed = (best < 0) & (gold < 0) & ~_is_sure_flip(best, gold, config)  # no flip whatever a judge says
+    return pa.array(asked & ~doomed & np.isfinite(best) & np.isfinite(gold))
 
 
 def decide_shard(shard: pa.Table, config: GateConfig, gold_groups: Set[str] = frozenset()) -> pa.Table:
@@ -213,6 +220,7 @@ def decide_shard(shard: pa.Table, config: GateConfig, gold_groups: Set[str] = fr
     in_band = answered & (gold_code == _OPINIONS.index(True))
     best_code = np.where(in_band, _opinion_codes(best, _band_margin(config.band)), _opinion_codes(best, 0.0))
     cells = (best_code * len(_OPINIONS) + gold_code) * len(_VERDICTS) + judge
+    cells = np.where(np.isin(cells, _FLIPS_IN_TABLE) & ~_is_sure_flip(best, gold, config), _FLIP_UNSURE, cells)
     cells = np.where(np.isfinite(best) & np.isfinite(gold), cells, _UNSCORED)
     if gold_groups:
         require_columns(shard, ("prompt_group",), rule="decide_shard")
@@ -264,11 +272,19 @@ its confidence lies within `band` of 0.5 (default 0: the paper publishes only th
 none has proved on gold that it beats chance; then `band` is ignored and the reward models decide alone, by their signs. "(asked)" marks
 where a judge is asked: the best RM does not agree, and an answer can change the decision.
 The band counts only where the gold RM agrees; elsewhere the sign decides, and "no opinion" of the best RM means equal rewards.
+After the table: a pair to flip is dropped as `flip_unsure` unless both reward models reject its label with a confidence of
+`min_flip_confidence` (default 0.5, the paper's: every rejection will do).
 Before the table: a pair that one of the reward models could not score (too long, not finite) is dropped as `unscored`; a pair that shares
 its prompt with gold is dropped as `gold_prompt`, so that gold stays clean for whatever trains on the curated pairs.
 
 *Paper* marks a decision that the paper's text gives; *Our choice* one that it leaves open in whole or in part.
 """
+
+
+def _is_sure_flip(best: npt.NDArray[np.float64], gold: npt.NDArray[np.float64], config: GateConfig) -> npt.NDArray[np.bool_]:
+    """Whether both reward models reject the label with the confidence that a flip needs."""
+    bar = _band_margin(config.min_flip_confidence - 0.5)
+    return np.asarray((-best >= bar) & (-gold >= bar))
 
 
 def _band_margin(band: float) -> float:

@@ -184,6 +184,16 @@ def test_a_band_never_asks_about_fewer():
     assert sum(wide) > sum(narrow)
 
 
+def test_a_flip_needs_the_confidence_of_both():
+    config = GateConfig(min_flip_confidence=0.7)  # a margin of 0.847
+    rows = shard([(-0.9, -0.9, None), (-0.8, -5.0, None), (-5.0, -0.8, "rejected"), (-0.8, -0.8, "chosen"), (0.8, 0.8, None)])
+    decided = decide_shard(rows, config)
+    assert decided["decision"].to_pylist() == ["flip", "drop", "drop", "drop", "keep"]
+    assert decided["decision_reason"].to_pylist() == ["both_rms_disagree", "flip_unsure", "flip_unsure", "judge_defends_label", "both_rms_agree"]
+    assert select_for_judge(rows, config).to_pylist() == [True, False, False, False, False]
+    assert decide_shard(rows, GateConfig())["decision"].to_pylist() == ["flip", "flip", "flip", "drop", "keep"]
+
+
 def test_pairs_of_gold_prompts_stay_out_of_curated_data():
     rows = shard([(2.0, 1.0, None), (-2.0, -1.0, None), (2.0, 1.0, None)]).append_column("prompt_group", pa.array(["a", "b", "c"]))
     decided = decide_shard(rows, GateConfig(), {"a", "b"})
@@ -229,10 +239,10 @@ def test_shard_equals_table_and_nothing_is_lost(rows, band):
         assert row["flipped"] == (row["decision"] == "flip")
 
 
-@given(ROWS, st.sampled_from([0.0, 0.05, 0.3]))
-def test_asking_is_worth_it(rows, band):
+@given(ROWS, st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([0.5, 0.7]))
+def test_asking_is_worth_it(rows, band, confidence):
     """Where no judge is asked, no answer would have changed the decision."""
-    config = GateConfig(band=band)
+    config = GateConfig(band=band, min_flip_confidence=confidence)
     asked = select_for_judge(shard(rows), config).to_pylist()
     answers = [decide_shard(shard([(best, gold, v) for best, gold, _ in rows]), config)["decision"].to_pylist() for v in Verdict]
     for was_asked, *decisions in zip(asked, *answers, strict=True):
