@@ -3,7 +3,7 @@
 Paper: arXiv:2507.01352 curates public preference data, which this project may not ship; this script makes a small stand-in, truth known.
 
 In:  the bundled SmolLM2-135M-Instruct (only for prompts that the samples file lacks).
-Out: DIR/{seed,unverified,wild}.jsonl, DIR/held_out.parquet (labels true), DIR/truth.parquet (pair_id, verdict, kind, pool), the samples.
+Out: DIR/pools/{seed,unverified,wild}.jsonl, DIR/held_out.parquet (labels true), DIR/truth.parquet (pair_id, verdict, kind, pool), the samples.
 
     python examples/make_pool.py --output examples/data                             # from the committed samples: 2 seconds, no model
     python examples/make_pool.py --output DIR --samples DIR/samples.jsonl.gz        # samples everything anew

@@ -4,7 +4,7 @@ Paper: Sec. 4 (pairwise accuracy, strict).
 Inputs: `model` (a folder), `benchmarks` (pair files, or names under `data`).
 Outputs: metrics.json with <benchmark>/accuracy, its interval and the number of pairs.
 
-Laptop:  python jobs/evaluate.py model=workspace/models/best-r03-0a1b2c3d benchmarks=[held_out] data=examples/data
+Laptop:  python jobs/evaluate.py model=workspace/models/best-r03-0a1b2c3d "benchmarks=[held_out]" data=examples/data
 Cluster: ray job submit --working-dir . -- python jobs/evaluate.py model=/shared/model benchmarks=[held_out] data=/shared/data
 """
 

@@ -5,7 +5,7 @@ Inputs: Parquet or JSONL files of (prompt, chosen, rejected), by `data=FOLDER` (
 or by a list of sources in a config file.
 Outputs: `pools/`, and `rejects/ingest/` with every refused row and its reason.
 
-Laptop:  python jobs/ingest.py data=examples/data/pools workspace=workspace
+Laptop:  python jobs/ingest.py --config jobs/configs/laptop_ingest.yaml data=examples/data/pools workspace=workspace
 Cluster: ray job submit --working-dir . -- python jobs/ingest.py --config jobs/configs/ingest.yaml workspace=s3://bucket/run
 """
 

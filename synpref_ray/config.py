@@ -6,7 +6,7 @@ override any field as `section.key=value` (the value is read as YAML).
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -79,12 +79,40 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         value = text
     *sections, key = path.split(".")
+    where: Any = values
     for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
+        where = where.setdefault(section, {}) if isinstance(where, dict) else where[_index(where, section, override)]
+        if not isinstance(where, dict | list):
             raise ConfigError(f"{override!r}: {section!r} is a value, not a section")
-        values = inner
-    values[key] = value
+    where[key if isinstance(where, dict) else _index(where, key, override)] = value
+
+
+def _index(values: list[Any], text: str, override: str) -> int:
+    if not text.isdecimal() or int(text) >= len(values):
+        raise ConfigError(f"{override!r}: expected a number from 0 to {len(values) - 1} in place of {text!r}, as in judges.0.engine.model")
+    return int(text)
+
+
+def describe_settings(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return a line `section.key = default` for every setting of a config, in order, for `--help`; lists of sections show their first entry."""
+    lines = []
+    for name, field in cls.model_fields.items():
+        key = f"{prefix}{name}"
+        model = _model_in(field.annotation)
+        if model is not None and not (isinstance(field.default, tuple) and field.default):
+            many = "" if field.annotation is model or type(None) in get_args(field.annotation) else "0."
+            lines += describe_settings(model, f"{key}.{many}")
+            continue
+        default = field.get_default(call_default_factory=True) if not field.is_required() else "REQUIRED"
+        lines.append(f"{key} = {getattr(default, 'value', default)}")
+    return lines
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the model that an annotation is, or holds (a tuple of models, an optional model)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _model_in(inner)) is not None), None)
 
 
 def _one_line(error: ValidationError, file: str | None) -> str:

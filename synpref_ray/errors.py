@@ -30,4 +30,4 @@ class RunConflictError(SynprefError):
 
 
 class CleanGoldError(SynprefError):
-    """Gold would leak into where it must never be (DESIGN: gold is clean, or nothing is)."""
+    """Gold would leak into where it must never be (README: gold is clean, or nothing is)."""

@@ -1,4 +1,4 @@
-"""DESIGN 5: imports point one way, and ray, vllm, faiss and deepspeed stay in their rooms; read from the source, so lazy imports count."""
+"""The architecture: imports point one way, and ray, vllm, faiss and deepspeed stay in their rooms; read from the source, so lazy imports count."""
 
 import ast
 import re

@@ -35,8 +35,8 @@ def pair_row(pair: DemoPair, row: int) -> dict[str, object]:
 
 
 def write_demo(output: Path, pools: Mapping[str, Sequence[DemoPair]]) -> list[Path]:
-    """Write the training pools as JSON lines, held_out and truth (all pools, sorted by pair_id) as Parquet; return the paths."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Write the training pools as JSON lines under `pools/`, held_out and truth (all pools, sorted by pair_id) as Parquet; return the paths."""
+    (output / "pools").mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     for name, pairs in pools.items():
         rows = [pair_row(pair, row) for row, pair in enumerate(pairs)]
@@ -44,7 +44,7 @@ def write_demo(output: Path, pools: Mapping[str, Sequence[DemoPair]]) -> list[Pa
             paths.append(output / f"{name}.parquet")
             pq.write_table(pa.Table.from_pylist(rows, PAIR_FILE_SCHEMA), paths[-1], compression="zstd")
         else:
-            paths.append(output / f"{name}.jsonl")
+            paths.append(output / "pools" / f"{name}.jsonl")
             paths[-1].write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     truth = [
         {"pair_id": pair.pair_id, "verdict": pair.verdict.value, "kind": pair.kind, "pool": pair.pool} for pairs in pools.values() for pair in pairs

@@ -26,6 +26,10 @@ class SimulatedAnnotator:
 
     truth_path: str
 
+    def known(self, pair_ids: Collection[str]) -> set[str]:
+        """Return which of these pairs the truth file knows, and nothing of what it says."""
+        return set(read_truth(self.truth_path, pair_ids))
+
     def verify(self, shard: pa.Table, selected_ids: Collection[str]) -> pa.Table:
         """Return HUMAN_SCHEMA rows for all pairs of the shard, in order; only selected pairs are looked up."""
         pair_ids = require_pair_ids(shard, "verify")

@@ -47,6 +47,10 @@ class ImportedVerdicts:
     num_lines: int
     answers: Mapping[str, Answer]
 
+    def known(self, pair_ids: Collection[str]) -> set[str]:
+        """Return which of these pairs have a verdict."""
+        return set(pair_ids) & set(self.answers)
+
     def verify(self, shard: pa.Table, selected_ids: Collection[str]) -> pa.Table:
         """Return HUMAN_SCHEMA rows for all pairs of the shard, in order; a selected pair that nobody has answered is `not_selected`."""
         selected = set(selected_ids)

@@ -26,6 +26,10 @@ class Answer:
 class Annotator(Protocol):
     """Gives verdicts on the selected pairs of a shard."""
 
+    def known(self, pair_ids: Collection[str]) -> set[str]:
+        """Return which of these pairs it can answer."""
+        ...
+
     def verify(self, shard: pa.Table, selected_ids: Collection[str]) -> pa.Table:
         """Return HUMAN_SCHEMA rows for all pairs of the shard, in order; `gold_split` is null, the split is a rule of its own."""
         ...

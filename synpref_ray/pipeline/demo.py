@@ -65,7 +65,7 @@ class DemoConfig(JobConfig):
 
     def ingest(self) -> IngestConfig:
         """Return the ingest job's config."""
-        sources = tuple(SourceConfig(name=f"demo-{route.value}", path=f"{self.data}/{route.value}.jsonl", route=route) for route in Route)
+        sources = tuple(SourceConfig(name=f"demo-{route.value}", path=f"{self.data}/pools/{route.value}.jsonl", route=route) for route in Route)
         return IngestConfig(workspace=self.workspace, ray=self.ray, sources=sources, max_pairs_per_shard=SHARD_PAIRS)
 
     def stage1(self) -> Stage1Config:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import InputError
@@ -31,9 +31,15 @@ class EvaluateConfig(JobConfig):
 
     model: str
     benchmarks: tuple[str, ...] = Field(min_length=1)
+    """Names or paths; a single one may stand alone."""
     data: str = "."
     score: ScoreConfig = ScoreConfig()
     reading: FileScoring = FileScoring()
+
+    @field_validator("benchmarks", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 def benchmark_files(config: EvaluateConfig) -> Mapping[str, str]:
@@ -44,7 +50,7 @@ def benchmark_files(config: EvaluateConfig) -> Mapping[str, str]:
     """
     files: dict[str, str] = {}
     for benchmark in config.benchmarks:
-        choices = [benchmark, f"{config.data}/{benchmark}", *(f"{config.data}/{benchmark}{ending}" for ending in PAIR_FILES)]
+        choices = [f"{config.data}/{benchmark}", *(f"{config.data}/{benchmark}{ending}" for ending in PAIR_FILES), benchmark]
         file = next((choice for choice in choices if choice.endswith(PAIR_FILES) and ("://" in choice or Path(choice).is_file())), None)
         if file is None:
             raise InputError(f"benchmark {benchmark!r}: expected a file of pairs ({', '.join(PAIR_FILES)}) at that path or in data={config.data}")

@@ -1,7 +1,7 @@
 """Gold as it grows: all human-verified pairs gathered into one pool per round, judges measured on it, labels and sets derived from it.
 
 Paper: Sec. 3.2, Step 4 (human labels join gold, LLM labels join silver). Our choice: every table here is derived by rule from stored verdicts and
-votes, so a new rule needs no model; the checks of DESIGN section 4 are made where a set comes into being.
+votes, so a new rule needs no model; the checks of `rules/gold.py` are made where a set comes into being.
 """
 
 from collections.abc import Mapping, Sequence

@@ -29,7 +29,7 @@ from synpref_ray.ingest.plan import (
     ingest_plan,
 )
 from synpref_ray.ingest.readers import digest_file, read_pair_file
-from synpref_ray.ingest.source import Route, SourceConfig, check_source_names, list_source_files
+from synpref_ray.ingest.source import PairColumns, Route, SourceConfig, check_source_names, list_source_files
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.steps import unwrap
 from synpref_ray.reporting.run import Run
@@ -48,6 +48,8 @@ class IngestConfig(JobConfig):
 
     data: str = ""
     sources: tuple[SourceConfig, ...] = ()
+    columns: PairColumns = PairColumns()
+    """Which columns hold what, for `data`; a source of `sources` says it itself."""
     max_pairs_per_shard: int = Field(default=MAX_PAIRS_PER_SHARD, ge=1)
     max_bytes_per_shard: int = Field(default=MAX_BYTES_PER_SHARD, ge=1)
     max_rejected_fraction: float = Field(default=0.5, ge=0.0, le=1.0)  # ours: duplicates aside, most rows refused means a wrong format
@@ -84,7 +86,7 @@ def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:
     for file in found:
         name = posixpath.relpath(url_to_fs(file)[1], folder)
         route = next((route for route in Route if name.startswith(route.value)), Route.WILD)
-        sources.append(SourceConfig(name=name, path=file, route=route))
+        sources.append(SourceConfig(name=name, path=file, route=route, columns=config.columns))
     return tuple(sources)
 
 
@@ -245,4 +247,6 @@ def _closing_table(summary: dict[str, Any]) -> str:
     rows += [(f"pool {name}", str(count)) for name, count in summary["pools"].items()]
     rows += [(f"  of them contradicted, {name}", str(count)) for name, count in summary["contradicted"].items() if count]
     rows += [(f"rejected: {reason}", str(count)) for reason, count in summary["rejected"].items() if count]
-    return format_table(("pairs", "count"), rows)
+    absent = [route.value for route in (Route.SEED, Route.UNVERIFIED) if not summary["pools"].get(route.value)]
+    hints = [f"no file fed the pool {name}, which Stage 1 needs: give it files whose names begin with {name}, in a new workspace" for name in absent]
+    return "\n".join([format_table(("pairs", "count"), rows), *hints])

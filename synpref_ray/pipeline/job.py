@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from synpref_ray.config import Settings, load_config
+from synpref_ray.config import Settings, describe_settings, load_config
 from synpref_ray.errors import ConfigError, InputError, SynprefError
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.reporting.run import Run
@@ -98,7 +98,9 @@ def run_job(
         usage: printed for `--help`.
     """
     if any(word in ("-h", "--help") for word in argv):
-        print(usage or f"usage: python jobs/{name}.py [--config FILE] [key=value ...] [--dry-run]")  # noqa: T201  # asked for
+        print(usage or "")  # noqa: T201  # asked for
+        print(f"usage: python jobs/{name}.py [--config FILE] [key=value ...] [--dry-run]\n\nsettings and their defaults:")  # noqa: T201
+        print("\n".join(f"  {line}" for line in describe_settings(config_class)))  # noqa: T201
         return EXIT_DONE
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     for noisy in ("httpx", "transformers", "sentence_transformers", "fsspec"):
@@ -118,6 +120,11 @@ def run_job(
         run.finish()
     except SynprefError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201  # the one clear line
+        return EXIT_USAGE
+    except Exception as error:
+        if not type(error).__module__.startswith("botocore."):
+            raise
+        print(f"{name}: object storage: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201  # credentials, bucket or network
         return EXIT_USAGE
     print(summary)  # noqa: T201  # the job's summary
     print(f"run: {storage.join(run.folder)}")  # noqa: T201  # the job's last line

@@ -15,6 +15,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from synpref_ray.bundled import resolve_model
+from synpref_ray.errors import InputError
 from synpref_ray.evaluation.accuracy import bootstrap_accuracy, is_correct
 from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
@@ -80,7 +81,18 @@ def check_stage1(config: Stage1Config) -> None:
         resolve_model(model)
     for judge in config.judges:
         resolve_model(judge.engine.model)
-    config.annotator.open()
+    _check_annotator(config)
+
+
+def _check_annotator(config: Stage1Config) -> None:
+    """Refuse verdicts that no pool can use, or that leave nothing of the seed to train on."""
+    annotator, path = config.annotator.open(), config.annotator.path
+    seed, unverified = ({*open_pool(config.storage, name).read_all(["pair_id"])["pair_id"].to_pylist()} for name in ("seed", "unverified"))
+    known = annotator.known(seed | unverified)
+    if not known:
+        raise InputError(f"{path} has no verdict on any pair of the pools seed and unverified; are its pair_ids those of this workspace?")
+    if config.annotator.kind == "file" and seed <= known:
+        raise InputError(f"{path} has a verdict on every seed pair: that leaves none for judges to label and the first RM to train on")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.reward.training_record import TrainingRecord
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.models import RECORD_FILE, StoredModel, model_is_stored, store_model
+from synpref_ray.tables.pools import content_digest
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
@@ -52,7 +53,8 @@ def train_model(
 
 
 def _train(storage: Storage, stored: str, train: pa.Table, gold: pa.Table | None, config: TrainConfig, lease: Lease) -> None:
-    parent = Path(storage.local_path("tmp")) if storage.is_local else Path(tempfile.gettempdir())
+    elsewhere = Path(tempfile.gettempdir()) / f"synpref_ray-{content_digest(storage.url)[:8]}"  # a host may serve several workspaces
+    parent = Path(storage.local_path("tmp")) if storage.is_local else elsewhere
     parent.mkdir(parents=True, exist_ok=True)
     for left_over in parent.glob(f"{stored}-*"):  # of a run that was killed; the lease says that nobody else is at it
         shutil.rmtree(left_over, ignore_errors=True)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from synpref_ray.bundled import resolve_model
-from synpref_ray.errors import ConfigError, InputError, RunConflictError
+from synpref_ray.errors import InputError, RunConflictError
 from synpref_ray.reward.loss import bradley_terry_loss
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer, save_reward_model
 from synpref_ray.reward.packing import Group, PackingStats, pack, packing_stats
@@ -244,7 +244,7 @@ def parameter_groups(module: RewardModule, config: TrainConfig) -> list[dict[str
 
 
 def build_module(config: TrainConfig) -> RewardModule:
-    """Load the model to train: float32 weights, autocast as configured, the first layers frozen if asked."""
+    """Load the model to train: float32 weights, autocast as configured, only the first layers if asked."""
     model = load_backbone_with_head(
         resolve_model(config.backbone),
         "float32",
@@ -253,12 +253,6 @@ def build_module(config: TrainConfig) -> RewardModule:
         seed=config.seed,
         num_layers=config.num_layers,
     )
-    if config.num_frozen_layers:
-        layers = model.base_model.layers
-        if config.num_frozen_layers > len(layers):
-            raise ConfigError(f"num_frozen_layers is {config.num_frozen_layers}, but {config.backbone} has {len(layers)} layers")
-        for frozen in (model.base_model.embed_tokens, *layers[: config.num_frozen_layers]):
-            frozen.requires_grad_(False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return RewardModule(model, torch.bfloat16 if config.precision == "bfloat16" else None)

@@ -40,8 +40,6 @@ class TrainConfig(Settings):
     gradient_checkpointing: bool = False
     num_layers: PositiveInt | None = None
     """Keep only the backbone's first layers: a smaller reward model for a CPU. Ours; the paper keeps all."""
-    num_frozen_layers: NonNegativeInt = 0
-    """Leave the embeddings and the first layers as they are: less to compute on a CPU. Ours; the paper trains everything."""
     zero_stage: Literal[0, 1, 2] = 1  # App. E
     num_workers: PositiveInt = 1
     num_threads: PositiveInt = 2

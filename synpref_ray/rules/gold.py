@@ -2,7 +2,7 @@
 
 Paper: Sec. 3.2: gold picks the checkpoints of a reward model that trains on silver only, drives retrieval and serves as exemplars; Sec.
 3.3: it trains the gold RM. Our choice: gold is split by prompt group into *working* gold, which does all of that, and *audit* gold, on
-which nothing is tuned and every reported figure is measured (DESIGN, section 4). A check counts all violations and names at most three
+which nothing is tuned and every reported figure is measured. A check counts all violations and names at most three
 pairs.
 """
 

@@ -1,5 +1,4 @@
-"""Whether an LLM judge may decide labels: only where it has proved on gold that it beats chance. A small judge may well not (DESIGN,
-section 4).
+"""Whether an LLM judge may decide labels: only where it has proved on gold that it beats chance. A small judge may well not.
 
 Our choice: the paper trusts its judges after manual checks (agreement in Table 14). Here every judge first judges working gold, each gold
 pair with exemplars of other prompts only (leave-one-out), and the Wilson lower bound of its agreement must lie above chance, overall and in

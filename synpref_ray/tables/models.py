@@ -9,6 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from synpref_ray.errors import SynprefError
 from synpref_ray.tables.storage import Storage
 
 RECORD_FILE = "training_record.json"
@@ -47,7 +48,13 @@ class StoredModel:
 
 
 def store_model(storage: Storage, name: str, folder: str) -> None:
-    """Bring a finished local folder into the workspace; the record is written last, as a seal."""
+    """Bring a finished local folder into the workspace; the record is written last, as a seal.
+
+    Raises:
+        SynprefError: the folder holds no config or no weights: the training process wrote them to a disk that this process does not see.
+    """
+    if not (Path(folder) / "config.json").is_file() or not any(Path(folder).glob("*.safetensors")):
+        raise SynprefError(f"{folder} holds no model to store: the first training worker must run where the driver sees the files that it writes")
     target = f"models/{name}"
     if storage.is_local:
         local = storage.local_path(target)

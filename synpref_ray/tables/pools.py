@@ -127,7 +127,10 @@ def open_pool(storage: Storage, name: str, version: int | None = None) -> Pool:
     versions = _versions(storage, name)
     if not versions or (version is not None and version not in versions):
         wanted = f"pool {name!r}" + (f" version {version}" if version is not None else "")
-        raise InputError(f"{wanted} does not exist in {storage.url}; run jobs/ingest.py into this workspace first")
+        there = ", ".join(list_pools(storage)) or "no pool"
+        raise InputError(
+            f"{wanted} does not exist in {storage.url} (there: {there}); jobs/ingest.py makes it from files whose names begin with {name}"
+        )
     manifest = storage.read_json(f"pools/{name}/versions/{versions[-1] if version is None else version}.json")
     shards = tuple(Shard(**shard) for shard in manifest["shards"])
     return Pool(storage, name, manifest["version"], manifest["fingerprint"], shards)

@@ -90,6 +90,11 @@ def load_set(storage: Storage, name: str, digest: str | None = None) -> PairSet:
         InputError: there is none.
         RunConflictError: it is not the one with this digest any more: a later run with other settings replaced it.
     """
+    if not storage.exists(f"sets/{name}.json"):
+        there = sorted(path.removeprefix("sets/").removesuffix(".json") for path in storage.list_files("sets"))
+        raise InputError(
+            f"there is no set {name!r} in {storage.url}; there are: {', '.join(there) or 'none yet (jobs/stage1.py and stage2.py make them)'}"
+        )
     manifest = storage.read_json(f"sets/{name}.json")
     members = []
     for entry in manifest["members"]:

@@ -19,7 +19,7 @@ Row = dict[str, object]
 
 @pytest.fixture(scope="module")
 def shipped() -> dict[str, list[Row]]:
-    pools = {name: [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()] for name in POOLS[:3]}
+    pools = {name: [json.loads(line) for line in (DATA / "pools" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()] for name in POOLS[:3]}
     return pools | {HELD_OUT_POOL: pq.read_table(DATA / "held_out.parquet").to_pylist()}
 
 
@@ -91,7 +91,7 @@ def test_flips_are_spread_over_the_file(shipped: dict[str, list[Row]], truth: di
 def test_script_makes_the_shipped_files_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert make_pool.main(["--output", str(tmp_path)]) == 0
     assert "wild: 500 pairs, 0.700 of labels right" in capsys.readouterr().out
-    for name in ("seed.jsonl", "unverified.jsonl", "wild.jsonl"):
+    for name in ("pools/seed.jsonl", "pools/unverified.jsonl", "pools/wild.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
     for name in ("held_out.parquet", "truth.parquet"):
         assert pq.read_table(tmp_path / name).equals(pq.read_table(DATA / name))

@@ -27,7 +27,7 @@ class SmallLoop:
         self.truth = REPOSITORY / "examples" / "data" / "truth.parquet"
         self.data.mkdir(parents=True)
         for name, size in SIZES.items():
-            lines = (REPOSITORY / "examples" / "data" / f"{name}.jsonl").read_text().splitlines()
+            lines = (REPOSITORY / "examples" / "data" / "pools" / f"{name}.jsonl").read_text().splitlines()
             few = lines[:: len(lines) // size][:size]  # not the first ones: those are of a handful of prompts
             (self.data / f"{name}.jsonl").write_text("\n".join(few) + "\n")
         self.backbone = make_backbone(root / "backbone")
@@ -48,6 +48,12 @@ class SmallLoop:
         metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
         metrics["events"] = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
         return metrics
+
+
+def finished_shards(workspace: Path) -> dict[Path, tuple[int, int]]:
+    """Return every shard that is written, with its time and inode: a recomputed shard is another file."""
+    found = sorted(workspace.glob("pools/*/*/*/shard-*.parquet"))
+    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
 
 
 def environment() -> dict[str, str]:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from synpref_ray.tables.pools import list_pools, open_pool
 from synpref_ray.tables.storage import Storage
-from tests.pipeline.small_loop import SmallLoop, environment
+from tests.pipeline.small_loop import SmallLoop, environment, finished_shards
 
 TIMEOUT_SECONDS = 1200
 
@@ -64,6 +65,24 @@ def results(workspace: Path) -> dict[str, bytes]:
     return found
 
 
+def check_model_tables(workspace: Path, wanted: Path) -> None:
+    """Compare what models made: same tables, rows and failures, numbers up to float error, since batches differ after a kill.
+
+    Texts show in what rules make of them.
+    """
+    tables = [f"pools/*/{name}/*/shard-*.parquet" for name in ("attributes", "embeddings", "rewards.*", "votes.*")]
+    paths = [path.relative_to(wanted) for pattern in tables for path in files(wanted, pattern)]
+    assert paths == [path.relative_to(workspace) for pattern in tables for path in files(workspace, pattern)]
+    for path in paths:
+        ours, theirs = pq.read_table(workspace / path), pq.read_table(wanted / path)
+        assert ours.schema.equals(theirs.schema)
+        for name in ("pair_id", "drop_reason"):
+            assert ours[name].to_pylist() == theirs[name].to_pylist(), path
+        for name in set(ours.column_names) & {"reward_chosen", "reward_rejected", "margin", "p_chosen", "embedding"}:
+            pairs = zip(ours[name].to_pylist(), theirs[name].to_pylist(), strict=True)
+            assert all(a == b or a == pytest.approx(b, rel=1e-4, abs=1e-4) for a, b in pairs), path
+
+
 def kill_when(loop: SmallLoop, job: str, workspace: Path, is_now: Callable[[Path], bool]) -> None:
     """Start a job and kill its driver with SIGKILL as soon as the moment has come."""
     process = subprocess.Popen(loop.command(job, workspace), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=loop.root, env=environment())
@@ -76,11 +95,6 @@ def kill_when(loop: SmallLoop, job: str, workspace: Path, is_now: Callable[[Path
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def finished_shards(workspace: Path) -> dict[Path, tuple[int, int]]:
-    """Return every shard that is written, with its time and inode: a recomputed shard is another file."""
-    return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files(workspace, "pools/*/*/*/shard-*.parquet")}
 
 
 def journaled_requests(workspace: Path) -> int:
@@ -106,6 +120,7 @@ def test_a_killed_driver_costs_only_unfinished_shards(loop: SmallLoop, uninterru
     rerun: dict[str, Any] = loop.run(job, workspace)
     assert {path: finished_shards(workspace)[path] for path in finished} == finished, "a finished shard was computed again"
     assert sum(event.get("from_journal", 0) for event in rerun["events"]) >= journaled
+    check_model_tables(workspace, uninterrupted[job])
     found, wanted = results(workspace), results(uninterrupted[job])
     assert found.keys() == wanted.keys()
     different = [path for path in found if found[path] != wanted[path]]

@@ -9,7 +9,7 @@ from synpref_ray.tables.pools import open_pool
 from synpref_ray.tables.sets import load_set
 from synpref_ray.tables.sidecars import open_sidecar
 from synpref_ray.tables.storage import Storage
-from tests.pipeline.small_loop import SIZES, SmallLoop
+from tests.pipeline.small_loop import SIZES, SmallLoop, finished_shards
 
 
 @pytest.mark.ray
@@ -30,9 +30,11 @@ def test_the_loop_runs_and_a_second_run_computes_nothing(tmp_path: Path) -> None
     decision = open_sidecar(wild, "decision").read_all()
     assert decision["pair_id"].to_pylist() == wild.read_all(["pair_id"])["pair_id"].to_pylist()
 
+    before = finished_shards(workspace)
     for job in ("stage1", "stage2"):
         again = loop.run(job, workspace)
         assert sum(event["computed"] for event in again["events"] if event["event"] == "step") == 0
+    assert finished_shards(workspace) == before
 
     model = workspace / "models" / stage1["stage1"]["best_rm"]["name"]
     out = tmp_path / "rewards.parquet"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from synpref_ray.errors import RunConflictError
+from synpref_ray.errors import RunConflictError, SynprefError
 from synpref_ray.pipeline import training
 from synpref_ray.pipeline.ingest import IngestConfig
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.models import RECORD_FILE
+from synpref_ray.tables.models import RECORD_FILE, model_is_stored, store_model
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
 
@@ -27,7 +27,7 @@ class Trainer:
     def __call__(self, train: object, gold: object, config: object, output: str, scratch: str) -> None:
         self.calls += 1
         Path(output).mkdir()
-        for name in ("config.json", RECORD_FILE):
+        for name in ("config.json", "model.safetensors", RECORD_FILE):
             (Path(output) / name).write_text("{}")
         self._before_the_end()
 
@@ -70,3 +70,12 @@ def test_a_model_whose_lease_was_lost_is_not_stored(train: Callable[[], object],
     with pytest.raises(RunConflictError, match="taken over"):
         train()
     assert storage.list_files("models") == []
+
+
+def test_a_folder_without_weights_is_not_stored(tmp_path: Path) -> None:
+    storage, folder = Storage(str(tmp_path / "ws")), tmp_path / "written-elsewhere"
+    folder.mkdir()
+    (folder / RECORD_FILE).write_text("{}")
+    with pytest.raises(SynprefError, match="holds no model to store"):
+        store_model(storage, "best-0a1b2c3d", str(folder))
+    assert not model_is_stored(storage, "best-0a1b2c3d")
