@@ -1,4 +1,4 @@
-"""The whole loop made small: a slice of the demo's pairs, a two-layer reward-model backbone, the real LLM, the real jobs as subprocesses."""
+"""The whole loop made small: a slice of the demo's pairs, real engines on a two-layer random model, the real jobs as subprocesses."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from synpref_ray.bundled import resolve_model
 
 REPOSITORY = Path(__file__).parents[2]
-LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TOKENIZER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SIZES = {"seed": 24, "unverified": 32, "wild": 48}
 
 
@@ -62,26 +62,29 @@ def environment() -> dict[str, str]:
 
 
 def make_backbone(folder: Path) -> Path:
-    """Write a two-layer random Llama with the bundled tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(LLM))
+    """Write a two-layer random Llama with the bundled tokenizer: backbone of the reward models, and LLM (what it says is noise, as schemas allow)."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(TOKENIZER))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=128,  # heads of 32: the smallest that vLLM's attention takes on a CPU
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20.0)  # far from ties, so that a greedy reply does not hang on the batch that it was computed in
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def write_configs(root: Path, backbone: Path, truth: Path) -> dict[str, Path]:
     """Write the configs of both stages."""
-    engine = {"model": LLM, "dtype": "float32", "max_model_len_tokens": 1024, "kv_cache_bytes": 256 << 20}
+    engine = {"model": str(backbone), "dtype": "float32", "max_model_len_tokens": 1024, "kv_cache_bytes": 256 << 20}
     step = {"engine": engine, "concurrent_shards": 1}
     common = {
         "tag": {**step, "tagger": {"max_attributes_chars": 30, "max_guideline_chars": 40, "max_new_tokens": 80}},
