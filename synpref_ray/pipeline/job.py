@@ -10,7 +10,7 @@ from synpref_ray.config import Settings, describe_settings, load_config
 from synpref_ray.errors import ConfigError, InputError, SynprefError
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.reporting.run import Run
-from synpref_ray.tables.storage import Storage
+from synpref_ray.tables.storage import OBJECT_STORAGE_ERRORS, Storage
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -121,9 +121,7 @@ def run_job(
     except SynprefError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201  # the one clear line
         return EXIT_USAGE
-    except Exception as error:
-        if not type(error).__module__.startswith("botocore."):
-            raise
+    except OBJECT_STORAGE_ERRORS as error:
         print(f"{name}: object storage: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201  # credentials, bucket or network
         return EXIT_USAGE
     print(summary)  # noqa: T201  # the job's summary

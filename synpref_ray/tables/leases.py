@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from synpref_ray.errors import InputError, RunConflictError
-from synpref_ray.tables.storage import Storage, encode_json
+from synpref_ray.tables.storage import STORAGE_ERRORS, Storage, encode_json
 
 RENEW_SECONDS = 10.0
 EXPIRES_SECONDS = 60.0
@@ -127,7 +127,7 @@ class Lease:
                 if not self._owns(content):
                     return
                 self._storage.write_bytes(self._path, self._content())
-            except Exception:
+            except STORAGE_ERRORS:
                 logger.exception("could not renew %s; trying again in %.0f s", self._storage.join(self._path), RENEW_SECONDS)
 
 

@@ -15,9 +15,13 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.implementations.local import LocalFileSystem
 
-from synpref_ray.errors import InputError, SchemaError
+from synpref_ray.errors import InputError, SchemaError, SynprefError
+
+OBJECT_STORAGE_ERRORS = (BotoCoreError, ClientError)  # no credentials, no bucket, no network: what s3fs does not turn into an OSError
+STORAGE_ERRORS = (OSError, SynprefError, *OBJECT_STORAGE_ERRORS)
 
 
 @dataclass(frozen=True)

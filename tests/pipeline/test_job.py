@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 
 from jobs import demo, evaluate, ingest, score, stage1, stage2, train
 from synpref_ray.errors import ConfigError
-from synpref_ray.pipeline.job import parse_arguments
+from synpref_ray.pipeline.job import JobConfig, parse_arguments, run_job
 
 ENGINE = "{model: HuggingFaceTB/SmolLM2-135M-Instruct}"
 
@@ -96,3 +97,11 @@ def test_a_workspace_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFi
     code, error = run(capsys, ingest.main, f"data={tmp_path / 'data'}", f"workspace={tmp_path / place}")
     assert code == 2
     assert f"cannot write to the workspace {tmp_path / place}: " in error
+
+
+def test_object_storage_without_credentials_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def check(config: JobConfig) -> None:
+        raise NoCredentialsError
+
+    assert run_job("demo", ["--dry-run"], JobConfig, lambda config, run: "", check=check) == 2
+    assert capsys.readouterr().err == "demo: object storage: Unable to locate credentials\n"

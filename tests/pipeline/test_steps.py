@@ -48,12 +48,9 @@ class Shuffler:
         return table.append_column("drop_reason", pa.nulls(shard.num_rows, pa.string())).take(list(range(shard.num_rows))[::-1]), {}
 
 
-class NeverStarts:
+class NeverStarts(Shuffler):
     def __init__(self) -> None:
         raise InputError("the model has no reward head")
-
-    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        raise NotImplementedError
 
 
 def make_pool(root: Path, name: str, sizes: list[int]) -> Pool:
