@@ -17,6 +17,10 @@ class InputError(SynprefError):
     """A file, folder or model that the user named is missing, unreadable or not what it should be."""
 
 
+class NonFiniteLossError(InputError):
+    """A training loss became NaN or infinite; every rank of a run raises it in the same optimizer step."""
+
+
 class SchemaError(SynprefError):
     """A table lacks a column, or has one of another type, than a step needs."""
 

@@ -19,8 +19,7 @@ from synpref_ray.reporting.table import format_table
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import check_best_rm_training
 from synpref_ray.tables.pools import content_digest
-from synpref_ray.tables.sets import load_set
-from synpref_ray.tables.storage import Storage
+from synpref_ray.tables.sets import PairSet, iter_names, load_set
 
 
 class TrainJobConfig(JobConfig):
@@ -48,13 +47,8 @@ def check_train(config: TrainJobConfig) -> None:
         load_set(config.storage, name)
 
 
-def read_training_pairs(storage: Storage, set_name: str, file: str) -> tuple[pa.Table, str] | None:
-    """Return pairs (chosen preferred) and their digest from a set or a file, None if neither is named; a file must hold pairs only."""
-    if set_name:
-        pairs = load_set(storage, set_name)
-        return pairs.read(), pairs.digest
-    if not file:
-        return None
+def read_pairs(file: str) -> tuple[pa.Table, str]:
+    """Return the pairs of a file (chosen preferred) and their digest; it must hold pairs only."""
     chunks = list(read_pair_file(file, SourceConfig(name="pairs", path=file)))
     refused = sum(chunk.rejects.num_rows for chunk in chunks)
     if refused:
@@ -65,11 +59,13 @@ def read_training_pairs(storage: Storage, set_name: str, file: str) -> tuple[pa.
 
 def run_train(config: TrainJobConfig, run: Run) -> str:
     """Train one model; return the closing table."""
-    train = read_training_pairs(config.storage, config.set, config.pairs)
-    assert train is not None  # check_train saw to it
-    gold = read_training_pairs(config.storage, config.gold_set, config.gold_pairs)
-    if gold is not None:
-        check_best_rm_training(train[0], gold[0])
+    train = load_set(config.storage, config.set) if config.set else read_pairs(config.pairs)
+    gold = None
+    if config.gold_set or config.gold_pairs:
+        gold_set = load_set(config.storage, config.gold_set) if config.gold_set else None
+        gold = (gold_set.read(), gold_set.digest) if gold_set is not None else read_pairs(config.gold_pairs)
+        for names in iter_names(train) if isinstance(train, PairSet) else [train[0]]:
+            check_best_rm_training(names, gold[0])
     model, record = train_model(run, config.storage, config.name, train=train, gold=gold, config=config.train)
     values: dict[str, Any] = record.model_dump(mode="json")
     run.metrics.update({"model": model.path, "training": values})

@@ -9,61 +9,84 @@ from pathlib import Path
 import pyarrow as pa
 
 from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.pipeline.training_batches import prepare_set
 from synpref_ray.reporting.run import Run
-from synpref_ray.reward.ray_trainer import train_reward_model
+from synpref_ray.reward.checkpoints import TrainingFolder
+from synpref_ray.reward.model import load_tokenizer, read_row_layout
+from synpref_ray.reward.ray_trainer import run_on_ray
+from synpref_ray.reward.trainer import RESOURCE_SETTINGS, make_model
 from synpref_ray.reward.training_config import TrainConfig
+from synpref_ray.reward.training_data import TrainingData, prepare_data
 from synpref_ray.reward.training_record import TrainingRecord
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.models import RECORD_FILE, StoredModel, model_is_stored, store_model
 from synpref_ray.tables.pools import content_digest
+from synpref_ray.tables.sets import PairSet
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
 
-TRAIN_VERSION = 1
-# What a config says about the machine and not about the result: how the global batch is spread and what is recomputed changes it by float error only.
-RESOURCE_SETTINGS = {"num_threads", "use_gpu", "num_workers", "max_tokens_per_microbatch", "gradient_checkpointing", "zero_stage"}
+TRAIN_VERSION = 2
+TrainingPairs = tuple[pa.Table, str] | PairSet
+"""Pairs with `chosen` the preferred reply: a table that fits in memory and its digest, or a set of the workspace of any size."""
 
 
 def train_model(
-    run: Run, storage: Storage, name: str, *, train: tuple[pa.Table, str], gold: tuple[pa.Table, str] | None, config: TrainConfig
+    run: Run, storage: Storage, name: str, *, train: TrainingPairs, gold: tuple[pa.Table, str] | None, config: TrainConfig
 ) -> tuple[StoredModel, TrainingRecord]:
-    """Train `models/<name>-<fp8>`, or return it if it is there.
+    """Train `models/<name>-<fp8>`, or return it if it is there. A training that was killed goes on from its last checkpoint.
 
     Args:
-        train: pairs with `chosen` the preferred reply, and their digest.
         gold: the pairs that pick the checkpoint, and their digest; None keeps the last step.
     """
     started = time.monotonic()
     backbone = resolve_model(config.backbone)
-    digests = {"backbone": digest_folder(backbone), "train": train[1], "gold": gold[1] if gold else ""}
+    digest = train.digest if isinstance(train, PairSet) else train[1]
+    digests = {"backbone": digest_folder(backbone), "train": digest, "gold": gold[1] if gold else ""}
     settings = config.model_dump(mode="json", exclude=RESOURCE_SETTINGS | {"backbone"})
     settings["versions"] = versions_of("torch", "transformers", "deepspeed")
     stored = f"{name}-{fingerprint('train', TRAIN_VERSION, settings, digests)[:8]}"
-    computed = 0
+    trained = False
     if not model_is_stored(storage, stored):
         with Lease(storage, f"models/.lease-{stored}.json") as lease:
             if not model_is_stored(storage, stored):  # or another driver stored it before the lease was ours
-                _train(storage, stored, train[0], gold[0] if gold else None, config.model_copy(update={"backbone": backbone}), lease)
-                computed = train[0].num_rows
+                folder = TrainingFolder(storage, f"tmp/train-{stored}")
+                folder.claim(stored)
+                with_backbone = config.model_copy(update={"backbone": backbone})
+                data = _prepare(run, train, gold[0] if gold else None, with_backbone, folder)
+                _train_and_store(data, with_backbone, folder, stored, lease)
+                trained = True
     record = TrainingRecord.model_validate(json.loads(storage.read_bytes(f"models/{stored}/{RECORD_FILE}")))
     model = StoredModel(storage, stored, _digest(storage, stored))
-    run.step(f"train {name}", rows=train[0].num_rows, computed=computed, rejected={}, seconds=time.monotonic() - started)
+    pairs, dropped = record.num_pairs + sum(record.num_dropped.values()), record.num_dropped
+    run.step(f"train {name}", rows=pairs, computed=pairs if trained else 0, rejected=dropped, seconds=time.monotonic() - started)
     return model, record
 
 
-def _train(storage: Storage, stored: str, train: pa.Table, gold: pa.Table | None, config: TrainConfig, lease: Lease) -> None:
+def _prepare(run: Run, train: TrainingPairs, gold: pa.Table | None, config: TrainConfig, folder: TrainingFolder) -> TrainingData:
+    """Plan the batches; they depend on the size of micro-batches too, which may change between a kill and the next start."""
+    batches = f"{folder.path}/batches-{config.max_tokens_per_microbatch}"
+    if isinstance(train, PairSet):
+        return prepare_set(run, train, gold, config, config.backbone, folder.storage, batches)
+    layout = read_row_layout(config.backbone, config.max_tokens_per_microbatch)
+    return prepare_data(load_tokenizer(config.backbone), train[0], gold, config, layout, folder.storage, batches)
+
+
+def _train_and_store(data: TrainingData, config: TrainConfig, folder: TrainingFolder, stored: str, lease: Lease) -> None:
+    storage, started = folder.storage, time.perf_counter()
     elsewhere = Path(tempfile.gettempdir()) / f"synpref_ray-{content_digest(storage.url)[:8]}"  # a host may serve several workspaces
     parent = Path(storage.local_path("tmp")) if storage.is_local else elsewhere
     parent.mkdir(parents=True, exist_ok=True)
     for left_over in parent.glob(f"{stored}-*"):  # of a run that was killed; the lease says that nobody else is at it
         shutil.rmtree(left_over, ignore_errors=True)
-    scratch = tempfile.mkdtemp(dir=parent, prefix=f"{stored}-")
+    scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f"{stored}-"))
     try:
-        output = str(Path(scratch) / "model")
-        train_reward_model(train, gold, config, output, str(Path(scratch) / "ray"))
+        record = run_on_ray(data, config, folder, str(scratch / "ray"))
+        record = record.model_copy(update={"seconds": {**record.seconds, "total": time.perf_counter() - started}})
+        make_model(folder, record, str(scratch / "model"))
         lease.check()
-        store_model(storage, stored, output)
+        store_model(storage, stored, str(scratch / "model"))
+        folder.remove()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

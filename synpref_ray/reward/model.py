@@ -11,17 +11,18 @@ Shape legend: B rows, T tokens of the longest row, S sequences, H hidden size.
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.reward.packing import PADDING, PackedBatch, attention_mask
+from synpref_ray.reward.pair_groups import RowLayout
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class RewardModule(nn.Module):
         self.model = model
         self.layout = mask_layout(model.config)
         self._autocast_dtype = autocast_dtype
+        self._checkpointed: list[Any] = []
+        self._checkpointing_min_tokens = 0
 
     @property
     def may_share(self) -> bool:
@@ -79,20 +82,34 @@ class RewardModule(nn.Module):
     @property
     def quadratic_tokens(self) -> float:
         """Row length at which masked attention costs as much as the linear layers of the backbone (see `packing.make_group`)."""
-        config = self.model.config
-        linear = sum(module.weight.numel() for module in self.model.base_model.modules() if isinstance(module, nn.Linear))
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return float(linear / (2 * config.num_hidden_layers * config.num_attention_heads * head_dim))
+        return _quadratic_tokens(self.model.config, self.num_linear_weights)
+
+    @property
+    def num_linear_weights(self) -> int:
+        """Weights of the backbone's linear layers: a forward pass costs twice as many floating-point operations a token, attention aside."""
+        return _num_linear_weights(self.model.base_model)
+
+    def row_layout(self, max_row_tokens: int) -> RowLayout:
+        """Return how rows may be laid out for this model."""
+        return RowLayout(self.may_share, self.quadratic_tokens, max_row_tokens)
+
+    def checkpoint_gradients(self, min_tokens: int) -> None:
+        """Recompute activations in the backward pass, for micro-batches of at least `min_tokens` tokens (padding included)."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._checkpointed = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
+        self._checkpointing_min_tokens = min_tokens
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Return the reward of every sequence of the batch, shape (S,), float32."""
+        for part in self._checkpointed:
+            part.gradient_checkpointing = batch.input_ids.numel() >= self._checkpointing_min_tokens
         device_type = batch.input_ids.device.type
         enabled = self._autocast_dtype is not None
         with torch.autocast(device_type, dtype=self._autocast_dtype, enabled=enabled):
             hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **self._attention_arguments(batch)).last_hidden_state
         last = hidden[batch.last_rows, batch.last_columns]  # (S, H)
         with torch.autocast(device_type, enabled=False):
-            rewards: torch.Tensor = nn.functional.linear(last.float(), self.model.score.weight.float()).squeeze(-1)
+            rewards: torch.Tensor = self.model.score(last.float()).squeeze(-1)
         return rewards
 
     def _attention_arguments(self, batch: PackedBatch) -> dict[str, Any]:
@@ -114,6 +131,34 @@ class RewardModule(nn.Module):
             return allowed
         dtype = self._autocast_dtype or self.model.dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def read_row_layout(path: str, max_row_tokens: int) -> RowLayout:
+    """Return how rows may be laid out for the model in a folder, from its config alone; equal to `RewardModule.row_layout`.
+
+    Raises:
+        InputError: no such model.
+    """
+    config = _read_config(path)
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    return RowLayout(mask_layout(config) is not MaskLayout.NONE, _quadratic_tokens(config, _num_linear_weights(backbone)), max_row_tokens)
+
+
+def _num_linear_weights(backbone: nn.Module) -> int:
+    return sum(module.in_features * module.out_features for module in backbone.modules() if isinstance(module, nn.Linear))
+
+
+def _quadratic_tokens(config: Any, num_linear_weights: int) -> float:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return float(num_linear_weights / (2 * config.num_hidden_layers * config.num_attention_heads * head_dim))
+
+
+def _read_config(path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, num_labels=1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load a model from {path}: {_one_line(error)}") from None
 
 
 def load_tokenizer(path: str) -> Any:
@@ -153,10 +198,7 @@ def load_backbone_with_head(
         InputError: no such model, or its head is absent or of another shape and `new_head` is not asked for.
         ConfigError: `dtype` is none of the above, or the model has fewer layers.
     """
-    try:
-        config = AutoConfig.from_pretrained(path, num_labels=1)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load a model from {path}: {_one_line(error)}") from None
+    config = _read_config(path)
     if num_layers is not None:
         _keep_first_layers(config, num_layers, path)
     torch_dtype = _resolve_dtype(config, dtype)
@@ -198,15 +240,18 @@ def _keep_first_layers(config: Any, num_layers: int, path: str) -> None:
         config.layer_types = config.layer_types[:num_layers]
 
 
-def save_reward_model(model: Any, tokenizer: Any, out_dir: str, *, dtype: str) -> None:
+def save_reward_model(model: Any, tokenizer: Any, out_dir: str, *, dtype: str, weights: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write a folder that plain `AutoModelForSequenceClassification.from_pretrained(out_dir, num_labels=1)` loads.
 
     The backbone is stored in `dtype`, which the config names, so that loading with dtype "auto" (the default) computes in it. The head is
     stored in float32 whatever `dtype`: whoever loads in float32, or with this package, loses nothing of it.
+
+    Args:
+        weights: the state dict to store, whole; default: the model's own (under ZeRO-3 a rank holds a part of it only).
     """
     torch_dtype = DTYPES[dtype]
     kept = {"score.weight": torch.float32}
-    state = {name: tensor.detach().to("cpu", kept.get(name, torch_dtype)) for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", kept.get(name, torch_dtype)) for name, tensor in (weights or model.state_dict()).items()}
     with _quiet_transformers():
         model.save_pretrained(out_dir, state_dict=state)
     config = copy.deepcopy(model.config)

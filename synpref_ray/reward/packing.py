@@ -121,12 +121,13 @@ def make_group(sequences: Sequence[Tokens], *, may_share: bool = True, quadratic
         raise ValueError("a group needs at least one sequence, and no sequence may be empty")
     prefix = common_prefix_tokens(sequences)
     shared = Group(tuple(sequences), prefix, shared=True)
-    separate_cost = sum(_row_cost(len(sequence), quadratic_tokens) for sequence in sequences)
-    pays = len(sequences) > 1 and _row_cost(shared.row_tokens, quadratic_tokens) < separate_cost
+    separate_cost = sum(row_cost(len(sequence), quadratic_tokens) for sequence in sequences)
+    pays = len(sequences) > 1 and row_cost(shared.row_tokens, quadratic_tokens) < separate_cost
     return shared if may_share and pays else Group(tuple(sequences), prefix, shared=False)
 
 
-def _row_cost(num_tokens: int, quadratic_tokens: float) -> float:
+def row_cost(num_tokens: int, quadratic_tokens: float) -> float:
+    """Return what a row costs, in tokens of work; `quadratic_tokens` as in `make_group`."""
     return num_tokens + num_tokens * num_tokens / quadratic_tokens
 
 

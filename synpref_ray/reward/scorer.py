@@ -21,6 +21,7 @@ from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer
 from synpref_ray.reward.packing import Group, PackingStats, make_group, pack, packing_stats, plan_batches
+from synpref_ray.reward.pair_groups import group_pairs, prompt_keys
 from synpref_ray.reward.render import RenderedPairs, render_conversation, render_pairs, template_digest
 from synpref_ray.schema import REWARDS_SCHEMA, DropReason, Message, Role, pair_id
 
@@ -81,13 +82,19 @@ class PairScorer:
         """Tokenise a shard; over-long and refused pairs are marked."""
         return render_pairs(self.tokenizer, shard, self.config.max_length_tokens)
 
-    def score_rendered(self, rendered: RenderedPairs) -> Rewards:
-        """Return the rewards of (chosen, rejected), shape (P, 2), raw logits, NaN for pairs with a drop reason."""
+    def score_rendered(self, rendered: RenderedPairs, keys: Sequence[str]) -> Rewards:
+        """Return the rewards of (chosen, rejected), shape (P, 2), raw logits, NaN for pairs with a drop reason.
+
+        Args:
+            keys: for every pair the key of its prompt (`pair_groups.prompt_keys`): replies to one prompt share rows, and identical ones are
+                scored once.
+        """
         rewards = np.full((len(rendered), 2), np.nan, dtype=np.float32)
-        usable = rendered.usable()
-        groups = [make_pair_group(self.module, rendered, i) for i in usable]
-        for i, values in zip(usable, score_groups(self.module, groups, self.config.max_tokens_per_batch), strict=True):
-            rewards[i] = values
+        pairs = {i: rendered.sequences(i) for i in rendered.usable()}
+        groups = group_pairs(pairs, keys, self.module.row_layout(self.config.max_tokens_per_batch))
+        scored = score_groups(self.module, [group.group for group in groups], self.config.max_tokens_per_batch)
+        for group, values in zip(groups, scored, strict=True):
+            rewards[list(group.pairs)] = np.stack([values[list(group.chosen)], values[list(group.rejected)]], axis=1)
         return rewards
 
     def score_replies(self, prompt: Sequence[Message], replies: Sequence[str]) -> Rewards:
@@ -101,11 +108,6 @@ class PairScorer:
             raise InputError(f"a conversation has {longest} tokens, more than max_length_tokens={self.config.max_length_tokens}")
         group = make_group(sequences, may_share=self.module.may_share, quadratic_tokens=self.module.quadratic_tokens)
         return score_groups(self.module, [group], self.config.max_tokens_per_batch)[0]
-
-
-def make_pair_group(module: RewardModule, rendered: RenderedPairs, pair: int) -> Group:
-    """Lay out one pair the way that is cheapest for this model."""
-    return make_group(rendered.sequences(pair), may_share=module.may_share, quadratic_tokens=module.quadratic_tokens)
 
 
 def score_groups(module: RewardModule, groups: Sequence[Group], max_tokens_per_batch: int) -> list[Rewards]:
@@ -132,12 +134,13 @@ def add_rewards(shard: pa.Table, scorer: PairScorer) -> pa.Table:
 def add_rewards_of_all(shard: pa.Table, scorers: Sequence[PairScorer]) -> list[pa.Table]:
     """Score a shard with several models, tokenised once for those that read the same tokens (Stage 2's best RM and gold RM, Sec. 3.3)."""
     rendered: dict[tuple[str, int], RenderedPairs] = {}
+    keys = prompt_keys(shard["prompt"]) if "prompt" in shard.column_names else []
     tables = []
     for scorer in scorers:
         key = (scorer.template_digest, scorer.config.max_length_tokens)
         if key not in rendered:
             rendered[key] = scorer.render(shard)
-        tables.append(_rewards_table(rendered[key], scorer.score_rendered(rendered[key])))
+        tables.append(_rewards_table(rendered[key], scorer.score_rendered(rendered[key], keys)))
     return tables
 
 

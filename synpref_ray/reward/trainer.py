@@ -1,116 +1,68 @@
 """Training a Bradley-Terry reward model: the core loop, which runs in one process without Ray (Paper: Sec. 3.2, Step 1; Sec. 4; App. E).
 
-The loop knows an engine only by `forward`, `backward`, `step` and two reductions: `PlainEngine` is PyTorch alone, `DeepSpeedEngine` (in
-`ray_trainer`) DeepSpeed on a cluster. The loss is divided by the number of pairs of the global batch, so neither micro-batches nor ranks
-change the result.
+The loop reads planned micro-batches (`training_data`), knows an engine only by its protocol (`engine`), and can stop at any moment: a run
+started again goes on from its last checkpoint (`checkpoints`), and its losses are those of a run that never stopped. The loss is divided by the
+number of pairs of the global batch, so neither micro-batches nor ranks change the result.
 
-Shape legend: P pairs.
+Shape legend: P pairs, S sequences.
 """
 
 import logging
+import math
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import nn
 
-from synpref_ray.bundled import resolve_model
-from synpref_ray.errors import InputError, RunConflictError
+from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.errors import NonFiniteLossError, RunConflictError
+from synpref_ray.reward.batch_store import Microbatch
+from synpref_ray.reward.checkpoints import TrainingFolder
+from synpref_ray.reward.engine import WEIGHT, PlainEngine, TrainingEngine
 from synpref_ray.reward.loss import bradley_terry_loss
-from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer, save_reward_model
-from synpref_ray.reward.packing import Group, PackingStats, pack, packing_stats
-from synpref_ray.reward.render import RenderedPairs, choose_pad_token, render_pairs, template_digest
-from synpref_ray.reward.scorer import RECORD_FILE, make_pair_group
+from synpref_ray.reward.metrics_log import MetricsLog
+from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer, read_row_layout, save_reward_model
+from synpref_ray.reward.packing import PackingStats, pack
+from synpref_ray.reward.pair_groups import pair_places
+from synpref_ray.reward.render import choose_pad_token
+from synpref_ray.reward.scorer import RECORD_FILE
 from synpref_ray.reward.training_config import TrainConfig as TrainConfig
-from synpref_ray.reward.training_plan import evaluation_steps, learning_rate_factor, plan_epoch, plan_ranks
-from synpref_ray.reward.training_record import EvaluationRecord, StepRecord, TrainingRecord
+from synpref_ray.reward.training_data import LoadedBatch, StepLoader, TrainingData, load_pieces, prepare_data
+from synpref_ray.reward.training_plan import deal_to_ranks, evaluation_steps, learning_rate_factor
+from synpref_ray.reward.training_record import EvaluationRecord, Progress, StepRecord, TrainingRecord
+from synpref_ray.tables.pools import content_digest
+from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import package_versions
 
 logger = logging.getLogger(__name__)
 
-
-class TrainingEngine(Protocol):
-    """What the loop needs of whatever holds the weights."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def forward(self, batch: Any) -> torch.Tensor:
-        """Return the rewards of a packed micro-batch, differentiably."""
-
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add the gradients of `loss`: they add up over the ranks and micro-batches of a step. `last`: the rank's last one of the step."""
-
-    def step(self, learning_rate_factor: float) -> float:
-        """Clip, update, clear the gradients; return the gradients' norm before clipping."""
-
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the element-wise sum over ranks."""
-
-    def maximum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the element-wise maximum over ranks."""
-
-
-class PlainEngine:
-    """One process, AdamW, nothing else."""
-
-    rank = 0
-    world_size = 1
-
-    def __init__(self, module: RewardModule, config: TrainConfig):
-        self.device = next(module.parameters()).device
-        self._module = module
-        self._optimizer = torch.optim.AdamW(parameter_groups(module, config))
-        self._rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._max_grad_norm = config.max_grad_norm
-
-    def forward(self, batch: Any) -> torch.Tensor:
-        rewards: torch.Tensor = self._module(batch)
-        return rewards
-
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def step(self, learning_rate_factor: float) -> float:
-        norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._max_grad_norm)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * learning_rate_factor
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
-
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-    def maximum(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The rendered pairs to train on, those to choose the checkpoint by (None: keep the last step), and what they were rendered with."""
-
-    train: RenderedPairs
-    gold: RenderedPairs | None
-    template_digest: str
+# What a config says about the machine and not about the result: how the global batch is spread and what is recomputed changes it by float error only.
+RESOURCE_SETTINGS = {
+    "num_threads", "use_gpu", "num_workers", "max_tokens_per_microbatch", "gradient_checkpointing", "gradient_checkpointing_min_tokens",
+    "zero_stage", "prefetch_steps", "checkpoint_every_steps", "checkpoints_kept", "max_failures",
+}  # fmt: skip
+PEAK_BFLOAT16_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
+"""What a GPU of that name can do in dense bfloat16, operations a second, by its maker's data sheet."""
 
 
 @dataclass
 class TrainingRun:
-    """One run's state: what the loop reads and what it has measured."""
+    """One run on one rank: what the loop reads, what it has measured, and where it keeps what a restart needs.
+
+    `write_weights(folder, weights)` writes a model folder; called on rank 0 only. `report` gets the metrics at each evaluation, on every rank.
+    """
 
     module: RewardModule
     data: TrainingData
     config: TrainConfig
     engine: TrainingEngine
-    save: Callable[[], None]
+    folder: TrainingFolder
+    write_weights: Callable[[str, Mapping[str, torch.Tensor]], None]
     report: Callable[[dict[str, float]], None] = lambda metrics: None
 
     def __post_init__(self) -> None:
@@ -118,66 +70,88 @@ class TrainingRun:
         self.evaluations: list[EvaluationRecord] = []
         self.best: EvaluationRecord | None = None
         self.stats = PackingStats(0, 0, 0, 0)
-        self.seconds = dict.fromkeys(("train", "evaluate", "save"), 0.0)
+        self.seconds = dict.fromkeys(("train", "evaluate", "save", "stall"), 0.0)
+        self._index = self.data.open()
+        self._steps_per_epoch = self._index.num_steps // self.config.num_epochs
+        self._num_linear_weights = self.module.num_linear_weights
+        self._sealed_best: int | None = None
+        self._log: MetricsLog | None = None
+        self._deal_gold()
 
     def run(self) -> None:
-        """Train for the configured epochs and leave the kept weights with `save`.
+        """Train for the configured epochs, from the last checkpoint if there is one, and leave the kept weights in the folder.
 
         Raises:
-            InputError: a loss is not finite; the weights saved last stay.
+            InputError: a loss is not finite; the weights and checkpoints that were kept last stay.
         """
-        usable = self.data.train.usable()
-        ids = [self.data.train.pair_ids[i] for i in usable]
-        groups = [make_pair_group(self.module, self.data.train, i) for i in usable]
-        config = self.config
-        epochs = [plan_epoch(ids, seed=config.seed, epoch=epoch, global_batch_pairs=config.global_batch_pairs) for epoch in range(config.num_epochs)]
-        batches = [batch for epoch in epochs for batch in epoch]
-        evaluate_after = evaluation_steps(len(epochs[0]), config.num_epochs, config.evaluations_per_epoch)
+        self._resume()
+        config, num_steps, done = self.config, self._index.num_steps, len(self.steps)
+        evaluate_after = evaluation_steps(self._steps_per_epoch, config.num_epochs, config.evaluations_per_epoch)
+        loader = StepLoader(
+            self._index, self.data.storage, rank=self.engine.rank, world_size=self.engine.world_size, first_step=done + 1,
+            prefetch_steps=config.prefetch_steps,
+        )  # fmt: skip
+        self._log = MetricsLog(self.folder, purge_after=done) if self.engine.rank == 0 else None
         self.module.train()
-        for step, batch in enumerate(batches, start=1):
-            factor = learning_rate_factor(step, len(batches), schedule=config.schedule, warmup_fraction=config.warmup_fraction)
-            self._train_step(step, step / len(epochs[0]), factor, [groups[i] for i in batch], [ids[i] for i in batch])
+        stalled_before = 0.0
+        for step, batches in enumerate(loader, start=done + 1):
+            factor = learning_rate_factor(step, num_steps, schedule=config.schedule, warmup_fraction=config.warmup_fraction)
+            self._train_step(step, factor, batches, loader.stalled_seconds - stalled_before)
+            stalled_before = loader.stalled_seconds
             if self.data.gold is not None and step in evaluate_after:
                 self._evaluate_and_keep(step)
+            if config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0 and step < num_steps:
+                self._checkpoint(step)
         if self.data.gold is None:
-            self._save()
+            self._keep_weights(num_steps)
+        if self._log is not None:
+            self._log.close()
 
     @property
     def chosen_step(self) -> int:
-        return self.best.step if self.best is not None else len(self.steps)
+        """The step whose weights are kept."""
+        return self.best.step if self.best is not None else self._index.num_steps
 
-    def _train_step(self, step: int, epoch: float, factor: float, groups: Sequence[Group], ids: Sequence[str]) -> None:
+    def _train_step(self, step: int, factor: float, batches: Sequence[LoadedBatch], stalled: float) -> None:
         start = time.perf_counter()
-        ranks = plan_ranks(groups, self.config.max_tokens_per_microbatch, self.engine.world_size)
-        mine = ranks[self.engine.rank]
+        numbers = self._index.batches_of(step)
+        pairs, stats = int(self._index.column("pairs", numbers).sum()), self._index.stats(numbers)
         pieces: list[torch.Tensor] = []
-        for number, batch in enumerate(mine, start=1):
-            rewards = self._forward_pairs([groups[i] for i in batch] or [min(groups, key=lambda group: group.row_tokens)])
-            loss = bradley_terry_loss(rewards[:, 0], rewards[:, 1]).sum() * (1.0 if batch else 0.0)  # an empty micro-batch only keeps step
-            self.engine.backward(loss / len(groups), last=number == len(mine))
-            if batch:
+        for number, batch in enumerate(batches, start=1):
+            rewards = self._forward_pairs(batch.microbatch)
+            loss = bradley_terry_loss(rewards[:, 0], rewards[:, 1]).sum() * batch.weight
+            self.engine.backward(loss / pairs, last=number == len(batches))
+            if batch.weight:
                 pieces.append(rewards.detach())
         rewards = torch.cat(pieces) if pieces else torch.zeros(0, 2, device=self.engine.device)
-        metrics = self._pair_metrics(rewards)
+        metrics = self._pair_metrics(rewards)  # the step's one wait for the device
         if not torch.isfinite(torch.tensor([metrics["loss"], metrics["max_reward"], metrics["min_reward"]])).all():
-            raise InputError(self._not_finite(step, metrics["loss"], rewards, [ids[i] for batch in mine for i in batch]))
+            raise NonFiniteLossError(
+                self._not_finite(step, metrics["loss"], rewards, [name for b in batches if b.weight for name in b.microbatch.pair_ids])
+            )
         norm = self.engine.step(factor)
-        seconds = time.perf_counter() - start
-        stats = packing_stats(groups, [batch for rank in ranks for batch in rank if batch])
+        seconds = time.perf_counter() - start + stalled
         self.stats = PackingStats(*(a + b for a, b in zip(_counts(self.stats), _counts(stats), strict=True)))
         self.seconds["train"] += seconds
-        self.steps.append(
-            StepRecord(
-                step=step, epoch=round(epoch, 4), num_pairs=len(groups), num_tokens=self.stats.sequence_tokens,
-                learning_rate=self.config.learning_rate * factor, grad_norm=norm, seconds=seconds, **metrics,
-                tokens_per_second=stats.sequence_tokens / seconds, unique_tokens_per_second=stats.unique_tokens / seconds,
-            )
+        self.seconds["stall"] += stalled
+        flops = 6.0 * self._num_linear_weights * stats.unique_tokens / seconds
+        record = StepRecord(
+            step=step, epoch=round(step / self._steps_per_epoch, 4), num_pairs=pairs, num_tokens=self.stats.sequence_tokens,
+            learning_rate=self.config.learning_rate * factor, grad_norm=norm, seconds=seconds, **metrics,
+            tokens_per_second=stats.sequence_tokens / seconds, unique_tokens_per_second=stats.unique_tokens / seconds,
+            padding_fraction=stats.padding_fraction, shared_fraction=stats.shared_fraction, stall_fraction=stalled / seconds,
+            flops_per_second=flops, mfu=self._mfu(flops),
         )  # fmt: skip
+        self.steps.append(record)
+        self._add_metrics("train", step, record)
         logger.info("step %d: loss %.4f, accuracy %.3f, %.1f s", step, metrics["loss"], metrics["accuracy"], seconds)
 
-    def _forward_pairs(self, groups: Sequence[Group]) -> torch.Tensor:
+    def _forward_pairs(self, batch: Microbatch) -> torch.Tensor:
         """Return the rewards of (chosen, rejected), shape (P, 2)."""
-        return self.engine.forward(pack(groups).to(self.engine.device)).view(-1, 2)
+        device = self.engine.device
+        rewards = self.engine.forward(pack([group.group for group in batch.groups]).to(device))
+        chosen, rejected = (torch.from_numpy(places).to(device, non_blocking=True) for places in pair_places(batch.groups))
+        return torch.stack([rewards[chosen], rewards[rejected]], dim=1)
 
     def _pair_metrics(self, rewards: torch.Tensor) -> dict[str, float]:
         """Return the means over the pairs of all ranks, from this rank's rewards (P, 2). Accuracy counts strictly greater rewards."""
@@ -192,55 +166,103 @@ class TrainingRun:
         named = dict(zip(("loss", "accuracy", "margin", "mean_reward"), means, strict=True))
         return {**named, "min_reward": -minus_minimum, "max_reward": maximum}
 
+    def _add_metrics(self, kind: str, step: int, record: StepRecord | EvaluationRecord) -> None:
+        if self._log is not None:
+            values = record.model_dump(exclude={"step"})
+            self._log.add(step, {f"{kind}/{name}": value for name, value in values.items() if value is not None})
+
+    def _mfu(self, flops: float) -> float | None:
+        if self.engine.device.type != "cuda":
+            return None
+        peak = PEAK_BFLOAT16_FLOPS.get(torch.cuda.get_device_name(self.engine.device))
+        return None if peak is None else flops / (peak * self.engine.world_size)
+
     def _not_finite(self, step: int, loss: float, rewards: torch.Tensor, ids: Sequence[str]) -> str:
         bad = [pair for pair, row in zip(ids, rewards.isfinite().all(dim=1).tolist(), strict=True) if not row][:3]
         where = f"pairs {', '.join(bad)}" if bad else "pairs of another worker"
         kept = f"the weights of step {self.best.step} are the last good ones" if self.best is not None else "no weights were kept yet"
         return f"the loss became {loss} in optimizer step {step} ({where}); {kept}; lower learning_rate, or look at these pairs"
 
+    # Gold
+
+    def _deal_gold(self) -> None:
+        self._gold: list[LoadedBatch] = []
+        if self.data.gold is not None:
+            tokens = [len(batch.groups) * max(group.group.row_tokens for group in batch.groups) for batch in self.data.gold]
+            ranks = deal_to_ranks([len(batch.groups) for batch in self.data.gold], tokens, self.engine.world_size)
+            self._gold = load_pieces(ranks[self.engine.rank], self.data.gold)
+
     def _evaluate_and_keep(self, step: int) -> None:
-        assert self.data.gold is not None
         start = time.perf_counter()
-        usable = self.data.gold.usable()
-        groups = [make_pair_group(self.module, self.data.gold, i) for i in usable]
-        mine = plan_ranks(groups, self.config.max_tokens_per_microbatch, self.engine.world_size)[self.engine.rank]
         self.module.eval()
-        with torch.inference_mode():
-            pieces = [self.module(pack([groups[i] for i in batch]).to(self.engine.device)).view(-1, 2) for batch in mine if batch]
+        with torch.no_grad():
+            pieces = [(self._forward_pairs(batch.microbatch), batch.weight) for batch in self._gold]
         self.module.train()
-        metrics = self._pair_metrics(torch.cat(pieces) if pieces else torch.zeros(0, 2, device=self.engine.device))
+        rewards = [rewards for rewards, weight in pieces if weight]
+        mine = torch.cat(rewards) if rewards else torch.zeros(0, 2, device=self.engine.device)
+        metrics = self._pair_metrics(mine)
         seconds = time.perf_counter() - start
         self.seconds["evaluate"] += seconds
+        if not _is_finite(metrics):
+            ids = [name for batch in self._gold if batch.weight for name in batch.microbatch.pair_ids]
+            raise NonFiniteLossError(self._not_finite(step, metrics["loss"], mine, ids))
         values = {name: metrics[name] for name in ("accuracy", "loss", "margin")}
-        found = EvaluationRecord(step=step, num_pairs=len(usable), seconds=seconds, **values)
+        found = EvaluationRecord(step=step, num_pairs=self.data.num_gold_pairs, seconds=seconds, **values)
         self.evaluations.append(found)
         logger.info("step %d: gold accuracy %.4f, gold loss %.4f", step, found.accuracy, found.loss)
+        self._add_metrics("gold", step, found)
+        if self._log is not None:
+            self._log.flush()
         self.report({"step": step, "train/loss": self.steps[-1].loss, "gold/accuracy": found.accuracy, "gold/loss": found.loss})
         if is_better(found, self.best):
             self.best = found
-            self._save()
+            self._keep_weights(step)
 
-    def _save(self) -> None:
+    # What a restart needs
+
+    def _keep_weights(self, step: int) -> None:
         start = time.perf_counter()
-        self.save()
+        weights: dict[str, torch.Tensor] = {}
+        for name, parameter in self.module.model.named_parameters():
+            # Under ZeRO-3 no rank holds a parameter whole: they all gather it, and the first one keeps it.
+            whole = self.engine.parameter_state(name)[WEIGHT] if self.config.zero_stage == 3 else parameter.detach()
+            if self.engine.rank == 0:
+                weights[name] = whole
+        if self.engine.rank == 0:
+            keep = set() if self._sealed_best is None else {self._sealed_best}
+            self.folder.save_weights(step, lambda folder: self.write_weights(folder, weights), keep)
         self.seconds["save"] += time.perf_counter() - start
+
+    def _checkpoint(self, step: int) -> None:
+        start = time.perf_counter()
+        self.folder.write_state(step, self.engine)
+        self.engine.total(torch.zeros(1, device=self.engine.device)).tolist()  # every rank has written its share
+        self._sealed_best = self.best.step if self.best is not None else None
+        if self.engine.rank == 0:
+            progress = Progress(
+                step=step, steps=self.steps, evaluations=self.evaluations, best_step=self._sealed_best, seconds=self.seconds, tokens=self.stats
+            )
+            self.folder.seal(progress, self.config.checkpoints_kept)
+        self.seconds["save"] += time.perf_counter() - start
+
+    def _resume(self) -> None:
+        progress = self.folder.latest()
+        self.engine.total(torch.zeros(1, device=self.engine.device)).tolist()  # every rank has looked before one of them tidies up
+        if self.engine.rank == 0:
+            self.folder.discard_after(progress.step if progress is not None else 0)
+        if progress is None:
+            return
+        self.folder.restore(progress, self.engine)
+        self.steps, self.evaluations = list(progress.steps), list(progress.evaluations)
+        self.best = next((found for found in self.evaluations if found.step == progress.best_step), None)
+        self._sealed_best = progress.best_step
+        self.stats, self.seconds = progress.tokens, dict(progress.seconds)
+        logger.info("going on after optimizer step %d of %d", progress.step, self._index.num_steps)
 
 
 def is_better(found: EvaluationRecord, best: EvaluationRecord | None) -> bool:
     """Paper: Sec. 3.2, Step 1: the highest gold accuracy. Our choice: ties go to the lower gold loss, then to the earlier step."""
     return best is None or (found.accuracy, -found.loss) > (best.accuracy, -best.loss)
-
-
-def parameter_groups(module: RewardModule, config: TrainConfig) -> list[dict[str, Any]]:
-    """Return the trainable parameters for AdamW: decayed matrices, undecayed norms and biases, and the head at its own rate."""
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head": []}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            kind = "head" if name == "model.score.weight" else "matrices" if parameter.ndim > 1 else "vectors"
-            groups[kind].append(parameter)
-    decay = {"matrices": config.weight_decay, "vectors": 0.0, "head": 0.0}
-    rate = {kind: config.learning_rate * (config.head_learning_rate_multiplier if kind == "head" else 1.0) for kind in groups}
-    return [{"params": parameters, "lr": rate[kind], "weight_decay": decay[kind]} for kind, parameters in groups.items() if parameters]
 
 
 def build_module(config: TrainConfig) -> RewardModule:
@@ -253,30 +275,10 @@ def build_module(config: TrainConfig) -> RewardModule:
         seed=config.seed,
         num_layers=config.num_layers,
     )
+    module = RewardModule(model, torch.bfloat16 if config.precision == "bfloat16" else None)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return RewardModule(model, torch.bfloat16 if config.precision == "bfloat16" else None)
-
-
-def prepare_data(tokenizer: Any, train: pa.Table, gold: pa.Table | None, config: TrainConfig) -> TrainingData:
-    """Render both tables and check that something is left of each.
-
-    Raises:
-        InputError: a table is empty, or every pair of it is too long.
-    """
-    rendered: dict[str, RenderedPairs] = {}
-    for name, table in (("train", train), ("gold", gold)):
-        if table is None:
-            continue
-        rendered[name] = render_pairs(tokenizer, table, config.max_length_tokens)
-        if not rendered[name].usable():
-            raise InputError(f"no {name} pair to use: {len(table)} given, dropped: {dict(count_dropped(rendered[name])) or 'none'}")
-    return TrainingData(rendered["train"], rendered.get("gold"), template_digest(tokenizer))
-
-
-def count_dropped(rendered: RenderedPairs | None) -> Counter[str]:
-    """Count the pairs left out, by reason."""
-    return Counter(reason for reason in (rendered.drop_reasons if rendered is not None else ()) if reason is not None)
+        module.checkpoint_gradients(config.gradient_checkpointing_min_tokens)
+    return module
 
 
 def make_record(run: TrainingRun, seconds: dict[str, float]) -> TrainingRecord:
@@ -284,8 +286,8 @@ def make_record(run: TrainingRun, seconds: dict[str, float]) -> TrainingRecord:
     data, stats = run.data, run.stats
     return TrainingRecord(
         config=run.config, versions=package_versions(), template_digest=data.template_digest, shares_prefixes=run.module.may_share,
-        num_pairs=len(data.train.usable()), num_dropped=dict(count_dropped(data.train)),
-        num_gold_pairs=len(data.gold.usable()) if data.gold is not None else 0, num_gold_dropped=dict(count_dropped(data.gold)),
+        num_pairs=data.num_pairs, num_dropped=data.num_dropped,
+        num_gold_pairs=data.num_gold_pairs, num_gold_dropped=data.num_gold_dropped,
         num_workers=run.engine.world_size, steps=run.steps, evaluations=run.evaluations, chosen_step=run.chosen_step,
         gold_accuracy=run.best.accuracy if run.best is not None else None, gold_loss=run.best.loss if run.best is not None else None,
         num_sequence_tokens=stats.sequence_tokens, num_unique_tokens=stats.unique_tokens,
@@ -293,48 +295,77 @@ def make_record(run: TrainingRun, seconds: dict[str, float]) -> TrainingRecord:
     )  # fmt: skip
 
 
-def staging_folder(output_dir: str) -> Path:
-    """Return the empty folder in which a model grows until it is whole; what a killed run left there goes.
+def weights_writer(module: RewardModule, tokenizer: Any, config: TrainConfig) -> Callable[[str, Mapping[str, torch.Tensor]], None]:
+    """Return what writes a model folder that plain transformers loads."""
+    return lambda folder, weights: save_reward_model(module.model, tokenizer, folder, dtype=config.save_dtype, weights=weights)
+
+
+def make_model(folder: TrainingFolder, record: TrainingRecord, output_dir: str) -> None:
+    """Put the kept weights and the record into a new local folder, all at once."""
+    growing = f"{output_dir}.partial"
+    shutil.rmtree(growing, ignore_errors=True)
+    folder.take_weights(record.chosen_step, growing)
+    (Path(growing) / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
+    Path(growing).rename(output_dir)
+
+
+def claim_folder(train: pa.Table, gold: pa.Table | None, config: TrainConfig, output_dir: str) -> TrainingFolder:
+    """Return `<output_dir>.training`, with what an interrupted run on the same data with the same settings left there.
 
     Raises:
         RunConflictError: `output_dir` is already there.
     """
     if Path(output_dir).exists():
         raise RunConflictError(f"{output_dir} exists already; models are never overwritten: name another folder, or remove it first")
-    staging = Path(f"{output_dir}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def publish(staging: Path, record: TrainingRecord, output_dir: str) -> None:
-    """Write the record and make the folder appear under its name, all at once."""
-    (staging / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
-    staging.rename(output_dir)
+    path = Path(output_dir).absolute()
+    folder = TrainingFolder(Storage(str(path.parent)), f"{path.name}.training")
+    pairs = [[table[name].to_pylist() for name in ("pair_id", "chosen")] if table is not None else [] for table in (train, gold)]
+    settings = config.model_dump(mode="json", exclude=RESOURCE_SETTINGS)
+    folder.claim(content_digest([settings, digest_folder(resolve_model(config.backbone)), pairs]))
+    return folder
 
 
 def train_in_process(train: pa.Table, gold: pa.Table | None, config: TrainConfig, output_dir: str) -> TrainingRecord:
-    """Train in this process, without Ray and DeepSpeed, on one device. Arguments and result as `ray_trainer.train_reward_model`."""
+    """Train in this process, without Ray and DeepSpeed, on one device, and write the model to `output_dir`, all at once.
+
+    A run that was killed goes on from `<output_dir>.training` when it is started again with the same data and settings.
+
+    Args:
+        train: pairs with pair_id, prompt, chosen, rejected; chosen is the preferred reply (flips already applied).
+        gold: pairs that choose the checkpoint, never trained on; None keeps the last step.
+
+    Raises:
+        RunConflictError: `output_dir` is already there.
+        InputError: nothing to train on, or a loss that is not finite.
+    """
     start = time.perf_counter()
-    staging = staging_folder(output_dir)
-    tokenizer = load_tokenizer(resolve_model(config.backbone))
-    data = prepare_data(tokenizer, train, gold, config)
-    choose_pad_token(tokenizer)
-    if not config.use_gpu:
-        torch.set_num_threads(config.num_threads)
-    module = build_module(config).to("cuda" if config.use_gpu else "cpu")
-    loaded = time.perf_counter() - start
-    save = saver(module, tokenizer, staging, config)
-    run = TrainingRun(module, data, config, PlainEngine(module, config), save)
-    run.run()
-    record = make_record(run, {"load": loaded, "total": time.perf_counter() - start})
-    publish(staging, record, output_dir)
+    folder = claim_folder(train, gold, config, output_dir)
+    backbone = resolve_model(config.backbone)
+    layout = read_row_layout(backbone, config.max_tokens_per_microbatch)
+    data = prepare_data(load_tokenizer(backbone), train, gold, config, layout, folder.storage, f"{folder.path}/batches")
+    record = run_in_process(data, config, folder)
+    record = record.model_copy(update={"seconds": {**record.seconds, "total": time.perf_counter() - start}})
+    make_model(folder, record, output_dir)
+    folder.remove()
     return record
 
 
-def saver(module: RewardModule, tokenizer: Any, staging: Path, config: TrainConfig) -> Callable[[], None]:
-    """Return what writes the current weights over those kept before: one set on disk, none in memory."""
-    return lambda: save_reward_model(module.model, tokenizer, str(staging), dtype=config.save_dtype)
+def run_in_process(data: TrainingData, config: TrainConfig, folder: TrainingFolder) -> TrainingRecord:
+    """Train on prepared data in this process and leave the kept weights in `folder`."""
+    start = time.perf_counter()
+    if not config.use_gpu:
+        torch.set_num_threads(config.num_threads)
+    tokenizer = load_tokenizer(resolve_model(config.backbone))
+    choose_pad_token(tokenizer)
+    module = build_module(config).to("cuda" if config.use_gpu else "cpu")
+    loaded = time.perf_counter() - start
+    run = TrainingRun(module, data, config, PlainEngine(module, config), folder, weights_writer(module, tokenizer, config))
+    run.run()
+    return make_record(run, {"load": loaded})
+
+
+def _is_finite(metrics: Mapping[str, float]) -> bool:
+    return all(math.isfinite(metrics[name]) for name in ("loss", "min_reward", "max_reward"))
 
 
 def _counts(stats: PackingStats) -> tuple[int, int, int, int]:

@@ -38,10 +38,22 @@ class TrainConfig(Settings):
     evaluations_per_epoch: PositiveInt = 4
     """How often gold picks the checkpoint. Paper: Sec. 3.2 chooses by gold accuracy; ours: how often."""
     gradient_checkpointing: bool = False
+    gradient_checkpointing_min_tokens: NonNegativeInt = 0
+    """Smaller micro-batches (tokens, padding included) keep their activations. Ours: recomputing them costs a third and saves nothing."""
     num_layers: PositiveInt | None = None
     """Keep only the backbone's first layers: a smaller reward model for a CPU. Ours; the paper keeps all."""
-    zero_stage: Literal[0, 1, 2] = 1  # App. E
+    zero_stage: Literal[0, 1, 2, 3] = 1  # App. E
     num_workers: PositiveInt = 1
     num_threads: PositiveInt = 2
     """CPU threads of each worker."""
     use_gpu: bool = False
+    shuffle_window_pairs: PositiveInt = 131_072
+    """Pairs that are shuffled together. Ours: a dozen of the paper's global batches, about 1 GB of token ids; less data is shuffled as a whole."""
+    prefetch_steps: PositiveInt = 8
+    """Optimizer steps whose micro-batches a worker fetches ahead. Ours."""
+    checkpoint_every_steps: NonNegativeInt = 50
+    """Optimizer steps between checkpoints to go on from after a kill; 0: none. Ours: about 20 minutes of the paper's final run."""
+    checkpoints_kept: PositiveInt = 2
+    """Ours: the last one, and the one before in case the last cannot be read."""
+    max_failures: NonNegativeInt = 3
+    """How often lost workers are replaced before the run fails. Ours."""

@@ -5,6 +5,7 @@ Metrics are named as TRL's RewardTrainer names them (loss, accuracy, margin, mea
 
 from pydantic import BaseModel, ConfigDict
 
+from synpref_ray.reward.packing import PackingStats
 from synpref_ray.reward.training_config import TrainConfig
 
 
@@ -33,6 +34,14 @@ class StepRecord(Record):
     seconds: float
     tokens_per_second: float
     unique_tokens_per_second: float
+    padding_fraction: float
+    shared_fraction: float
+    stall_fraction: float
+    """Share of the step's seconds in which this run's first worker waited for data."""
+    flops_per_second: float
+    """Work of the model on unique tokens: 6 x (weights of linear layers) x tokens / seconds; attention is left out."""
+    mfu: float | None
+    """`flops_per_second` over what the workers' GPUs can do in bfloat16; None where that is not known."""
 
 
 class EvaluationRecord(Record):
@@ -44,6 +53,18 @@ class EvaluationRecord(Record):
     margin: float
     num_pairs: int
     seconds: float
+
+
+class Progress(Record):
+    """A run at a checkpoint: all that is not in the tensors. `step` is also the place in the data."""
+
+    step: int
+    steps: list[StepRecord]
+    evaluations: list[EvaluationRecord]
+    best_step: int | None
+    """The step whose weights are kept; None before the first evaluation."""
+    seconds: dict[str, float]
+    tokens: PackingStats
 
 
 class TrainingRecord(Record):

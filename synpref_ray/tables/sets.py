@@ -1,6 +1,6 @@
 """Sets: named selections of labelled pairs, kept as (pool version, verdict sidecar, filter) and never as copies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -50,14 +50,26 @@ class PairSet:
         return table if len(first) == table.num_rows else table.take(pa.array(first.values(), pa.int64()))
 
 
+def iter_names(pairs: PairSet) -> Iterator[pa.Table]:
+    """Yield pair_id and prompt_group of the set's pairs, shard by shard: enough for the checks that keep gold clean."""
+    for member in pairs.members:
+        for shard in member.sidecar.pool.shards:
+            yield _selected(member, shard.number, ["prompt_group"]).select(["pair_id", "prompt_group"])
+
+
 def read_member(member: Member, number: int) -> pa.Table:
     """Return the selected pairs of one shard, flips applied."""
+    table = _selected(member, number, SET_COLUMNS)
+    return flip_pairs(table.drop_columns(["flips"]), pc.fill_null(table["flips"], False))
+
+
+def _selected(member: Member, number: int, columns: Sequence[str]) -> pa.Table:
+    """Return the selected pairs of one shard as ingested: pair_id, `columns`, and the sidecar's `flipped` as `flips`."""
     filters = {name: f"where.{name}" for name, _ in member.where}
-    table = zip_shard(member.sidecar.pool, number, SET_COLUMNS, [(member.sidecar, {"flipped": "flips", **filters})])
+    table = zip_shard(member.sidecar.pool, number, columns, [(member.sidecar, {"flipped": "flips", **filters})])
     for name, values in member.where:
         table = table.filter(pc.is_in(table[f"where.{name}"], value_set=pa.array(values, pa.string())))
-    flips = pc.fill_null(table["flips"], False)
-    return flip_pairs(table.drop_columns(["flips", *filters.values()]), flips)
+    return table.drop_columns(list(filters.values()))
 
 
 def save_set(storage: Storage, name: str, members: Sequence[Member]) -> PairSet:

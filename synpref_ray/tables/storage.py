@@ -87,6 +87,17 @@ class Storage:
             raise InputError(f"{self.join(path)} does not exist") from None
         return content
 
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of a file from `start` on; a missing or shorter file is an `InputError`."""
+        fs, full = self._resolve(path)
+        try:
+            content: bytes = fs.cat_file(full, start=start, end=start + length)
+        except FileNotFoundError:
+            raise InputError(f"{self.join(path)} does not exist") from None
+        if len(content) != length:
+            raise InputError(f"{self.join(path)} ends before byte {start + length}: it was cut off")
+        return content
+
     def write_bytes(self, path: str, data: bytes) -> None:
         """Write a file atomically: readers see the old content or the new, never a part."""
         fs, full = self._resolve(path)
@@ -130,6 +141,14 @@ class Storage:
         fs, full = self._resolve(path)
         try:
             fs.rm_file(full)
+        except FileNotFoundError:
+            return
+
+    def delete_folder(self, prefix: str) -> None:
+        """Remove a folder with all that is in it; one that is gone already is fine."""
+        fs, full = self._resolve(prefix)
+        try:
+            fs.rm(full, recursive=True)
         except FileNotFoundError:
             return
 

@@ -11,7 +11,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.pipeline.evaluate import EvaluateConfig, benchmark_files, run_evaluate
 from synpref_ray.pipeline.score_file import ScoreJobConfig, _write, run_score
 from synpref_ray.pipeline.scoring import ScoreConfig
-from synpref_ray.pipeline.train_set import read_training_pairs
+from synpref_ray.pipeline.train_set import read_pairs
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward import RewardModel
 from synpref_ray.schema import pair_id
@@ -112,8 +112,7 @@ def test_a_benchmark_must_be_a_file_of_pairs(tmp_path: Path) -> None:
 def test_training_takes_pairs_only(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "pairs.jsonl", [json.dumps(GOOD), json.dumps({**GOOD, "chosen": "Seven."})])
     with pytest.raises(InputError, match="1 rows are not pairs"):
-        read_training_pairs(Storage(str(tmp_path)), "", file)
+        read_pairs(file)
     file = write_lines(tmp_path / "fine.jsonl", [json.dumps(GOOD)])
-    found = read_training_pairs(Storage(str(tmp_path)), "", file)
-    assert found is not None
+    found = read_pairs(file)
     assert found[0].num_rows == 1

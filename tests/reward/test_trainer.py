@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
+from synpref_ray.reward.engine import parameter_groups
 from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards
-from synpref_ray.reward.trainer import EvaluationRecord, TrainConfig, build_module, is_better, parameter_groups, train_in_process
-from synpref_ray.reward.training_plan import plan_epoch
+from synpref_ray.reward.trainer import EvaluationRecord, TrainConfig, build_module, is_better, train_in_process
+from synpref_ray.reward.training_plan import pair_order
 from tests.reward.conftest import random_pairs
 
 
@@ -104,7 +105,8 @@ def test_steps_equal_a_plain_loop_over_separate_sequences(tiny_backbone: str, tm
     rates = [group["lr"] for group in optimizer.param_groups]
     rows = pairs.to_pylist()
     losses, norms = [], []
-    for step, batch in enumerate(plan_epoch([row["pair_id"] for row in rows], seed=0, epoch=0, global_batch_pairs=4)):
+    order = pair_order([row["pair_id"] for row in rows], 0, 0)
+    for step, batch in enumerate((order[:4], order[4:8], order[8:])):
         total = torch.zeros(())
         for i in batch:
             chosen, rejected = (

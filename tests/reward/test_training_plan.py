@@ -1,51 +1,120 @@
 from collections import Counter
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 
-from synpref_ray.reward.packing import Group, make_group
-from synpref_ray.reward.training_plan import evaluation_steps, learning_rate_factor, plan_epoch, plan_ranks
+from synpref_ray.reward.pair_groups import RowLayout
+from synpref_ray.reward.training_plan import (
+    TOKENS_SCHEMA,
+    BatchSpec,
+    deal_to_ranks,
+    evaluation_steps,
+    learning_rate_factor,
+    pair_order,
+    plan_window,
+    plan_windows,
+    read_window,
+    shard_order,
+)
+
+SPEC = BatchSpec(
+    seed=1, num_epochs=1, global_batch_pairs=32, shuffle_window_pairs=100_000, max_tokens_per_microbatch=64, layout=RowLayout(True, 1e9, 64)
+)
 
 
-def group(num_tokens: int) -> Group:
-    return make_group([np.arange(num_tokens, dtype=np.int32)])
+@dataclass(frozen=True)
+class Shards:
+    """Token shards of pairs of random lengths, in memory."""
+
+    sizes: tuple[int, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"pool/{number}" for number in range(len(self.sizes)))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return self.sizes
+
+    def read(self, shard: int) -> pa.Table:
+        rng = np.random.default_rng(shard)
+        rows = []
+        for row in range(self.sizes[shard]):
+            prompt = [shard, row // 2]  # two pairs to a prompt
+            chosen, rejected = (prompt + rng.integers(5, 9, rng.integers(1, 9)).tolist() for _ in range(2))
+            rows.append({"pair_id": f"{shard}-{row}", "prompt_key": f"{shard}-{row // 2}", "chosen": chosen, "rejected": rejected})
+        return pa.Table.from_pylist(rows, schema=TOKENS_SCHEMA)
+
+
+def steps_of(shards: Shards, spec: BatchSpec) -> list[list[str]]:
+    """The pair ids of every optimizer step, from the planned micro-batches."""
+    steps: dict[int, list[str]] = {}
+    for window in plan_windows(sum(shards.counts), spec):
+        for planned in plan_window(shards, window, spec):
+            found = [planned.pair_ids[pair] for batch in planned.batches for group in batch for pair in group.pairs]
+            steps[planned.step] = sorted(found)
+    assert list(steps) == list(range(1, len(steps) + 1))
+    return list(steps.values())
 
 
 def test_an_epoch_holds_every_pair_once_in_even_batches() -> None:
-    ids = [f"pair-{i}" for i in range(515)]
-    batches = plan_epoch(ids, seed=1, epoch=0, global_batch_pairs=32)
-    assert sorted(i for batch in batches for i in batch) == list(range(515))
-    assert Counter(len(batch) for batch in batches) == {31: 5, 30: 12}  # 515 = 5 * 31 + 12 * 30
-    assert plan_epoch([], seed=1, epoch=0, global_batch_pairs=32) == []
+    steps = steps_of(Shards((300, 0, 215)), SPEC)
+    assert sorted(name for step in steps for name in step) == sorted([f"0-{i}" for i in range(300)] + [f"2-{i}" for i in range(215)])
+    assert Counter(len(step) for step in steps) == {31: 5, 30: 12}  # 515 = 5 * 31 + 12 * 30
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 30), st.integers(1, 90), st.integers(1, 2))
+def test_windows_hold_every_pair_of_every_epoch_once(sizes: list[int], batch: int, window: int, epochs: int) -> None:
+    shards = Shards(tuple(sizes))
+    if not sum(sizes):
+        return
+    spec = replace(SPEC, num_epochs=epochs, global_batch_pairs=batch, shuffle_window_pairs=window)
+    for planned in plan_windows(sum(sizes), spec):
+        assert read_window(shards, planned, spec.seed).num_rows == sum(planned.sizes) <= max(window, batch)
+    steps = steps_of(shards, spec)
+    assert len(steps) == epochs * -(-sum(sizes) // batch)
+    assert Counter(name for step in steps for name in step) == {f"{s}-{i}": epochs for s, size in enumerate(sizes) for i in range(size)}
 
 
 def test_the_order_follows_ids_seed_and_epoch_alone() -> None:
     ids = [f"pair-{i}" for i in range(40)]
-    order = [ids[i] for i in plan_epoch(ids, seed=1, epoch=0, global_batch_pairs=40)[0]]
+    order = [ids[i] for i in pair_order(ids, 1, 0)]
     backwards = ids[::-1]
-    assert [backwards[i] for i in plan_epoch(backwards, seed=1, epoch=0, global_batch_pairs=40)[0]] == order
-    assert [ids[i] for i in plan_epoch(ids, seed=1, epoch=1, global_batch_pairs=40)[0]] != order
-    assert [ids[i] for i in plan_epoch(ids, seed=2, epoch=0, global_batch_pairs=40)[0]] != order
+    assert [backwards[i] for i in pair_order(backwards, 1, 0)] == order
+    assert [ids[i] for i in pair_order(ids, 1, 1)] != order
+    assert [ids[i] for i in pair_order(ids, 2, 0)] != order
+    assert shard_order(ids, 1, 0) != shard_order(ids, 1, 1)
+
+
+def test_micro_batches_and_their_budget_do_not_move_pairs_between_steps() -> None:
+    shards = Shards((50, 50))
+    assert steps_of(shards, SPEC) == steps_of(shards, replace(SPEC, max_tokens_per_microbatch=10_000, layout=RowLayout(False, 10.0, 5)))
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 80), st.integers(1, 4))
-def test_ranks_get_equally_many_micro_batches_and_every_pair_once(lengths: list[int], max_tokens: int, world_size: int) -> None:
-    ranks = plan_ranks([group(length) for length in lengths], max_tokens, world_size)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 500)), min_size=1, max_size=20), st.integers(1, 6))
+def test_ranks_get_equally_many_micro_batches_and_every_group_once(batches: list[tuple[int, int]], world_size: int) -> None:
+    ranks = deal_to_ranks([groups for groups, _ in batches], [tokens for _, tokens in batches], world_size)
     assert len(ranks) == world_size
     assert len({len(rank) for rank in ranks}) == 1
-    assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(len(lengths)))
+    dealt = Counter((piece.number, group) for rank in ranks for piece in rank for group in range(piece.start, piece.stop))
+    assert dealt == {(number, group): 1 for number, (groups, _) in enumerate(batches) for group in range(groups)}
 
 
 def test_tokens_are_dealt_evenly() -> None:
-    ranks = plan_ranks([group(length) for length in (40, 30, 20, 10)], 1, 2)
-    assert ranks == [[[0], [3]], [[1], [2]]]
+    ranks = deal_to_ranks([1, 1, 1, 1], [40, 30, 20, 10], 2)
+    assert [[piece.number for piece in rank] for rank in ranks] == [[0, 3], [1, 2]]
 
 
 def test_one_pair_on_two_ranks_leaves_an_empty_micro_batch() -> None:
-    assert plan_ranks([group(5)], 100, 2) == [[[0]], [[]]]
+    (first,), (second,) = deal_to_ranks([1], [5], 2)
+    assert (first.start, first.stop) == (0, 1)
+    assert (second.number, second.start) == (0, second.stop)
 
 
 def test_learning_rate_by_hand() -> None:

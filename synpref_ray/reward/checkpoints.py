@@ -1,0 +1,167 @@
+"""Where a training run keeps what it would need after a kill: its batches, its checkpoints, its best weights so far.
+
+Everything lies under one folder of a storage root, local or on object storage, that all workers see. A checkpoint holds every parameter whole
+and by name with AdamW's two moments, spread over the ranks that wrote it; any number of workers reads it back. `progress.json` is written last,
+as a seal. Our choice: own files and not Ray Train's checkpoints, so that the core resumes without Ray, and not DeepSpeed's, which bind a run to
+its number of workers.
+
+Layout: `<folder>/identity.json  batches-<digest>/…  checkpoints/step-000050/state-00000.safetensors … progress.json  weights/step-000050/…`
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from synpref_ray.errors import InputError
+from synpref_ray.reward.engine import ParameterState, TrainingEngine
+from synpref_ray.reward.training_record import Progress
+from synpref_ray.tables.storage import Storage
+
+MAX_STATE_BYTES = 2 << 30  # ours: a rank's share is written in files of about this size, so that memory holds one of them
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """One run's folder under a storage root; small enough to travel to every worker."""
+
+    storage: Storage
+    path: str
+
+    def claim(self, identity: str) -> None:
+        """Keep what is there if it belongs to the same run (same data, same settings that change results); else start empty."""
+        if self.storage.exists(f"{self.path}/identity.json"):
+            if self.storage.read_json(f"{self.path}/identity.json") == identity:
+                return
+            self.storage.delete_folder(self.path)
+        self.storage.write_json(f"{self.path}/identity.json", identity)
+
+    def remove(self) -> None:
+        """Remove the folder: the run has ended and its model is where it belongs."""
+        self.storage.delete_folder(self.path)
+
+    # Checkpoints
+
+    def sealed_steps(self) -> list[int]:
+        """Return the optimizer steps of the checkpoints that are whole, in order."""
+        files = self.storage.list_files(f"{self.path}/checkpoints")
+        return sorted(_step_of(file.split("/")[-2]) for file in files if file.endswith("/progress.json"))
+
+    def latest(self) -> Progress | None:
+        """Return the progress at the last whole checkpoint."""
+        steps = self.sealed_steps()
+        return Progress.model_validate(self.storage.read_json(f"{self._checkpoint(steps[-1])}/progress.json")) if steps else None
+
+    def write_state(self, step: int, engine: TrainingEngine) -> None:
+        """Write this rank's share of the parameters; called by all ranks, since gathering a parameter may need them all."""
+        share: dict[str, ParameterState] = {}
+        num_files = size = 0
+        names = engine.parameter_names()
+        for number, name in enumerate(names):
+            state = engine.parameter_state(name)
+            if number % engine.world_size == engine.rank:
+                share[name] = state
+                size += sum(tensor.nbytes for tensor in state.values())
+            if share and (size >= MAX_STATE_BYTES or number >= len(names) - engine.world_size):
+                self._write_share(step, f"{engine.rank:05d}-{num_files:03d}", share)
+                share, size, num_files = {}, 0, num_files + 1
+
+    def _write_share(self, step: int, name: str, share: dict[str, ParameterState]) -> None:
+        tensors = {f"{parameter}\t{key}": tensor.contiguous() for parameter, state in share.items() for key, tensor in state.items()}
+        self.storage.write_bytes(f"{self._checkpoint(step)}/state-{name}.safetensors", save_tensors(tensors))
+
+    def seal(self, progress: Progress, kept: int) -> None:
+        """Make the checkpoint count, then remove all but the last `kept` ones; called by one rank when every rank has written its share."""
+        self.storage.write_bytes(f"{self._checkpoint(progress.step)}/progress.json", progress.model_dump_json().encode())
+        for step in self.sealed_steps()[:-kept]:
+            self.storage.delete(f"{self._checkpoint(step)}/progress.json")  # first the seal
+            self.storage.delete_folder(self._checkpoint(step))
+
+    def discard_after(self, step: int) -> None:
+        """Remove what an interrupted run wrote after its last whole checkpoint; called by one rank before training goes on."""
+        for kind in ("checkpoints", "weights"):
+            for name in self.storage.list_folders(f"{self.path}/{kind}"):
+                if _step_of(name) > step:
+                    self.storage.delete_folder(f"{self.path}/{kind}/{name}")
+
+    def restore(self, progress: Progress, engine: TrainingEngine) -> None:
+        """Give the engine the state of a checkpoint; called by all ranks.
+
+        Raises:
+            InputError: the checkpoint does not hold exactly this model's parameters.
+        """
+        missing = set(engine.parameter_names())
+        folder = self._checkpoint(progress.step)
+        for file in self.storage.list_files(folder):
+            if not file.endswith(".safetensors"):
+                continue
+            share: dict[str, dict[str, object]] = {}
+            for key, tensor in load_tensors(self.storage.read_bytes(file)).items():
+                parameter, _, part = key.partition("\t")
+                share.setdefault(parameter, {})[part] = tensor
+            for name in engine.parameter_names():
+                if name in share:
+                    engine.restore_parameter(name, share[name], progress.step)  # type: ignore[arg-type]
+            missing -= set(share)
+        if missing:
+            raise InputError(f"{self.storage.join(folder)} lacks {len(missing)} of the model's parameters, for example {min(missing)}")
+
+    def _checkpoint(self, step: int) -> str:
+        return f"{self.path}/checkpoints/step-{step:06d}"
+
+    # Weights
+
+    def save_weights(self, step: int, write: Callable[[str], None], keep: set[int]) -> None:
+        """Store a model folder that `write` makes, and remove those of other steps but `keep`; called by one rank.
+
+        Args:
+            write: writes the folder of the name that it is given.
+            keep: steps whose weights a checkpoint refers to.
+        """
+        target = self._weights(step)
+        if self.storage.is_local:
+            growing = Path(f"{self.storage.local_path(target)}.growing")
+            shutil.rmtree(growing, ignore_errors=True)
+            growing.mkdir(parents=True)
+            write(str(growing))
+            self.storage.delete_folder(target)
+            growing.rename(self.storage.local_path(target))
+        else:
+            with tempfile.TemporaryDirectory() as local:
+                write(local)
+                for file in sorted(path for path in Path(local).rglob("*") if path.is_file()):
+                    self.storage.write_bytes(f"{target}/{file.relative_to(local).as_posix()}", file.read_bytes())
+        for name in self.storage.list_folders(f"{self.path}/weights"):
+            if _step_of(name) not in keep | {step}:
+                self.storage.delete_folder(f"{self.path}/weights/{name}")
+
+    def take_weights(self, step: int, folder: str) -> None:
+        """Bring the weights of a step into a new local folder; they stay here too, until the run's folder is removed."""
+        source = self._weights(step)
+        if self.storage.is_local:
+            shutil.copytree(self.storage.local_path(source), folder, copy_function=_link)
+            return
+        for file in self.storage.list_files(source):
+            target = Path(folder) / file.removeprefix(f"{source}/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self.storage.read_bytes(file))
+
+    def _weights(self, step: int) -> str:
+        return f"{self.path}/weights/step-{step:06d}"
+
+
+def _step_of(folder: str) -> int:
+    return int(folder.removeprefix("step-").removesuffix(".growing"))
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name; copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,119 @@
+"""The training loop's engine over DeepSpeed (Paper: App. E: DeepSpeed ZeRO-1): float32 parameters, ZeRO stage 0 to 3, torch's AdamW."""
+
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import nn
+
+from synpref_ray.reward.engine import MOMENTS, WEIGHT, ParameterState, adamw_state, parameter_groups, restore_adamw_state
+from synpref_ray.reward.model import RewardModule
+from synpref_ray.reward.training_config import TrainConfig
+
+REDUCE_BUCKET_ELEMENTS = 50_000_000  # ours: DeepSpeed's default of 500 million would hold 2 GB of gradients beside those of the model
+
+
+class DeepSpeedEngine:
+    """See `engine.TrainingEngine`."""
+
+    def __init__(self, module: RewardModule, config: TrainConfig):
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+        self.device = next(module.parameters()).device
+        self.updates = 0
+        self._parameters = dict(module.model.named_parameters())
+        groups = parameter_groups(module, config)
+        self._rates = [group["lr"] for group in groups]
+        self._zero_stage = config.zero_stage
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=torch.optim.AdamW(groups), config=deepspeed_config(config), dist_init_required=False
+        )
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        rewards: torch.Tensor = self._engine(batch)
+        return rewards
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)  # DeepSpeed averages over ranks; the loop wants the sum
+
+    def step(self, learning_rate_factor: float) -> float:
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * learning_rate_factor
+        norm = self._gradient_norm() if self._zero_stage == 0 else None
+        self._engine.step()
+        self.updates += 1
+        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+
+    def _gradient_norm(self) -> torch.Tensor:
+        """Without ZeRO in float32 DeepSpeed clips but does not tell the norm; the gradients are the averaged ones by now."""
+        gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.SUM)
+        return values
+
+    def maximum(self, values: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        return values
+
+    def parameter_names(self) -> list[str]:
+        return list(self._parameters)
+
+    def parameter_state(self, name: str) -> ParameterState:
+        parameter = self._parameters[name]
+        if self._zero_stage == 0:
+            return adamw_state(self._torch_optimizer(), parameter)
+        state = {WEIGHT: safe_get_full_fp32_param(parameter)}
+        if self.updates:
+            state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        return {key: tensor.to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
+
+    def restore_parameter(self, name: str, state: ParameterState, updates: int) -> None:
+        parameter = self._parameters[name]
+        if self._zero_stage == 0:
+            restore_adamw_state(self._torch_optimizer(), parameter, state, updates)
+        else:
+            self._make_moments(updates)
+            if self._zero_stage < 3:
+                with torch.no_grad():
+                    parameter.copy_(state[WEIGHT])
+            safe_set_full_fp32_param(parameter, state[WEIGHT].to(self.device))
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[key].to(self.device), key)
+        self.updates = updates
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """Return the AdamW that was handed in; ZeRO wraps it and replaces its parameters by flat partitions."""
+        optimizer: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        return optimizer
+
+    def _make_moments(self, updates: int) -> None:
+        """Give a fresh ZeRO optimizer the moments that torch would make in its first step, to be filled parameter by parameter."""
+        optimizer = self._torch_optimizer()
+        for group in optimizer.param_groups:
+            for partition in group["params"]:
+                if partition not in optimizer.state:
+                    moments = {key: torch.zeros_like(partition) for key in MOMENTS}
+                    optimizer.state[partition] = {"step": torch.tensor(float(updates)), **moments}
+        if self._zero_stage < 3:
+            self._optimizer._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the moments; there is no public way
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """Return DeepSpeed's settings. Batches and accumulation are the loop's business, so both are 1 here."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS},
+        "steps_per_print": 2**31,
+    }

@@ -1,0 +1,130 @@
+"""What the training loop needs of whatever holds the weights, and the plainest such thing: PyTorch alone in one process.
+
+`DeepSpeedEngine` (in `deepspeed_engine`) is the other one. Both hand out their state parameter by parameter, whole and by name, so that a
+checkpoint does not depend on the number of workers, on the ZeRO stage, or on the engine (Our choice: DeepSpeed's own checkpoints need a
+conversion before another number of GPUs can read them).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from synpref_ray.reward.model import RewardModule
+from synpref_ray.reward.training_config import TrainConfig
+
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+ParameterState = Mapping[str, torch.Tensor]
+"""A parameter's float32 `weight`, and AdamW's `exp_avg` and `exp_avg_sq` once it has been updated; each in the parameter's shape."""
+
+
+class TrainingEngine(Protocol):
+    """What the loop needs of whatever holds the weights. Every method but `rank`, `world_size`, `device` and `updates` is called by all ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    updates: int
+    """Optimizer steps taken so far."""
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        """Return the rewards of a packed micro-batch, differentiably."""
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`: they add up over the ranks and micro-batches of a step. `last`: the rank's last one of the step."""
+
+    def step(self, learning_rate_factor: float) -> float:
+        """Clip, update, clear the gradients; return the gradients' norm before clipping."""
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the element-wise sum over ranks."""
+
+    def maximum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the element-wise maximum over ranks."""
+
+    def parameter_names(self) -> list[str]:
+        """Return the names of the parameters, in the order that every rank calls the next two in."""
+
+    def parameter_state(self, name: str) -> ParameterState:
+        """Return the state of a parameter, whole, on the CPU."""
+
+    def restore_parameter(self, name: str, state: ParameterState, updates: int) -> None:
+        """Put back what `parameter_state` returned when `updates` optimizer steps had been taken."""
+
+
+class PlainEngine:
+    """One process, AdamW, nothing else."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, module: RewardModule, config: TrainConfig):
+        self.device = next(module.parameters()).device
+        self.updates = 0
+        self._module = module
+        self._parameters = dict(module.model.named_parameters())
+        self._optimizer = torch.optim.AdamW(parameter_groups(module, config))
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._max_grad_norm = config.max_grad_norm
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        rewards: torch.Tensor = self._module(batch)
+        return rewards
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate_factor: float) -> float:
+        norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._max_grad_norm)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * learning_rate_factor
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return float(norm)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def maximum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def parameter_names(self) -> list[str]:
+        return list(self._parameters)
+
+    def parameter_state(self, name: str) -> ParameterState:
+        return adamw_state(self._optimizer, self._parameters[name])
+
+    def restore_parameter(self, name: str, state: ParameterState, updates: int) -> None:
+        restore_adamw_state(self._optimizer, self._parameters[name], state, updates)
+        self.updates = updates
+
+
+def adamw_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> ParameterState:
+    """Return the state of a parameter that torch's AdamW updates directly."""
+    found = optimizer.state.get(parameter, {})
+    state = {WEIGHT: parameter.detach(), **{key: found[key] for key in MOMENTS if key in found}}
+    return {key: tensor.to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
+
+
+def restore_adamw_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: ParameterState, updates: int) -> None:
+    """Put back what `adamw_state` returned after `updates` optimizer steps."""
+    with torch.no_grad():
+        parameter.copy_(state[WEIGHT])
+    if set(MOMENTS) <= set(state):
+        moments = {key: state[key].to(parameter.device, torch.float32, copy=True) for key in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **moments}
+
+
+def parameter_groups(module: RewardModule, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the trainable parameters for AdamW: decayed matrices, undecayed norms and biases, and the head at its own rate."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head": []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            kind = "head" if name == "model.score.weight" else "matrices" if parameter.ndim > 1 else "vectors"
+            groups[kind].append(parameter)
+    decay = {"matrices": config.weight_decay, "vectors": 0.0, "head": 0.0}
+    rate = {kind: config.learning_rate * (config.head_learning_rate_multiplier if kind == "head" else 1.0) for kind in groups}
+    return [{"params": parameters, "lr": rate[kind], "weight_decay": decay[kind]} for kind, parameters in groups.items() if parameters]
