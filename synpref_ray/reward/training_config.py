@@ -13,8 +13,9 @@ class TrainConfig(Settings):
 
     backbone: str
     """The pretrained model: a folder, a bundled model or a name on the hub; or a reward model to go on from."""
-    new_head: bool = True
-    """Initialise the reward head anew; false keeps the head that the backbone has, and fails if it has none."""
+    new_head: bool | Literal["if_absent"] = "if_absent"
+    """Initialise the reward head anew: only where the backbone has none (a reward model keeps its own), always (true), or never (false: fails if it
+    has none). Either way the log says it."""
     head_init_std: PositiveFloat = HEAD_INIT_STD  # ours, see model.py
     learning_rate: PositiveFloat = 3e-6  # App. E, final runs
     head_learning_rate_multiplier: PositiveFloat = 1.0

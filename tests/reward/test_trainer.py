@@ -193,11 +193,11 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(tiny_backbone: str,
     assert not (tmp_path / "model").exists()
 
 
-def test_a_head_is_kept_on_request(tiny_reward_model: str, tiny_backbone: str) -> None:
-    kept = build_module(config_for(tiny_reward_model, new_head=False)).model.score.weight
+def test_a_reward_model_keeps_its_head_unless_told_otherwise(tiny_reward_model: str, tiny_backbone: str) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_reward_model, num_labels=1).score.weight
-    assert torch.equal(kept, plain)
-    assert not torch.equal(build_module(config_for(tiny_reward_model)).model.score.weight, plain)
+    for settings in ({}, {"new_head": "if_absent"}, {"new_head": False}):
+        assert torch.equal(build_module(config_for(tiny_reward_model, **settings)).model.score.weight, plain)
+    assert not torch.equal(build_module(config_for(tiny_reward_model, new_head=True)).model.score.weight, plain)
     with pytest.raises(InputError, match="no reward head"):
         build_module(config_for(tiny_backbone, new_head=False))
 
