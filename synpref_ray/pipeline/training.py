@@ -20,7 +20,7 @@ from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 # What a config says about the machine and not about the result: how the global batch is spread and what is recomputed changes it by float error only.
 RESOURCE_SETTINGS = {"num_threads", "use_gpu", "num_workers", "max_tokens_per_microbatch", "gradient_checkpointing", "zero_stage"}
 

@@ -268,7 +268,7 @@ def prepare_data(tokenizer: Any, train: pa.Table, gold: pa.Table | None, config:
     for name, table in (("train", train), ("gold", gold)):
         if table is None:
             continue
-        rendered[name] = render_pairs(tokenizer, table, config.max_length_tokens)
+        rendered[name] = render_pairs(tokenizer, table, config.max_length_tokens, config.over_long)
         if not rendered[name].usable():
             raise InputError(f"no {name} pair to use: {len(table)} given, dropped: {dict(count_dropped(rendered[name])) or 'none'}")
     return TrainingData(rendered["train"], rendered.get("gold"), template_digest(tokenizer))
@@ -285,6 +285,8 @@ def make_record(run: TrainingRun, seconds: dict[str, float]) -> TrainingRecord:
     return TrainingRecord(
         config=run.config, versions=package_versions(), template_digest=data.template_digest, shares_prefixes=run.module.may_share,
         num_pairs=len(data.train.usable()), num_dropped=dict(count_dropped(data.train)),
+        num_shortened=len(data.train.shortened), num_spelled=len(data.train.spelled),
+        num_gold_shortened=len(data.gold.shortened) if data.gold is not None else 0,
         num_gold_pairs=len(data.gold.usable()) if data.gold is not None else 0, num_gold_dropped=dict(count_dropped(data.gold)),
         num_workers=run.engine.world_size, steps=run.steps, evaluations=run.evaluations, chosen_step=run.chosen_step,
         gold_accuracy=run.best.accuracy if run.best is not None else None, gold_loss=run.best.loss if run.best is not None else None,

@@ -174,6 +174,18 @@ def test_over_long_pairs_are_counted_and_nothing_left_is_an_error(tiny_backbone:
         train_in_process(random_pairs(20), random_pairs(1).slice(0, 0), config, str(tmp_path / "another"))
 
 
+def test_over_long_pairs_may_lose_their_oldest_turns_and_are_counted(tiny_backbone: str, tmp_path: Path) -> None:
+    counts = []
+    for over_long in ("reject", "drop_oldest_turns"):
+        config = config_for(tiny_backbone, num_epochs=1, max_length_tokens=90, over_long=over_long)
+        record = train_in_process(random_pairs(20), random_pairs(20, seed=4), config, str(tmp_path / over_long))
+        counts.append((record.num_pairs, record.num_gold_pairs, record.num_shortened, record.num_gold_shortened))
+    (pairs, gold_pairs, *none), (more_pairs, more_gold_pairs, shortened, gold_shortened) = counts
+    assert none == [0, 0]
+    assert (shortened, gold_shortened) == (more_pairs - pairs, more_gold_pairs - gold_pairs)
+    assert shortened > 0
+
+
 def test_a_model_is_never_overwritten_and_a_partial_one_is_replaced(tiny_backbone: str, tmp_path: Path) -> None:
     partial = tmp_path / "model.partial"
     partial.mkdir()
