@@ -5,7 +5,7 @@ Inputs: `set` (a name under sets/) or `pairs` (a file); gold pairs that pick the
 Outputs: `models/<name>-<fingerprint>/`, which plain AutoModelForSequenceClassification loads, with its training record.
 
 Laptop:  python jobs/train.py --config jobs/configs/laptop_train.yaml set=curated-wild-kept-and-flipped
-Cluster: ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/train_8b.yaml workspace=s3://bucket/run
+Cluster: ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/family/llama-3.1-8b.yaml workspace=s3://bucket/run
 """
 
 import sys

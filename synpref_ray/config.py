@@ -1,7 +1,8 @@
 """YAML plus dotted overrides in, validated and frozen settings out.
 
 Every setting is a field of a pydantic model that lives beside the code that uses it; YAML mirrors the models one to one, and the command line may
-override any field as `section.key=value` (the value is read as YAML).
+override any field as `section.key=value` (the value is read as YAML). A file may begin from another one: `base: other.yaml`, a path beside it; its
+own settings are laid over those of its base, section by section.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+BASE = "base"
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -27,9 +29,9 @@ def load_config(cls: type[SettingsT], file: str | None, overrides: Sequence[str]
     """Read `file` (YAML, may be None), apply `a.b=value` overrides in order, and validate.
 
     Raises:
-        ConfigError: the file is missing or not a mapping, an override has no `=`, or a key or value is not valid; one line.
+        ConfigError: a file is missing, not a mapping or its own base, an override has no `=`, or a key or value is not valid; one line.
     """
-    values = _read_yaml(file) if file is not None else {}
+    values = _read_with_base(Path(file)) if file is not None else {}
     for override in overrides:
         _apply(values, override)
     try:
@@ -38,9 +40,30 @@ def load_config(cls: type[SettingsT], file: str | None, overrides: Sequence[str]
         raise ConfigError(_one_line(error, file)) from None
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def _read_with_base(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    values = _read_yaml(file)
+    if BASE not in values:
+        return values
+    base = values.pop(BASE)
+    if not isinstance(base, str):
+        raise ConfigError(f"{file}: base must be the path of another config, found {base!r}")
+    if file.resolve() in above:
+        raise ConfigError(f"{file} is its own base, by way of {', '.join(path.name for path in above)}")
+    return _merge(_read_with_base(file.parent / base, (*above, file.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay one mapping over another: sections merge, everything else (lists too) is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {file}: {error}") from None
     try:

@@ -59,6 +59,7 @@ class DropReason(StrEnum):
     IDENTICAL_REPLIES = "identical_replies"
     DUPLICATE = "duplicate"
     TOO_LONG = "too_long"
+    SPECIAL_TOKEN_TEXT = "special_token_text"
     UNPARSABLE_REPLY = "unparsable_reply"
     NOT_SELECTED = "not_selected"
     NON_FINITE_REWARD = "non_finite_reward"
@@ -69,7 +70,13 @@ class DropReason(StrEnum):
 
 
 REJECT_REASONS = frozenset(
-    {DropReason.TOO_LONG.value, DropReason.UNPARSABLE_REPLY.value, DropReason.NON_FINITE_REWARD.value, DropReason.UNDECIDABLE.value}
+    {
+        DropReason.TOO_LONG.value,
+        DropReason.SPECIAL_TOKEN_TEXT.value,
+        DropReason.UNPARSABLE_REPLY.value,
+        DropReason.NON_FINITE_REWARD.value,
+        DropReason.UNDECIDABLE.value,
+    }
 )
 """Reasons of rows that a step was asked to process and refused; other reasons say that a row was not the step's to process."""
 

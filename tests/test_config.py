@@ -110,3 +110,23 @@ def test_aliases_of_merged_sections_and_of_overrides_are_copies_too(tmp_path: Pa
 def test_an_alias_of_itself_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="refers to itself"):
         load_config(Twins, write(tmp_path, "one: &one\n  inner: *one\n"), [])
+
+
+def test_a_file_is_laid_over_its_base_section_by_section_and_overrides_come_last(tmp_path: Path) -> None:
+    write(tmp_path, "size: 3\ntitle: base\ninner: {rate: 0.25, names: [a, b]}\n")
+    (tmp_path / "more").mkdir()
+    middle, top = tmp_path / "more" / "middle.yaml", tmp_path / "more" / "top.yaml"
+    middle.write_text("base: ../config.yaml\ntitle: middle\ninner: {names: [c]}\n")
+    top.write_text("base: middle.yaml\ninner: {rate: 0.5}\n")
+    assert load_config(Outer, str(middle), []) == Outer(size=3, title="middle", inner=Inner(rate=0.25, names=("c",)))
+    assert load_config(Outer, str(top), ["size=4"]) == Outer(size=4, title="middle", inner=Inner(rate=0.5, names=("c",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("base: config.yaml\n", "its own base"), ("base: nowhere.yaml\n", r"nowhere\.yaml"), ("base: [a]\n", "base must be the path")],
+)
+def test_a_bad_base_is_one_clear_line(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_config(Outer, write(tmp_path, text), [])
+    assert "\n" not in str(caught.value)

@@ -17,7 +17,8 @@ from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool
 from synpref_ray.versions import versions_of
 
-SCORE_VERSION = 1
+SCORE_VERSION = 2
+RESULT_SETTINGS = {"dtype", "max_length_tokens", "over_long"}
 SCORE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
@@ -39,11 +40,16 @@ class ScoreWorker:
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         result = shard.select(["pair_id"])
+        before = self._num_shortened()
         for prefix, rewards in zip(self._prefixes, add_rewards_of_all(shard, self._scorers), strict=True):
             for field in REWARDS_SCHEMA:
                 if field.name != "pair_id":
                     result = result.append_column(prefix + field.name, rewards[field.name])
-        return result, {"scored_pairs": float(shard.num_rows * len(self._scorers))}
+        counters = {"scored_pairs": float(shard.num_rows * len(self._scorers)), "shortened_pairs": float(self._num_shortened() - before)}
+        return result, counters
+
+    def _num_shortened(self) -> int:
+        return sum(scorer.num_shortened for scorer in self._scorers)
 
 
 def score_pools(run: Run, name: str, pools: Sequence[Pool], models: Mapping[str, StoredModel | str], config: ScoreConfig) -> StepResult:
@@ -60,12 +66,13 @@ def score_pools(run: Run, name: str, pools: Sequence[Pool], models: Mapping[str,
         version=SCORE_VERSION,
         worker=ScoreWorker,
         outputs=tuple(Output(f"rewards.{short}", REWARDS_SCHEMA, prefix) for (prefix, _), short in zip(prefixes, models, strict=True)),
-        settings={**config.model_dump(mode="json", include={"dtype", "max_length_tokens"}), "versions": versions_of("torch", "transformers")},
+        settings={**config.model_dump(mode="json", include=RESULT_SETTINGS), "versions": versions_of("torch", "transformers")},
         digests=digests,
         worker_arguments=lambda _: {"models": prefixes, "config": config},
         resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),
         max_failed_fraction=config.max_failed_fraction,
     )
     result = run_step(step, [StepInput(pool, SCORE_COLUMNS) for pool in pools])
-    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
+    more = {"shortened": int(shortened)} if (shortened := result.counters.get("shortened_pairs")) else {}
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds, **more)
     return result

@@ -10,7 +10,7 @@ All three run on Ray Data, shard by shard and window by window, and leave out wh
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -22,11 +22,11 @@ from synpref_ray.pipeline.steps import INLINE_ROWS, Output, Resources, ShardKey,
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.batch_store import write_window, written_windows
 from synpref_ray.reward.model import load_tokenizer, read_row_layout
-from synpref_ray.reward.render import template_digest
+from synpref_ray.reward.render import OverLong, template_digest
 from synpref_ray.reward.tokenise import tokenise_pairs
 from synpref_ray.reward.training_config import TrainConfig
-from synpref_ray.reward.training_data import TrainingData, batch_spec, prepare_gold, require_pairs
-from synpref_ray.reward.training_plan import TOKENS_SCHEMA, BatchSpec, Window, plan_window, plan_windows
+from synpref_ray.reward.training_data import PairCounts, TrainingData, batch_spec, count_pairs, prepare_gold
+from synpref_ray.reward.training_plan import TOKENS_SCHEMA, BatchSpec, Window, plan_window, plan_windows, usable
 from synpref_ray.rules.flip import flip_pairs
 from synpref_ray.tables.pools import Pool
 from synpref_ray.tables.sets import Member, PairSet
@@ -43,12 +43,12 @@ BYTES_PER_WINDOW_PAIR = 24_000  # ours: two conversations of 750 tokens as int32
 class TokeniseWorker:
     """Loads the tokenizer once per actor."""
 
-    def __init__(self, backbone: str, max_length_tokens: int):
+    def __init__(self, backbone: str, max_length_tokens: int, over_long: OverLong):
         self._tokenizer = load_tokenizer(backbone)
-        self._max_length_tokens = max_length_tokens
+        self._max_length_tokens, self._over_long = max_length_tokens, over_long
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        table = tokenise_pairs(self._tokenizer, shard, self._max_length_tokens)
+        table = tokenise_pairs(self._tokenizer, shard, self._max_length_tokens, self._over_long)
         tokens = pc.sum(pc.add(pc.list_value_length(table["chosen"]), pc.list_value_length(table["rejected"]))).as_py()
         return table, {"tokens": float(tokens or 0)}
 
@@ -99,28 +99,28 @@ def prepare_set(run: Run, pairs: PairSet, gold: pa.Table | None, config: TrainCo
     """
     tokenizer = load_tokenizer(backbone)
     tokens = _tokenise(run, pairs, config, backbone, template_digest(tokenizer))
-    shards, dropped = count_shards(pairs.members, tokens)
-    num_pairs = sum(shards.counts)
-    require_pairs("train", num_pairs, num_pairs + sum(dropped.values()), dropped)
+    shards, counts = count_shards(pairs.members, tokens)
+    counts.require("train")
     spec = batch_spec(config, read_row_layout(backbone, config.max_tokens_per_microbatch))
-    windows = plan_windows(num_pairs, spec)
+    windows = plan_windows(counts.pairs, spec)
     pack_windows(shards, windows, spec, storage, folder)
-    chosen_by, gold_dropped = prepare_gold(tokenizer, gold, config, spec.layout)
-    return TrainingData(storage, folder, len(windows), num_pairs, dropped, chosen_by, gold_dropped, template_digest(tokenizer), config.num_epochs)
+    gold_batches, gold_counts = prepare_gold(tokenizer, gold, config, spec.layout)
+    return TrainingData(storage, folder, len(windows), counts, gold_batches, gold_counts, template_digest(tokenizer))
 
 
 def _tokenise(run: Run, pairs: PairSet, config: TrainConfig, backbone: str, digest: str) -> list[Sidecar]:
     """Return for every member the token ids of its pool."""
     pools: dict[str, Pool] = {member.sidecar.pool.digest: member.sidecar.pool for member in pairs.members}
+    lengths = {"max_length_tokens": config.max_length_tokens, "over_long": config.over_long}
     many = sum(pool.num_rows for pool in pools.values()) > INLINE_ROWS
     step = Step(
         name="tokenise",
         version=TOKENISE_VERSION,
         worker=TokeniseWorker,
         outputs=(Output("tokens", TOKENS_SCHEMA),),
-        settings={"max_length_tokens": config.max_length_tokens, "versions": versions_of("tokenizers", "transformers")},
+        settings={**lengths, "versions": versions_of("tokenizers", "transformers")},
         digests={"template": digest},
-        worker_arguments=lambda _: {"backbone": backbone, "max_length_tokens": config.max_length_tokens},
+        worker_arguments=lambda _: {"backbone": backbone, **lengths},
         resources=Resources(TOKENISE_WORKERS if many else 0),
         max_failed_fraction=1.0,  # which pairs the set needs is counted below
     )
@@ -130,8 +130,8 @@ def _tokenise(run: Run, pairs: PairSet, config: TrainConfig, backbone: str, dige
     return [of_pool[member.sidecar.pool.digest] for member in pairs.members]
 
 
-def count_shards(members: Sequence[Member], tokens: Sequence[Sidecar]) -> tuple[SetShards, dict[str, int]]:
-    """Count a set's pairs shard by shard; return its shards and how many pairs were dropped, by reason."""
+def count_shards(members: Sequence[Member], tokens: Sequence[Sidecar]) -> tuple[SetShards, PairCounts]:
+    """Count a set's pairs shard by shard; return its shards and what became of its pairs."""
     places = tuple((m, shard.number) for m, member in enumerate(members) for shard in member.sidecar.pool.shards if shard.rows)
     light_members = tuple(replace(member, sidecar=_light(member.sidecar)) for member in members)
     count = _CountShard(light_members, tuple(_light(sidecar) for sidecar in tokens))
@@ -150,9 +150,10 @@ def count_shards(members: Sequence[Member], tokens: Sequence[Sidecar]) -> tuple[
             first.add((comparison, preferred))
         left_out += repeated
         counts.append(row["pairs"] - len(repeated))
-        dropped.update(dict(row["dropped"]))
+        dropped.update(row["dropped"])
     shards = SetShards(light_members, count.tokens, places, tuple(counts), frozenset(left_out))
-    return shards, dict(sorted(dropped.items()))
+    shortened, spelled = (sum(row[name] for row in by_place.values()) for name in ("shortened", "spelled"))
+    return shards, PairCounts(sum(counts), dict(sorted(dropped.items())), shortened, spelled)
 
 
 @dataclass(frozen=True)
@@ -165,15 +166,14 @@ class _CountShard:
     def __call__(self, place: dict[str, Any]) -> dict[str, Any]:
         member, number = self.members[place["member"]], place["number"]
         table = read_member_tokens(member, self.tokens[place["member"]], number)
-        usable = table.filter(pc.is_null(table["drop_reason"]))
-        reasons = Counter(reason for reason in table["drop_reason"].to_pylist() if reason is not None)
+        found, used = count_pairs(table), usable(table)
         beside = member.sidecar.pool.read(number, ["pair_id", "comparison_id", "contradicted"])
-        beside = beside.filter(pc.and_(beside["contradicted"], pc.is_in(beside["pair_id"], value_set=usable["pair_id"].combine_chunks())))
+        beside = beside.filter(pc.and_(beside["contradicted"], pc.is_in(beside["pair_id"], value_set=used["pair_id"].combine_chunks())))
         comparisons = dict(zip(beside["pair_id"].to_pylist(), beside["comparison_id"].to_pylist(), strict=True))
         contradicted = []
-        for row in usable.filter(pc.is_in(usable["pair_id"], value_set=pa.array(comparisons, pa.string()))).to_pylist():
+        for row in used.filter(pc.is_in(used["pair_id"], value_set=pa.array(comparisons, pa.string()))).to_pylist():
             contradicted.append([row["pair_id"], comparisons[row["pair_id"]], str(row["chosen"])])
-        return {**place, "pairs": usable.num_rows, "dropped": sorted(reasons.items()), "contradicted": contradicted}
+        return {**place, **asdict(found), "contradicted": contradicted}
 
 
 def pack_windows(shards: SetShards, windows: Sequence[Window], spec: BatchSpec, storage: Storage, folder: str) -> None:

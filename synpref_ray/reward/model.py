@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -180,7 +180,7 @@ def load_backbone_with_head(
     path: str,
     dtype: str,
     *,
-    new_head: bool = False,
+    new_head: bool | Literal["if_absent"] = False,
     head_init_std: float = HEAD_INIT_STD,
     seed: int = 0,
     num_layers: int | None = None,
@@ -190,12 +190,13 @@ def load_backbone_with_head(
 
     Args:
         dtype: "float32", "bfloat16", "float16", or "checkpoint" for what the model's config says.
-        new_head: initialise the head anew (normal, mean 0, std `head_init_std`, from `seed`), whether or not the checkpoint has one.
+        new_head: whether to initialise the head anew (normal, mean 0, std `head_init_std`, from `seed`): never, always, or where the checkpoint
+            has none. A new head is logged, as a warning where it takes the place of one.
         num_layers: keep the backbone's first layers only (a smaller model, saved as one); default: all of them.
         attn_implementation: default: eager for attention with soft-capped logits (sdpa would leave the cap out), sdpa otherwise.
 
     Raises:
-        InputError: no such model, or its head is absent or of another shape and `new_head` is not asked for.
+        InputError: no such model; its head is absent and `new_head` is false, or of another shape and `new_head` is not true.
         ConfigError: `dtype` is none of the above, or the model has fewer layers.
     """
     config = _read_config(path)
@@ -219,14 +220,20 @@ def load_backbone_with_head(
     absent = [name for name in info["missing_keys"] if name != "score.weight"]
     if absent or any(name[0] != "score.weight" for name in info["mismatched_keys"]):
         raise InputError(f"the weights in {path} do not fit its config: {len(absent)} missing, for example {absent[:1]}")
-    has_head = not info["missing_keys"] and not info["mismatched_keys"]
-    if not has_head and not new_head:
-        raise InputError(f"{path} has no reward head with one label (score.weight); name a reward model, or train with new_head=true")
-    if new_head:
-        logger.info("%s reward head of %s: normal, std %s, seed %s", "replacing the" if has_head else "new", path, head_init_std, seed)
+    absent_head, other_head = bool(info["missing_keys"]), bool(info["mismatched_keys"])
+    if (absent_head and not new_head) or (other_head and new_head is not True):
+        found = "its score.weight has another shape" if other_head else "score.weight"
+        raise InputError(f"{path} has no reward head with one label ({found}); name a reward model, or train with new_head=true")
+    if absent_head or new_head is True:
+        level, verb = (logging.INFO, "new") if absent_head else (logging.WARNING, "REPLACING the")
+        logger.log(level, "%s reward head of %s: normal, std %s, seed %s", verb, path, head_init_std, seed)
+        if unread := [name for name in info["unexpected_keys"] if not name.startswith("lm_head.")]:  # a head under another name, perhaps
+            logger.warning("weights in %s that are not read: %s", path, ", ".join(sorted(unread)[:3]))
         with torch.no_grad():
             noise = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(seed))
             model.score.weight.copy_(noise * head_init_std)
+    elif new_head:
+        logger.info("going on with the reward head of %s", path)
     return model.eval()
 
 

@@ -22,7 +22,7 @@ from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer
 from synpref_ray.reward.packing import Group, PackingStats, make_group, pack, packing_stats, plan_batches
 from synpref_ray.reward.pair_groups import group_pairs, prompt_keys
-from synpref_ray.reward.render import RenderedPairs, render_conversation, render_pairs, template_digest
+from synpref_ray.reward.render import OverLong, RenderedPairs, render_pairs, render_replies, template_digest
 from synpref_ray.schema import REWARDS_SCHEMA, DropReason, Message, Role, pair_id
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,9 @@ class ScorerConfig(Settings):
     max_tokens_per_batch: PositiveInt = 2048
     """Tokens of a micro-batch, padding included. Ours: enough for 2 CPU cores; 16,384 and more on a GPU."""
     max_length_tokens: PositiveInt = 16_384  # App. E
-    """A pair with a longer conversation gets no reward and the reason too_long; it is never cut."""
+    """A pair with a longer conversation gets no reward and the reason too_long, or is shortened by whole turns; no message is cut."""
+    over_long: OverLong = "reject"
+    """What becomes of those: `reject`, or `drop_oldest_turns` of both sides until the longer one fits. Ours: the paper does not say."""
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: PositiveInt = 2
     """CPU threads of this process. Ours: the laptop of the demo."""
@@ -56,6 +58,7 @@ class PairScorer:
         self.tokenizer = tokenizer
         self.config = config
         self.template_digest = template_digest(tokenizer)
+        self.num_shortened = 0  # pairs so far
 
     @classmethod
     def load(cls, model: str, config: ScorerConfig = _DEFAULT) -> "PairScorer":
@@ -79,8 +82,10 @@ class PairScorer:
         return scorer
 
     def render(self, shard: pa.Table) -> RenderedPairs:
-        """Tokenise a shard; over-long and refused pairs are marked."""
-        return render_pairs(self.tokenizer, shard, self.config.max_length_tokens)
+        """Tokenise a shard; over-long and refused pairs are marked, shortened ones counted."""
+        rendered = render_pairs(self.tokenizer, shard, self.config.max_length_tokens, self.config.over_long)
+        self.num_shortened += len(rendered.shortened)
+        return rendered
 
     def score_rendered(self, rendered: RenderedPairs, keys: Sequence[str]) -> Rewards:
         """Return the rewards of (chosen, rejected), shape (P, 2), raw logits, NaN for pairs with a drop reason.
@@ -103,9 +108,8 @@ class PairScorer:
         Raises:
             InputError: a conversation exceeds `max_length_tokens`.
         """
-        sequences = [np.asarray(render_conversation(self.tokenizer, prompt, reply), dtype=np.int32) for reply in replies]
-        if (longest := max((len(sequence) for sequence in sequences), default=0)) > self.config.max_length_tokens:
-            raise InputError(f"a conversation has {longest} tokens, more than max_length_tokens={self.config.max_length_tokens}")
+        rendered = render_replies(self.tokenizer, prompt, replies, self.config.max_length_tokens, self.config.over_long)
+        sequences = [np.asarray(sequence, dtype=np.int32) for sequence in rendered]
         group = make_group(sequences, may_share=self.module.may_share, quadratic_tokens=self.module.quadratic_tokens)
         return score_groups(self.module, [group], self.config.max_tokens_per_batch)[0]
 
@@ -133,11 +137,11 @@ def add_rewards(shard: pa.Table, scorer: PairScorer) -> pa.Table:
 
 def add_rewards_of_all(shard: pa.Table, scorers: Sequence[PairScorer]) -> list[pa.Table]:
     """Score a shard with several models, tokenised once for those that read the same tokens (Stage 2's best RM and gold RM, Sec. 3.3)."""
-    rendered: dict[tuple[str, int], RenderedPairs] = {}
+    rendered: dict[tuple[str, int, str], RenderedPairs] = {}
     keys = prompt_keys(shard["prompt"]) if "prompt" in shard.column_names else []
     tables = []
     for scorer in scorers:
-        key = (scorer.template_digest, scorer.config.max_length_tokens)
+        key = (scorer.template_digest, scorer.config.max_length_tokens, scorer.config.over_long)
         if key not in rendered:
             rendered[key] = scorer.render(shard)
         tables.append(_rewards_table(rendered[key], scorer.score_rendered(rendered[key], keys)))

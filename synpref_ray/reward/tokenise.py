@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from synpref_ray.reward.pair_groups import prompt_keys
-from synpref_ray.reward.render import RenderedPairs, render_pairs
+from synpref_ray.reward.render import OverLong, RenderedPairs, render_pairs
 from synpref_ray.reward.training_plan import TOKENS_SCHEMA, usable
 
 
-def tokenise_pairs(tokenizer: Any, pairs: pa.Table, max_length_tokens: int) -> pa.Table:
+def tokenise_pairs(tokenizer: Any, pairs: pa.Table, max_length_tokens: int, over_long: OverLong) -> pa.Table:
     """Return the token ids of pairs as a table TOKENS_SCHEMA: rows and order unchanged, nulls and a drop_reason for those left out."""
-    return token_table(render_pairs(tokenizer, pairs, max_length_tokens), prompt_keys(pairs["prompt"]))
+    return token_table(render_pairs(tokenizer, pairs, max_length_tokens, over_long), prompt_keys(pairs["prompt"]))
 
 
 def token_table(rendered: RenderedPairs, keys: Sequence[str]) -> pa.Table:
@@ -25,6 +25,10 @@ def token_table(rendered: RenderedPairs, keys: Sequence[str]) -> pa.Table:
     for side, name in enumerate(("chosen", "rejected")):
         places = np.arange(side, 2 * len(rendered), 2, dtype=np.int64)
         columns[name] = both.take(pa.array(places, pa.int64(), mask=dropped)).cast(pa.list_(pa.int32()))
+    for name, marked in (("shortened", rendered.shortened), ("spelled", rendered.spelled)):
+        flags = np.zeros(len(rendered), dtype=bool)
+        flags[list(marked)] = True
+        columns[name] = pa.array(flags)
     columns["drop_reason"] = pa.array(rendered.drop_reasons, pa.string())
     return pa.table(columns, schema=TOKENS_SCHEMA)
 

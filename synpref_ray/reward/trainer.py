@@ -207,7 +207,7 @@ class TrainingRun:
             ids = [name for batch in self._gold if batch.weight for name in batch.microbatch.pair_ids]
             raise NonFiniteLossError(self._not_finite(step, metrics["loss"], mine, ids))
         values = {name: metrics[name] for name in ("accuracy", "loss", "margin")}
-        found = EvaluationRecord(step=step, num_pairs=self.data.num_gold_pairs, seconds=seconds, **values)
+        found = EvaluationRecord(step=step, num_pairs=self.data.chosen_by.pairs, seconds=seconds, **values)
         self.evaluations.append(found)
         logger.info("step %d: gold accuracy %.4f, gold loss %.4f", step, found.accuracy, found.loss)
         self._add_metrics("gold", step, found)
@@ -286,8 +286,8 @@ def make_record(run: TrainingRun, seconds: dict[str, float]) -> TrainingRecord:
     data, stats = run.data, run.stats
     return TrainingRecord(
         config=run.config, versions=package_versions(), template_digest=data.template_digest, shares_prefixes=run.module.may_share,
-        num_pairs=data.num_pairs, num_dropped=data.num_dropped,
-        num_gold_pairs=data.num_gold_pairs, num_gold_dropped=data.num_gold_dropped,
+        num_pairs=data.train.pairs, num_dropped=data.train.dropped, num_shortened=data.train.shortened, num_spelled=data.train.spelled,
+        num_gold_pairs=data.chosen_by.pairs, num_gold_dropped=data.chosen_by.dropped, num_gold_shortened=data.chosen_by.shortened,
         num_workers=run.engine.world_size, steps=run.steps, evaluations=run.evaluations, chosen_step=run.chosen_step,
         gold_accuracy=run.best.accuracy if run.best is not None else None, gold_loss=run.best.loss if run.best is not None else None,
         num_sequence_tokens=stats.sequence_tokens, num_unique_tokens=stats.unique_tokens,

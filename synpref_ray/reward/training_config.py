@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from synpref_ray.config import Settings
 from synpref_ray.reward.model import HEAD_INIT_STD
+from synpref_ray.reward.render import OverLong
 
 
 class TrainConfig(Settings):
@@ -13,8 +14,9 @@ class TrainConfig(Settings):
 
     backbone: str
     """The pretrained model: a folder, a bundled model or a name on the hub; or a reward model to go on from."""
-    new_head: bool = True
-    """Initialise the reward head anew; false keeps the head that the backbone has, and fails if it has none."""
+    new_head: bool | Literal["if_absent"] = "if_absent"
+    """Initialise the reward head anew: only where the backbone has none (a reward model keeps its own), always (true), or never (false: fails if it
+    has none). Either way the log says it."""
     head_init_std: PositiveFloat = HEAD_INIT_STD  # ours, see model.py
     learning_rate: PositiveFloat = 3e-6  # App. E, final runs
     head_learning_rate_multiplier: PositiveFloat = 1.0
@@ -24,7 +26,9 @@ class TrainConfig(Settings):
     max_tokens_per_microbatch: PositiveInt = 16_384
     """Tokens of a micro-batch, padding included. Ours: one longest conversation; about 2,048 on a CPU."""
     max_length_tokens: PositiveInt = 16_384  # App. E
-    """Pairs with a longer conversation are left out and counted; nothing is cut."""
+    """Pairs with a longer conversation are left out and counted, or shortened by whole turns; no message is cut."""
+    over_long: OverLong = "reject"
+    """What becomes of those: `reject`, or `drop_oldest_turns` of both sides until the longer one fits. Ours: the paper does not say."""
     schedule: Literal["constant", "linear"] = "constant"  # App. E, final runs
     warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the steps in which the learning rate rises. Ours: the paper does not state it for the final runs."""

@@ -7,23 +7,53 @@ the rest is ours.
 
 import tempfile
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from synpref_ray.errors import InputError
 from synpref_ray.reward.batch_store import BatchIndex, Microbatch, decode, open_batches, write_window
-from synpref_ray.reward.pair_groups import RowLayout, group_pairs, prompt_keys
-from synpref_ray.reward.render import RenderedPairs, render_pairs, template_digest
+from synpref_ray.reward.pair_groups import RowLayout, group_pairs
+from synpref_ray.reward.render import template_digest
 from synpref_ray.reward.tokenise import TokensInMemory, tokenise_pairs
 from synpref_ray.reward.training_config import TrainConfig
-from synpref_ray.reward.training_plan import BatchSpec, Piece, deal_to_ranks, microbatches, plan_window, plan_windows
+from synpref_ray.reward.training_plan import BatchSpec, Piece, deal_to_ranks, microbatches, plan_window, plan_windows, token_pairs, usable
 from synpref_ray.tables.storage import Storage
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """What became of the pairs that were given."""
+
+    pairs: int = 0
+    """Those used."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Those left out, by reason."""
+    shortened: int = 0
+    """Those used without their oldest turns."""
+    spelled: int = 0
+    """Those used whose text holds special tokens, read as letters."""
+
+    def require(self, kind: str) -> None:
+        """Refuse data of which nothing is left."""
+        if not self.pairs:
+            given = sum(self.dropped.values())
+            raise InputError(f"no {kind} pair to use: {given} given, dropped: {self.dropped or 'none'}")
+
+
+def count_pairs(tokens: pa.Table) -> PairCounts:
+    """Count the rows of a token table (TOKENS_SCHEMA)."""
+    reasons = {entry["values"]: entry["counts"] for entry in tokens["drop_reason"].value_counts().to_pylist()}
+    pairs = reasons.pop(None, 0)
+    used = usable(tokens)
+    shortened, spelled = (int(pc.sum(used[name]).as_py() or 0) for name in ("shortened", "spelled"))
+    return PairCounts(pairs, dict(sorted(reasons.items())), shortened, spelled)
 
 
 @dataclass(frozen=True)
@@ -34,21 +64,16 @@ class TrainingData:
     folder: str
     """Where the batches are, under the root of `storage`."""
     num_windows: int
-    num_pairs: int
-    num_dropped: dict[str, int]
+    train: PairCounts
     gold: tuple[Microbatch, ...] | None
     """The pairs to choose the checkpoint by; None keeps the last step."""
-    num_gold_dropped: dict[str, int]
+    chosen_by: PairCounts
+    """Counts of gold."""
     template_digest: str
-    num_epochs: int
 
     def open(self) -> BatchIndex:
         """Return the index of the batches."""
         return open_batches(self.storage, self.folder, self.num_windows)
-
-    @property
-    def num_gold_pairs(self) -> int:
-        return sum(len(batch.pair_ids) for batch in self.gold or ())
 
 
 def batch_spec(config: TrainConfig, layout: RowLayout) -> BatchSpec:
@@ -64,47 +89,32 @@ def prepare_data(
     Raises:
         InputError: a table is empty, or every pair of it is too long.
     """
-    tokens = tokenise_pairs(tokenizer, train, config.max_length_tokens)
-    dropped = count_dropped(tokens["drop_reason"])
-    shards, spec = TokensInMemory(tokens), batch_spec(config, layout)
-    require_pairs("train", sum(shards.counts), tokens.num_rows, dropped)
-    windows = plan_windows(sum(shards.counts), spec)
+    tokens = tokenise_pairs(tokenizer, train, config.max_length_tokens, config.over_long)
+    counts, shards, spec = count_pairs(tokens), TokensInMemory(tokens), batch_spec(config, layout)
+    counts.require("train")
+    windows = plan_windows(counts.pairs, spec)
     for window in windows:
         write_window(storage, folder, window.number, plan_window(shards, window, spec))
-    chosen_by, gold_dropped = prepare_gold(tokenizer, gold, config, layout)
-    return TrainingData(
-        storage, folder, len(windows), sum(shards.counts), dropped, chosen_by, gold_dropped, template_digest(tokenizer), config.num_epochs
-    )
+    gold_batches, gold_counts = prepare_gold(tokenizer, gold, config, layout)
+    return TrainingData(storage, folder, len(windows), counts, gold_batches, gold_counts, template_digest(tokenizer))
 
 
-def prepare_gold(
-    tokenizer: Any, gold: pa.Table | None, config: TrainConfig, layout: RowLayout
-) -> tuple[tuple[Microbatch, ...] | None, dict[str, int]]:
-    """Return gold as micro-batches, and how many of its pairs were dropped, by reason.
+def prepare_gold(tokenizer: Any, gold: pa.Table | None, config: TrainConfig, layout: RowLayout) -> tuple[tuple[Microbatch, ...] | None, PairCounts]:
+    """Return gold as micro-batches, and what became of its pairs.
 
     Raises:
         InputError: gold is given and none of it can be used.
     """
     if gold is None:
-        return None, {}
-    rendered = render_pairs(tokenizer, gold, config.max_length_tokens)
-    usable = rendered.usable()
-    dropped = dict(Counter(reason for reason in rendered.drop_reasons if reason is not None))
-    require_pairs("gold", len(usable), len(rendered), dropped)
-    groups = group_pairs({i: rendered.sequences(i) for i in usable}, prompt_keys(gold["prompt"]), layout)
+        return None, PairCounts()
+    tokens = tokenise_pairs(tokenizer, gold, config.max_length_tokens, config.over_long)
+    counts = count_pairs(tokens)
+    counts.require("gold")
+    used = usable(tokens)
+    ids, keys = used["pair_id"].to_pylist(), used["prompt_key"].to_pylist()
+    groups = group_pairs(dict(enumerate(token_pairs(used))), keys, layout)
     batches = microbatches(groups, config.max_tokens_per_microbatch)
-    return tuple(Microbatch(batch, _ids(rendered, batch)) for batch in batches), dropped
-
-
-def require_pairs(kind: str, num_usable: int, num_given: int, dropped: dict[str, int]) -> None:
-    """Refuse data of which nothing is left."""
-    if not num_usable:
-        raise InputError(f"no {kind} pair to use: {num_given} given, dropped: {dropped or 'none'}")
-
-
-def count_dropped(reasons: pa.ChunkedArray) -> dict[str, int]:
-    """Count drop reasons, nulls aside."""
-    return {entry["values"]: entry["counts"] for entry in reasons.value_counts().to_pylist() if entry["values"] is not None}
+    return tuple(Microbatch(batch, tuple(ids[pair] for group in batch for pair in group.pairs)) for batch in batches), counts
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,3 @@ def _content(blob: bytes | Path) -> bytes:
 def _load(piece: Piece, batch: Microbatch) -> LoadedBatch:
     empty = piece.start == piece.stop
     return LoadedBatch(batch.part(0, 1) if empty else batch.part(piece.start, piece.stop), 0.0 if empty else 1.0)
-
-
-def _ids(rendered: RenderedPairs, batch: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(rendered.pair_ids[pair] for group in batch for pair in group.pairs)

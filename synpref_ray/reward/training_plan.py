@@ -26,10 +26,13 @@ TOKENS_SCHEMA = pa.schema(
         pa.field("prompt_key", pa.string(), nullable=False),
         pa.field("chosen", pa.list_(pa.int32())),
         pa.field("rejected", pa.list_(pa.int32())),
+        pa.field("shortened", pa.bool_(), nullable=False),
+        pa.field("spelled", pa.bool_(), nullable=False),
         pa.field("drop_reason", pa.string()),
     ]
 )
-"""Pairs as token ids, whole conversations; null where there is a drop_reason. `prompt_key` is equal for equal prompts."""
+"""Pairs as token ids, whole conversations; null where there is a drop_reason. `prompt_key` is equal for equal prompts; `shortened` and `spelled`
+as in `render.RenderedPairs`."""
 
 
 class TokenShards(Protocol):
@@ -92,7 +95,7 @@ def plan_window(shards: TokenShards, window: Window, spec: BatchSpec) -> Iterato
     tokens = read_window(shards, window, spec.seed)
     ids: list[str] = tokens["pair_id"].to_pylist()
     keys: list[str] = tokens["prompt_key"].to_pylist()
-    pairs = list(zip(_lists(tokens["chosen"]), _lists(tokens["rejected"]), strict=True))
+    pairs = token_pairs(tokens)
     order = pair_order(ids, spec.seed, window.epoch)
     start = 0
     for number, size in enumerate(window.sizes):
@@ -184,6 +187,11 @@ def evaluation_steps(steps_per_epoch: int, num_epochs: int, evaluations_per_epoc
     """Return after which optimizer steps gold is evaluated: evenly through each epoch, its last step included."""
     per_epoch = {max(1, round(steps_per_epoch * part / evaluations_per_epoch)) for part in range(1, evaluations_per_epoch + 1)}
     return {epoch * steps_per_epoch + step for epoch in range(num_epochs) for step in per_epoch}
+
+
+def token_pairs(tokens: pa.Table) -> list[tuple[Tokens, Tokens]]:
+    """Return the token ids of (chosen, rejected) of a table's pairs (TOKENS_SCHEMA, none dropped), as views of it."""
+    return list(zip(_lists(tokens["chosen"]), _lists(tokens["rejected"]), strict=True))
 
 
 def _lists(column: pa.ChunkedArray) -> list[Tokens]:

@@ -76,8 +76,13 @@ class TrainingRecord(Record):
     shares_prefixes: bool
     num_pairs: int
     num_dropped: dict[str, int]
+    num_shortened: int = 0
+    """Pairs to train on that lost their oldest turns."""
+    num_spelled: int = 0
+    """Pairs to train on whose text spells special tokens, read as letters."""
     num_gold_pairs: int
     num_gold_dropped: dict[str, int]
+    num_gold_shortened: int = 0
     num_workers: int
     steps: list[StepRecord]
     evaluations: list[EvaluationRecord]

@@ -76,6 +76,21 @@ def test_a_file_of_which_most_pairs_are_too_long_still_has_every_row(tmp_path: P
     assert [row["margin"] is None for row in rows] == [True, True, True, False]
 
 
+def test_over_long_conversations_may_lose_their_oldest_turns_and_are_counted(tmp_path: Path, model: str) -> None:
+    turns = [{"role": role, "content": role[0] * 100} for role in ("user", "assistant")]
+    lines = [json.dumps({**GOOD, "prompt": [*turns, {"role": "user", "content": GOOD["prompt"]}]}), json.dumps({**GOOD, "chosen": "x" * 500})]
+    pairs, out = write_lines(tmp_path / "pairs.jsonl", lines), str(tmp_path / "out.jsonl")
+    score = INLINE.model_copy(update={"over_long": "drop_oldest_turns"})
+    config = ScoreJobConfig(workspace=str(tmp_path / "ws"), model=model, pairs=pairs, out=out, score=score, dtype="float32")
+    run = run_of(tmp_path, config)
+    run_score(config, run)
+    rows = [json.loads(line) for line in Path(out).read_text().splitlines()]
+    assert [row["drop_reason"] for row in rows] == [None, "too_long"]
+    expected = RewardModel.load(model, dtype="float32", num_threads=1).score([GOOD]).to_pylist()[0]
+    assert rows[0]["reward_chosen"] == pytest.approx(expected["reward_chosen"], abs=1e-5)
+    assert run.steps[0]["shortened"] == 1
+
+
 @pytest.mark.parametrize("name", ["out.parquet", "deep/out.jsonl"])
 def test_an_output_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     out, table = tmp_path / name, pa.table({"pair_id": ["a", "b"]})

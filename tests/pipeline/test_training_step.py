@@ -173,9 +173,9 @@ def test_a_set_is_packed_without_reading_it_whole_as_its_table_is(
     data = prepare_set(run, pairs, None, config, backbone, storage, "tmp/set")
     layout = read_row_layout(backbone, config.max_tokens_per_microbatch)
     whole = prepare_data(load_tokenizer(backbone), pairs.read(), None, config, layout, storage, "tmp/table")
-    assert (data.num_pairs, data.num_dropped) == (whole.num_pairs, whole.num_dropped)
-    assert data.num_dropped["too_long"] > 0
-    assert data.num_pairs < 40
+    assert data.train == whole.train
+    assert data.train.dropped["too_long"] > 0
+    assert data.train.pairs < 40
     assert batches_of(data) == batches_of(whole)
     # Again with smaller windows: every pair once, and nothing that is there is written again.
     windowed = config.model_copy(update={"shuffle_window_pairs": 4})

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from synpref_ray.errors import ConfigError, InputError
@@ -125,6 +126,23 @@ def test_an_absent_head_is_an_error_unless_asked_for(tiny_backbone: str) -> None
     assert 0.01 < one.std().item() < 0.04
 
 
+def test_a_new_head_is_never_silent(tiny_backbone: str, tiny_reward_model: str, caplog: pytest.LogCaptureFixture) -> None:
+    def log_of(path: str, new_head: Any) -> list[tuple[str, str]]:
+        caplog.clear()
+        with caplog.at_level("INFO", logger="synpref_ray.reward.model"):
+            load_backbone_with_head(path, "float32", new_head=new_head)
+        return [(record.levelname, " ".join(record.getMessage().split()[:4])) for record in caplog.records if record.name.startswith("synpref")]
+
+    assert log_of(tiny_backbone, "if_absent") == [("INFO", "new reward head of")]
+    assert log_of(tiny_reward_model, "if_absent") == [("INFO", "going on with the")]
+    assert log_of(tiny_reward_model, True) == [("WARNING", "REPLACING the reward head")]
+    weights = load_file(Path(tiny_reward_model) / "model.safetensors")
+    weights["value_head.weight"] = weights.pop("score.weight")
+    save_file(weights, Path(tiny_reward_model) / "model.safetensors", metadata={"format": "pt"})
+    assert log_of(tiny_reward_model, "if_absent") == [("INFO", "new reward head of"), ("WARNING", f"weights in {tiny_reward_model} that")]
+    assert "value_head.weight" in caplog.text
+
+
 def test_a_head_is_kept_and_one_of_another_shape_is_refused(tiny_reward_model: str, tmp_path: Path) -> None:
     kept = load_backbone_with_head(tiny_reward_model, "float32")
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_reward_model, num_labels=1)
@@ -132,8 +150,10 @@ def test_a_head_is_kept_and_one_of_another_shape_is_refused(tiny_reward_model: s
     config = tiny_config("llama")
     config.num_labels = 3
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "three")
-    with pytest.raises(InputError, match="no reward head with one label"):
-        load_backbone_with_head(str(tmp_path / "three"), "float32")
+    for new_head in (False, "if_absent"):
+        with pytest.raises(InputError, match="no reward head with one label"):
+            load_backbone_with_head(str(tmp_path / "three"), "float32", new_head=new_head)
+    assert load_backbone_with_head(str(tmp_path / "three"), "float32", new_head=True).score.weight.shape == (1, 32)
 
 
 def test_missing_models_and_tokenizers_are_one_line(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from synpref_ray.errors import InputError, SchemaError
-from synpref_ray.reward.render import choose_pad_token, render_conversation, render_pairs, template_digest
+from synpref_ray.reward.render import choose_pad_token, render_conversation, render_pairs, render_replies, template_digest
 from tests.reward.conftest import TEMPLATE, byte_tokenizer
 
 USER = [{"role": "user", "content": "hi"}]
@@ -58,6 +62,91 @@ def test_the_limit_itself_is_allowed() -> None:
     length = len(render_conversation(tokenizer, USER, "yes"))
     assert render_pairs(tokenizer, rows, length).drop_reasons == (None,)
     assert render_pairs(tokenizer, rows, length - 1).drop_reasons == ("too_long",)
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+LONG = [message("system", "s"), *(message(role, f"{role[0]}{turn}" * 5) for turn in range(3) for role in ("user", "assistant")), *USER]
+
+
+def length(prompt: list[dict[str, str]], reply: str) -> int:
+    return len(render_conversation(byte_tokenizer(), prompt, reply))
+
+
+@pytest.mark.parametrize(("num_turns", "start"), [(0, 1), (1, 3), (2, 5), (3, 7)])
+def test_the_oldest_turns_go_from_both_sides_until_the_longer_one_fits(num_turns: int, start: int) -> None:
+    left = [LONG[0], *LONG[start:]]
+    limit = length(left, "a longer reply")
+    rows = [
+        {"pair_id": "a", "prompt": LONG, "chosen": "yes", "rejected": "a longer reply"},
+        {"pair_id": "b", "prompt": USER, "chosen": "yes", "rejected": "no"},
+    ]
+    rendered = render_pairs(byte_tokenizer(), pa.Table.from_pylist(rows), limit, "drop_oldest_turns")
+    assert rendered.drop_reasons == (None, None)
+    assert rendered.shortened == ((0,) if num_turns else ())
+    for i, (prompt, row) in enumerate(zip((left, USER), rows, strict=True)):
+        expected = [render_conversation(byte_tokenizer(), prompt, str(row[name])) for name in ("chosen", "rejected")]
+        assert [sequence.tolist() for sequence in rendered.sequences(i)] == expected
+    replies = render_replies(byte_tokenizer(), LONG, ["yes", "a longer reply"], limit, "drop_oldest_turns")
+    assert replies == [render_conversation(byte_tokenizer(), left, reply) for reply in ("yes", "a longer reply")]
+
+
+def test_a_last_turn_that_does_not_fit_alone_is_too_long_and_no_message_is_cut() -> None:
+    limit = length([LONG[0], *USER], "yes") - 1
+    rows = pa.Table.from_pylist([{"pair_id": "a", "prompt": LONG, "chosen": "yes", "rejected": "no"}])
+    rendered = render_pairs(byte_tokenizer(), rows, limit, "drop_oldest_turns")
+    assert (rendered.drop_reasons, rendered.shortened) == (("too_long",), ())
+    for over_long in ("reject", "drop_oldest_turns"):
+        with pytest.raises(InputError, match="more than max_length_tokens"):
+            render_replies(byte_tokenizer(), LONG, ["yes", "no"], limit, over_long)
+    assert render_pairs(byte_tokenizer(), rows, 60, "reject").drop_reasons == ("too_long",)
+
+
+def test_a_turn_begins_with_a_person_and_may_have_several_messages() -> None:
+    two = [message("assistant", "welcome"), message("user", "a" * 20), message("assistant", "b"), *USER, *USER]
+    for left in (two[1:], two[3:]):
+        rows = pa.Table.from_pylist([{"pair_id": "a", "prompt": two, "chosen": "yes", "rejected": "no"}])
+        rendered = render_pairs(byte_tokenizer(), rows, length(left, "yes"), "drop_oldest_turns")
+        assert rendered.sequences(0)[0].tolist() == render_conversation(byte_tokenizer(), left, "yes")
+    assert render_pairs(byte_tokenizer(), rows, length(two[3:], "yes") - 1, "drop_oldest_turns").drop_reasons == ("too_long",)
+
+
+def test_a_template_that_refuses_what_is_left_makes_the_pair_too_long() -> None:
+    tokenizer = byte_tokenizer("{% if messages|length < 8 %}{{ raise_exception('too few') }}{% endif %}" + TEMPLATE)
+    rows = pa.Table.from_pylist([{"pair_id": "a", "prompt": LONG, "chosen": "yes", "rejected": "no"}])
+    assert render_pairs(tokenizer, rows, length(LONG, "yes") - 1, "drop_oldest_turns").drop_reasons == ("too_long",)
+
+
+PIECES = st.sampled_from(["<|end|>", "<|user|>", "<|pad|>", "<|", "end", "|>", "|", "a", " ", "\n", "\ufdd0", "é"])
+SPELLINGS = st.lists(PIECES, min_size=1, max_size=12).map("".join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SPELLINGS, SPELLINGS)
+def test_what_a_pair_says_is_read_to_the_letter_and_never_controls(question: str, reply: str) -> None:
+    tokenizer = byte_tokenizer()
+    digest = template_digest(tokenizer)
+    ids = render_conversation(tokenizer, [message("user", question)], reply)
+    assert template_digest(tokenizer) == digest
+    assert tokenizer("<|end|>")["input_ids"] == [tokenizer.eos_token_id]  # reading letters leaves no trace in the tokenizer
+    assert text_of(tokenizer, ids) == f"<|user|>\n{question}<|end|><|assistant|>\n{reply}<|end|>"
+    special = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"])
+    assert [token for token in ids if token in set(tokenizer.all_special_ids)] == special
+
+
+def test_where_letters_cannot_be_read_apart_the_pair_is_refused_with_a_reason() -> None:
+    letters = {letter: i for i, letter in enumerate(["▁", *map(chr, range(32, 127))])}
+    backend = Tokenizer(models.BPE(letters, [], unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")  # sentencepiece: the text's beginning is special
+    backend.add_special_tokens([AddedToken("<|end|>", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", chat_template=TEMPLATE)
+    rows = pa.Table.from_pylist([{"pair_id": str(i), "prompt": USER, "chosen": text, "rejected": "no"} for i, text in enumerate(("<|end|>", "a"))])
+    rendered = render_pairs(tokenizer, rows, 100)
+    assert (rendered.drop_reasons, rendered.spelled) == (("special_token_text", None), ())
+    with pytest.raises(InputError, match="spells special tokens"):
+        render_conversation(tokenizer, USER, "<|end|>")
 
 
 def test_a_conversation_that_the_template_refuses_is_marked() -> None:

@@ -176,6 +176,18 @@ def test_over_long_pairs_are_counted_and_nothing_left_is_an_error(tiny_backbone:
         train_in_process(random_pairs(20), random_pairs(1).slice(0, 0), config, str(tmp_path / "another"))
 
 
+def test_over_long_pairs_may_lose_their_oldest_turns_and_are_counted(tiny_backbone: str, tmp_path: Path) -> None:
+    counts = []
+    for over_long in ("reject", "drop_oldest_turns"):
+        config = config_for(tiny_backbone, num_epochs=1, max_length_tokens=90, over_long=over_long)
+        record = train_in_process(random_pairs(20), random_pairs(20, seed=4), config, str(tmp_path / over_long))
+        counts.append((record.num_pairs, record.num_gold_pairs, record.num_shortened, record.num_gold_shortened))
+    (pairs, gold_pairs, *none), (more_pairs, more_gold_pairs, shortened, gold_shortened) = counts
+    assert none == [0, 0]
+    assert (shortened, gold_shortened) == (more_pairs - pairs, more_gold_pairs - gold_pairs)
+    assert shortened > 0
+
+
 def test_a_model_is_never_overwritten_and_a_partial_one_is_replaced(tiny_backbone: str, tmp_path: Path) -> None:
     partial = tmp_path / "model.partial"
     partial.mkdir()
@@ -195,11 +207,11 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(tiny_backbone: str,
     assert not (tmp_path / "model").exists()
 
 
-def test_a_head_is_kept_on_request(tiny_reward_model: str, tiny_backbone: str) -> None:
-    kept = build_module(config_for(tiny_reward_model, new_head=False)).model.score.weight
+def test_a_reward_model_keeps_its_head_unless_told_otherwise(tiny_reward_model: str, tiny_backbone: str) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(tiny_reward_model, num_labels=1).score.weight
-    assert torch.equal(kept, plain)
-    assert not torch.equal(build_module(config_for(tiny_reward_model)).model.score.weight, plain)
+    for settings in ({}, {"new_head": "if_absent"}, {"new_head": False}):
+        assert torch.equal(build_module(config_for(tiny_reward_model, **settings)).model.score.weight, plain)
+    assert not torch.equal(build_module(config_for(tiny_reward_model, new_head=True)).model.score.weight, plain)
     with pytest.raises(InputError, match="no reward head"):
         build_module(config_for(tiny_backbone, new_head=False))
 

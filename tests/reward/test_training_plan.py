@@ -46,7 +46,16 @@ class Shards:
         for row in range(self.sizes[shard]):
             prompt = [shard, row // 2]  # two pairs to a prompt
             chosen, rejected = (prompt + rng.integers(5, 9, rng.integers(1, 9)).tolist() for _ in range(2))
-            rows.append({"pair_id": f"{shard}-{row}", "prompt_key": f"{shard}-{row // 2}", "chosen": chosen, "rejected": rejected})
+            rows.append(
+                {
+                    "pair_id": f"{shard}-{row}",
+                    "prompt_key": f"{shard}-{row // 2}",
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "shortened": False,
+                    "spelled": False,
+                }
+            )
         return pa.Table.from_pylist(rows, schema=TOKENS_SCHEMA)
 
 
