@@ -74,6 +74,7 @@ class TrainingRun:
         self._index = self.data.open()
         self._steps_per_epoch = self._index.num_steps // self.config.num_epochs
         self._num_linear_weights = self.module.num_linear_weights
+        self.num_resumes = 0
         self._sealed_best: int | None = None
         self._log: MetricsLog | None = None
         self._deal_gold()
@@ -240,8 +241,9 @@ class TrainingRun:
         self._sealed_best = self.best.step if self.best is not None else None
         if self.engine.rank == 0:
             progress = Progress(
-                step=step, steps=self.steps, evaluations=self.evaluations, best_step=self._sealed_best, seconds=self.seconds, tokens=self.stats
-            )
+                step=step, steps=self.steps, evaluations=self.evaluations, best_step=self._sealed_best, seconds=self.seconds, tokens=self.stats,
+                num_resumes=self.num_resumes,
+            )  # fmt: skip
             self.folder.seal(progress, self.config.checkpoints_kept)
         self.seconds["save"] += time.perf_counter() - start
 
@@ -256,7 +258,7 @@ class TrainingRun:
         self.steps, self.evaluations = list(progress.steps), list(progress.evaluations)
         self.best = next((found for found in self.evaluations if found.step == progress.best_step), None)
         self._sealed_best = progress.best_step
-        self.stats, self.seconds = progress.tokens, dict(progress.seconds)
+        self.stats, self.seconds, self.num_resumes = progress.tokens, dict(progress.seconds), progress.num_resumes + 1
         logger.info("going on after optimizer step %d of %d", progress.step, self._index.num_steps)
 
 
@@ -288,7 +290,7 @@ def make_record(run: TrainingRun, seconds: dict[str, float]) -> TrainingRecord:
         config=run.config, versions=package_versions(), template_digest=data.template_digest, shares_prefixes=run.module.may_share,
         num_pairs=data.train.pairs, num_dropped=data.train.dropped, num_shortened=data.train.shortened, num_spelled=data.train.spelled,
         num_gold_pairs=data.chosen_by.pairs, num_gold_dropped=data.chosen_by.dropped, num_gold_shortened=data.chosen_by.shortened,
-        num_workers=run.engine.world_size, steps=run.steps, evaluations=run.evaluations, chosen_step=run.chosen_step,
+        num_workers=run.engine.world_size, num_resumes=run.num_resumes, steps=run.steps, evaluations=run.evaluations, chosen_step=run.chosen_step,
         gold_accuracy=run.best.accuracy if run.best is not None else None, gold_loss=run.best.loss if run.best is not None else None,
         num_sequence_tokens=stats.sequence_tokens, num_unique_tokens=stats.unique_tokens,
         padding_fraction=stats.padding_fraction, shared_fraction=stats.shared_fraction, seconds={**run.seconds, **seconds},

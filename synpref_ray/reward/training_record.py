@@ -65,6 +65,7 @@ class Progress(Record):
     """The step whose weights are kept; None before the first evaluation."""
     seconds: dict[str, float]
     tokens: PackingStats
+    num_resumes: int
 
 
 class TrainingRecord(Record):
@@ -84,6 +85,8 @@ class TrainingRecord(Record):
     num_gold_dropped: dict[str, int]
     num_gold_shortened: int = 0
     num_workers: int
+    num_resumes: int = 0
+    """How often the run went on from a checkpoint, after a kill or with another number of workers."""
     steps: list[StepRecord]
     evaluations: list[EvaluationRecord]
     chosen_step: int

@@ -1,13 +1,19 @@
 """The real things: DeepSpeed under Ray Train, and the bundled SmolLM2 against plain transformers."""
 
+import time
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.train.v2.api.exceptions import TrainingFailedError
 from transformers import AutoModelForSequenceClassification
 
 from synpref_ray.bundled import resolve_model
@@ -16,6 +22,7 @@ from synpref_ray.reward.model import load_backbone_with_head, load_tokenizer, sa
 from synpref_ray.reward.ray_trainer import train_reward_model
 from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards
 from synpref_ray.reward.trainer import TrainConfig, train_in_process
+from synpref_ray.reward.training_record import TrainingRecord
 from tests.reward.conftest import random_pairs
 from tests.reward.test_scorer import plain_rewards
 from tests.reward.test_trainer import config_for
@@ -23,23 +30,91 @@ from tests.reward.test_trainer import config_for
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def on_ray(backbone: str, tmp_path: Path, name: str, **changes: Any) -> TrainingRecord:
+    """Train 15 pairs for two epochs; on 2 workers one micro-batch is empty, as the budget takes all pairs at once."""
+    settings = {"num_epochs": 2, "max_tokens_per_microbatch": 100_000, "evaluations_per_epoch": 1, "num_workers": 2, **changes}
+    config = config_for(backbone, **settings)
+    train = train_in_process if name == "plain" else partial(train_reward_model, storage_dir=str(tmp_path / "storage"))
+    record: TrainingRecord = train(random_pairs(15), random_pairs(6, seed=3), config, output_dir=str(tmp_path / name))
+    return record
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).state_dict()
+    return weights
+
+
 @pytest.mark.ray
 @pytest.mark.engine
-def test_deepspeed_on_two_workers_equals_the_plain_loop(ray: ModuleType, tiny_backbone: str, tmp_path: Path) -> None:
-    train, gold = random_pairs(15), random_pairs(6, seed=3)  # 15 pairs on 2 workers: one micro-batch is empty
-    config = config_for(tiny_backbone, num_epochs=2, max_tokens_per_microbatch=100_000, evaluations_per_epoch=1, num_workers=2)
-    record = train_reward_model(train, gold, config, str(tmp_path / "ray"), str(tmp_path / "storage"))
-    plain = train_in_process(train, gold, config, str(tmp_path / "plain"))
-    assert (record.num_workers, plain.num_workers, len(record.steps)) == (2, 1, 4)
+@pytest.mark.parametrize(
+    ("zero_stage", "num_workers"),
+    [(1, 2), *(pytest.param(stage, workers, marks=pytest.mark.slow) for stage in (0, 1, 2, 3) for workers in (1, 2) if (stage, workers) != (1, 2))],
+)
+def test_deepspeed_equals_the_plain_loop(ray: ModuleType, tiny_backbone: str, tmp_path: Path, zero_stage: int, num_workers: int) -> None:
+    record = on_ray(tiny_backbone, tmp_path, "ray", zero_stage=zero_stage, num_workers=num_workers)
+    plain = on_ray(tiny_backbone, tmp_path, "plain")
+    assert (record.num_workers, plain.num_workers, len(record.steps)) == (num_workers, 1, 4)
     for ours, expected in zip(record.steps, plain.steps, strict=True):
         assert (ours.loss, ours.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-3)
         assert (ours.accuracy, ours.num_pairs, ours.num_tokens) == (expected.accuracy, expected.num_pairs, expected.num_tokens)
     assert (record.chosen_step, record.gold_accuracy) == (plain.chosen_step, plain.gold_accuracy)
-    first, second = (AutoModelForSequenceClassification.from_pretrained(tmp_path / name, num_labels=1).state_dict() for name in ("ray", "plain"))
+    first, second = weights_of(tmp_path / "ray"), weights_of(tmp_path / "plain")
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
     assert record.versions["deepspeed"]
     assert record.seconds["startup"] > 0
+
+
+def kill_a_worker(training: Path, after_step: int) -> None:
+    """Kill the first training worker with SIGKILL as soon as the checkpoint of a step is whole."""
+    seal = training / "checkpoints" / f"step-{after_step:06d}" / "progress.json"
+    deadline = time.monotonic() + 300
+    while not seal.is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [process for process in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
+    if seal.is_file() and workers:
+        workers[0].kill()
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_killed_worker_is_replaced_and_the_run_goes_on(ray: ModuleType, tiny_backbone: str, tmp_path: Path, zero_stage: int) -> None:
+    """The same number of workers: bit-equal in float32 on a CPU, whatever the moment of the kill."""
+    settings: dict[str, Any] = {"zero_stage": zero_stage, "num_epochs": 40, "checkpoint_every_steps": 3}
+    whole = on_ray(tiny_backbone, tmp_path, "whole", **settings)
+    killer = Thread(target=kill_a_worker, args=(tmp_path / "killed.training", 9))
+    killer.start()
+    killed = on_ray(tiny_backbone, tmp_path, "killed", **settings)
+    killer.join()
+    assert killed.num_resumes == 1
+    assert [step.loss for step in killed.steps] == [step.loss for step in whole.steps]
+    first, second = weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_workers(
+    ray: ModuleType, tiny_backbone: str, tmp_path: Path, zero_stage: int, before: int, after: int
+) -> None:
+    settings: dict[str, Any] = {"zero_stage": zero_stage, "num_epochs": 40, "checkpoint_every_steps": 3, "learning_rate": 1e-4}
+    whole = on_ray(tiny_backbone, tmp_path, "whole", num_workers=before, **settings)
+    killer = Thread(target=kill_a_worker, args=(tmp_path / "moved.training", 9))
+    killer.start()
+    with pytest.raises(TrainingFailedError):
+        on_ray(tiny_backbone, tmp_path, "moved", num_workers=before, max_failures=0, **settings)
+    killer.join()
+    moved = on_ray(tiny_backbone, tmp_path, "moved", num_workers=after, **settings)
+    assert (moved.num_workers, moved.num_resumes) == (after, 1)
+    assert [step.loss for step in moved.steps] == pytest.approx([step.loss for step in whole.steps], rel=1e-3)
+    first, second = weights_of(tmp_path / "moved"), weights_of(tmp_path / "whole")
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.ray
