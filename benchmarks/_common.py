@@ -100,11 +100,22 @@ class Gate:
 Side = Callable[[], Mapping[str, float]]
 
 
-def interleave(sides: Mapping[str, Side], rounds: int, stopwatch: Stopwatch, say: Callable[[str], None] = print) -> list[dict[str, Measurement]]:
-    """Run each side once per round, in an order that moves on by one from round to round, and return what was measured, by round and name."""
+def interleave(
+    sides: Mapping[str, Side], rounds: int, stopwatch: Stopwatch, *, say: Callable[[str], None] = print, deadline: float = float("inf")
+) -> list[dict[str, Measurement]]:
+    """Run each side once per round, in an order that moves on by one from round to round, and return what was measured, by round and name.
+
+    A side with set-up that nobody should count gives its "seconds" itself. No round begins that would, if it took as long as the longest so
+    far, end after `deadline` (of `time.monotonic`); the first one always runs.
+    """
     names = list(sides)
-    results = []
+    results: list[dict[str, Measurement]] = []
+    longest = 0.0
     for number in range(rounds):
+        began = time.monotonic()
+        if results and began + longest > deadline:
+            say(f"no time for round {number + 1}")
+            break
         shift = number % len(names)
         measured = {}
         for name in names[shift:] + names[:shift]:
@@ -112,11 +123,11 @@ def interleave(sides: Mapping[str, Side], rounds: int, stopwatch: Stopwatch, say
             reset_peak_rss()
             start = time.perf_counter()
             counts = sides[name]()
-            seconds = time.perf_counter() - start
-            seconds = counts.get("seconds", seconds)  # a side with set-up that nobody should count says what it took itself
+            seconds = counts.get("seconds", time.perf_counter() - start)
             measured[name] = Measurement(seconds, stopwatch.take(), peak_rss_bytes(), dict(counts))
             say(f"round {number + 1} of {rounds}: {name}: {seconds:.2f} s")
         results.append({name: measured[name] for name in names})
+        longest = max(longest, time.monotonic() - began)
     return results
 
 
