@@ -92,9 +92,10 @@ def configuration(shape: str, num_layers: int | None) -> Any:
             vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16
         )
     layers = min(made.num_hidden_layers, num_layers or made.num_hidden_layers)
-    again: dict[str, Any] = {**made.to_dict(), "num_hidden_layers": layers, "num_labels": 1, "pad_token_id": 0, "layer_types": None}
-    again["max_position_embeddings"] = 16_384
-    return type(made)(**again)
+    settings: dict[str, Any] = {**made.to_dict(), "num_hidden_layers": layers, "layer_types": None, "pad_token_id": 0}
+    config = type(made)(**{**settings, "max_position_embeddings": 16_384})
+    config.num_labels = 1
+    return config
 
 
 def make_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Any:

@@ -24,6 +24,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -321,7 +322,7 @@ def wrong_of(name: str, result: Mapping[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; see the module's text."""
     made = parser(__doc__.splitlines()[0] if __doc__ else None)
-    made.add_argument("--data", default=SHARED_DATA, help="folder that holds hh_rlhf/, human_extra/, rm_bench/ and judgebench/")
+    made.add_argument("--data", type=Path, default=SHARED_DATA, help="folder that holds hh_rlhf/, human_extra/, rm_bench/ and judgebench/")
     made.add_argument("--datasets", default="hh_rlhf,human_extra,rm_bench", help="sets, by comma; also judgebench")
     made.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a bundled model or a folder")
     made.add_argument("--pairs", type=int, default=128, help="pairs of each set")

@@ -27,6 +27,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -288,7 +289,7 @@ def gates_of(name: str, sides: Mapping[str, Any]) -> list[Gate]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; see the module's text."""
     made = parser(__doc__.splitlines()[0] if __doc__ else None)
-    made.add_argument("--data", default=SHARED_DATA, help="folder that holds hh_rlhf/ and human_extra/")
+    made.add_argument("--data", type=Path, default=SHARED_DATA, help="folder that holds hh_rlhf/ and human_extra/")
     made.add_argument("--dataset", default="hh_rlhf", choices=["hh_rlhf", "human_extra"])
     made.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a bundled model or a folder")
     made.add_argument("--global-batch-pairs", type=int, default=32)
