@@ -60,7 +60,7 @@ ROWS, PADDING_FREE, LIMIT_ROW, LIMIT_ROWS = "rows without sharing", "padding-fre
 PEERS = (REWARD_BENCH, SORTED, BUDGET, ROWS, PADDING_FREE)
 LIMITS = (LIMIT_ROW, LIMIT_ROWS)
 BATCH_SEQUENCES = 8  # reward-bench's default
-FLOAT32_TOLERANCE = 1e-2  # greatest error, in standard deviations of the rewards: float32 rounding, nothing else
+FLOAT32_TOLERANCE = 1e-3  # greatest error, in standard deviations of the rewards: float32 rounding, about 1e-5 with SmolLM2
 BFLOAT16_TOLERANCE = 0.5  # root mean square, likewise: two orders of bfloat16 arithmetic differ by about 0.1 with a random head
 Scorer = Callable[[Sequence[Item]], Scores]
 
