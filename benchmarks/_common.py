@@ -203,7 +203,7 @@ def finish(name: str, result: dict[str, Any], gates: Sequence[Gate], wrong: Sequ
         print("\n" + table(["gate", "value", "bound", "goal", ""], [gate.line() for gate in gates]))
     for line in wrong:
         print(f"WRONG: {line}")
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    settings = {key: os.path.relpath(value) if isinstance(value, Path) else value for key, value in vars(arguments).items() if key != "out"}
     whole = {
         "benchmark": name,
         "settings": settings,
