@@ -1,0 +1,410 @@
+"""Training on a CPU: the engine's own loop against TRL's RewardTrainer and against the limit, interleaved in one process.
+
+    python -m benchmarks.training --threads 2 --out training.json
+
+One round trains every side on the same pairs for the same optimizer steps (32 pairs each by default): SmolLM2-135M-Instruct with float32 weights,
+bfloat16 autocast, AdamW, gradients clipped at 1. Timed is the training loop from tokenised pairs to updated weights: planning, collating, forward,
+backward, optimizer, the metrics that the loop always takes. Not timed: tokenising, loading, making the trainer, saving, evaluating, writing logs.
+
+Sides:
+- engine: `TrainingRun.run` with `PlainEngine`;
+- TRL: the released `RewardTrainer` with its own collator, sampler and loop (from `on_train_begin` to `on_train_end`). Gradient checkpointing,
+  logging, evaluation and saving are off, the optimizer is its default (fused AdamW). Per-device batch (the rest is gradient accumulation)
+  and order of the pairs come from a sweep, which the output records: `random` is its default, `group_by_length` its option, and `sorted`
+  trains the pairs sorted by length over the whole sample, which is the most that `group_by_length` can do;
+- without sharing: the engine's loop with prefix sharing off (least padding, plain causal attention): what padding-free training does;
+- limit, one row / limit, short rows: forward and backward of full rows, nothing masked or padded, as many tokens as the optimizer step has unique
+  ones, and the engine's own optimizer step; one row of the budget, or rows as long as the data's mean row. The faster of the two is the limit.
+
+Before the rounds every side trains one step on the same 32 pairs from the same weights; their losses must agree.
+"""
+
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from benchmarks._common import SHARED_DATA, Gate, Measurement, Side, Stopwatch, finish, interleave, machine, mib, parser, table
+from benchmarks._data import load_rendered, take_pairs
+from synpref_ray.bundled import resolve_model
+from synpref_ray.errors import ConfigError, SynprefError
+from synpref_ray.reward.batch_store import write_window
+from synpref_ray.reward.checkpoints import TrainingFolder
+from synpref_ray.reward.engine import PlainEngine
+from synpref_ray.reward.model import RewardModule, load_tokenizer
+from synpref_ray.reward.packing import make_group, packing_stats, plan_batches
+from synpref_ray.reward.render import RenderedPairs, choose_pad_token
+from synpref_ray.reward.tokenise import TokensInMemory, token_table
+from synpref_ray.reward.trainer import TrainingRun, build_module
+from synpref_ray.reward.training_config import TrainConfig
+from synpref_ray.reward.training_data import PairCounts, TrainingData, batch_spec
+from synpref_ray.reward.training_plan import plan_window, plan_windows
+from synpref_ray.tables.storage import Storage
+
+ENGINE, TRL, ROWS, LIMIT_ROW, LIMIT_ROWS = "engine", "TRL", "without sharing", "limit, one row", "limit, short rows"
+LIMITS = (LIMIT_ROW, LIMIT_ROWS)
+LOSS_TOLERANCE = 0.02  # relative: TRL's head and reward are bfloat16, a loss near 0.7 then moves by some thousandths
+
+
+class WithoutSharing(RewardModule):
+    """The engine's module for rows of single conversations."""
+
+    @property
+    def may_share(self) -> bool:
+        return False
+
+
+class TimedEngine(PlainEngine):
+    """`PlainEngine` whose forward and backward passes and optimizer steps are timed; what is left is the host's share.
+
+    `module` may be exchanged for another one around the same model, so that weights and optimizer state exist once.
+    """
+
+    def __init__(self, module: RewardModule, config: TrainConfig, stopwatch: Stopwatch):
+        super().__init__(module, config)
+        self.module = module
+        self.stopwatch = stopwatch
+        self.optimizer_stopwatch = Stopwatch()
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.stopwatch.around(self.module)(batch)  # type: ignore[no-any-return]
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self.stopwatch.around(super().backward)(loss, last=last)
+
+    def step(self, learning_rate_factor: float) -> float:
+        return self.stopwatch.around(self.optimizer_stopwatch.around(super().step))(learning_rate_factor)
+
+
+def run_engine(module: RewardModule, engine: PlainEngine, pairs: RenderedPairs, config: TrainConfig) -> tuple[float, float]:
+    """Plan the batches, write them, and train on them once with the engine's own loop; return loss and gradient norm of the first step."""
+    with tempfile.TemporaryDirectory() as scratch:
+        storage, spec = Storage(scratch), batch_spec(config, module.row_layout(config.max_tokens_per_microbatch))
+        shards = TokensInMemory(token_table(pairs, pairs.pair_ids))
+        windows = plan_windows(len(pairs), spec)
+        for window in windows:
+            write_window(storage, "batches", window.number, plan_window(shards, window, spec))
+        data = TrainingData(storage, "batches", len(windows), PairCounts(len(pairs)), None, PairCounts(), "")
+        run = TrainingRun(module, data, config, engine, TrainingFolder(storage, "run"), write_weights=lambda folder, weights: None)
+        run.run()
+    return run.steps[0].loss, run.steps[0].grad_norm
+
+
+def run_limit(module: RewardModule, engine: TimedEngine, steps: Sequence[Sequence[torch.Tensor]]) -> Mapping[str, float]:
+    """Forward and backward of full rows and an optimizer step, for each step's micro-batches of token ids (rows, tokens)."""
+    module.train()
+    engine.optimizer_stopwatch.take()
+    for micro_batches in steps:
+        num_rows = sum(len(ids) for ids in micro_batches)
+        for number, ids in enumerate(micro_batches, start=1):
+            rewards = engine.stopwatch.around(_dense_rewards)(module.model, ids)
+            loss = -nn.functional.logsigmoid(rewards).sum() / num_rows
+            engine.backward(loss, last=number == len(micro_batches))
+        engine.step(1.0)
+    tokens = sum(ids.numel() for micro_batches in steps for ids in micro_batches)
+    return {"tokens": float(tokens), "optimizer_seconds": engine.optimizer_stopwatch.take()}
+
+
+def _dense_rewards(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    rewards: torch.Tensor = nn.functional.linear(hidden[:, -1].float(), model.score.weight)
+    return rewards
+
+
+def dense_steps(pairs: RenderedPairs, row_tokens: int, unique_tokens: int, num_steps: int, max_tokens: int) -> list[list[torch.Tensor]]:
+    """Return full rows of real tokens, about `unique_tokens` in all, dealt to optimizer steps and cut into micro-batches of `max_tokens`."""
+    num_rows = max(num_steps, round(unique_tokens / row_tokens))
+    rows = torch.from_numpy(np.resize(pairs.tokens.astype(np.int64), num_rows * row_tokens).reshape(num_rows, row_tokens))
+    size = max(1, max_tokens // row_tokens)
+    return [[part[start : start + size] for start in range(0, len(part), size)] for part in rows.tensor_split(num_steps)]
+
+
+class TrlSide:
+    """TRL's trainer over tokenised pairs: one model and one optimizer for all rounds, a fresh trainer for each."""
+
+    def __init__(self, model: Any, tokenizer: Any, global_batch_pairs: int, stopwatch: Stopwatch, folder: str):
+        self.model = model
+        self._tokenizer = tokenizer
+        self._global_batch_pairs = global_batch_pairs
+        self._stopwatch = stopwatch
+        self._folder = folder
+        self._optimizer: Any = None
+        stopwatch.attach(model)
+
+    def train(self, pairs: RenderedPairs, batch_pairs: int, order: str) -> Mapping[str, float]:
+        """Train on the pairs once; return the seconds of the loop, and loss and gradient norm of the first step."""
+        from datasets import Dataset
+        from transformers import PrinterCallback, TrainerCallback
+
+        peer: Any = import_module("trl")
+
+        class Clock(TrainerCallback):
+            started = seconds = 0.0
+
+            def on_train_begin(self, *arguments: Any, **named: Any) -> None:
+                self.started = time.perf_counter()
+
+            def on_train_end(self, *arguments: Any, **named: Any) -> None:
+                self.seconds = time.perf_counter() - self.started
+
+        sequences = [pairs.sequences(pair) for pair in range(len(pairs))]
+        if order == "sorted":
+            sequences.sort(key=lambda pair: -max(len(sequence) for sequence in pair))
+        columns = {
+            "chosen_ids": [chosen.tolist() for chosen, _ in sequences],
+            "rejected_ids": [rejected.tolist() for _, rejected in sequences],
+            "length": [max(len(chosen), len(rejected)) for chosen, rejected in sequences],
+        }
+        settings = peer.RewardConfig(
+            output_dir=self._folder,
+            per_device_train_batch_size=batch_pairs,
+            gradient_accumulation_steps=self._global_batch_pairs // batch_pairs,
+            train_sampling_strategy="sequential" if order == "sorted" else order,
+            length_column_name="length",
+            remove_unused_columns=False,  # the sampler reads the column of lengths; the collator takes what it needs
+            num_train_epochs=1,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            max_grad_norm=1.0,
+            bf16=True,
+            gradient_checkpointing=False,
+            max_length=None,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            logging_steps=1 if len(pairs) == self._global_batch_pairs else 10**9,
+            save_strategy="no",
+            eval_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        clock = Clock()
+        trainer = peer.RewardTrainer(
+            model=self.model,
+            args=settings,
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=self._tokenizer,
+            optimizers=(self._optimizer, None),
+            callbacks=[clock],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if self._optimizer is None:
+            self._optimizer = trainer.create_optimizer()
+            self._optimizer.step = self._stopwatch.around(self._optimizer.step)
+        accelerator = trainer.accelerator
+        accelerator.backward = self._stopwatch.around(accelerator.backward)
+        accelerator.clip_grad_norm_ = self._stopwatch.around(accelerator.clip_grad_norm_)
+        self._stopwatch.take()
+        trainer.train()
+        for patched in ("forward", "_original_forward"):  # accelerate's autocast wrapper, which the next trainer puts on again
+            self.model.__dict__.pop(patched, None)
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        first = {"loss": logs[0]["loss"], "grad_norm": logs[0]["grad_norm"]} if logs else {}
+        return {"seconds": clock.seconds, **first}
+
+
+def sweep_trl(trl: TrlSide, pairs: RenderedPairs, batches: Sequence[int], orders: Sequence[str], steps: int) -> list[dict[str, Any]]:
+    """Train each setting on the same pairs once and return what each took, the fastest first."""
+    found = []
+    for batch in batches:
+        for order in orders:
+            seconds = trl.train(pairs, batch, order)["seconds"]
+            found.append({"batch_pairs": batch, "order": order, "seconds": seconds, "pairs_per_second": len(pairs) / seconds})
+            print(f"sweep: TRL, {batch} pairs a device batch, {order}: {len(pairs) / seconds:.3f} pairs/s over {steps} steps", flush=True)
+    return sorted(found, key=lambda one: -one["pairs_per_second"])
+
+
+def figures(rounds: Sequence[Mapping[str, Measurement]], num_pairs: int, sequence_tokens: int, unique_tokens: int) -> dict[str, Any]:
+    """Return each side's figures: medians over the rounds; ratios are medians of the rounds' own ratios."""
+    sides: dict[str, Any] = {}
+    for side in rounds[0]:
+        speeds = [_speed(measured[side], unique_tokens) for measured in rounds]
+        ratios = [_speed(measured[ENGINE], unique_tokens) / own for measured, own in zip(rounds, speeds, strict=True)]
+        typical = statistics.median(speeds)
+        sides[side] = {
+            "pairs_per_second": typical * num_pairs,
+            "sequence_tokens_per_second": typical * sequence_tokens,
+            "unique_tokens_per_second": typical * unique_tokens,
+            "engine_ratio": statistics.median(ratios),
+            "engine_ratios": ratios,
+            "seconds": [measured[side].seconds for measured in rounds],
+            "host_share": statistics.median(measured[side].host_share for measured in rounds),
+            "optimizer_share": statistics.median(measured[side].counts.get("optimizer_seconds", 0.0) / measured[side].seconds for measured in rounds),
+            "peak_rss_bytes": max(measured[side].peak_rss_bytes for measured in rounds),
+        }
+    return sides
+
+
+def _speed(one: Measurement, unique_tokens: int) -> float:
+    """How often a second a side gets through the sample; a limit through as many tokens as the sample has unique ones."""
+    return one.counts.get("tokens", unique_tokens) / unique_tokens / one.seconds
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print the table."""
+    print(f"\n### {result['num_pairs']} pairs a round, {result['sequence_tokens']} tokens, {result['unique_tokens']} unique\n")
+    header = [
+        "side",
+        "pairs/s",
+        "tokens/s",
+        "unique tokens/s",
+        "engine is … times as fast",
+        "host share",
+        "optimizer's share",
+        "peak RSS MiB",
+        "first loss",
+        "its gradient norm",
+    ]
+    rows = []
+    for side, one in result["sides"].items():
+        loss, norm = result["first_step"].get(side, (None, None))
+        rows.append(
+            [
+                side,
+                f"{one['pairs_per_second']:.3f}",
+                f"{one['sequence_tokens_per_second']:.0f}",
+                f"{one['unique_tokens_per_second']:.0f}",
+                f"{one['engine_ratio']:.2f}",
+                f"{one['host_share']:.3f}",
+                f"{one['optimizer_share']:.3f}" if one["optimizer_share"] else "",
+                mib(one["peak_rss_bytes"]),
+                "" if loss is None else f"{loss:.5f}",
+                "" if norm is None else f"{norm:.3f}",
+            ]
+        )
+    print(table(header, rows))
+
+
+def gates_of(name: str, sides: Mapping[str, Any]) -> list[Gate]:
+    """Return the gates; those against TRL and the limit are set for hh_rlhf."""
+    gates = [
+        Gate(f"{name}: engine / without sharing", sides[ROWS]["engine_ratio"], 1.0),
+        Gate(f"{name}: engine's host share", sides[ENGINE]["host_share"], 0.05, most=True),
+    ]
+    if name == "hh_rlhf":
+        gates.append(Gate(f"{name}: fraction of the limit", min(sides[side]["engine_ratio"] for side in LIMITS), 0.75, 0.9))
+        if TRL in sides:
+            gates.append(Gate(f"{name}: engine / TRL", sides[TRL]["engine_ratio"], 3.5, 5.0))
+    return gates
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; see the module's text."""
+    made = parser(__doc__.splitlines()[0] if __doc__ else None)
+    made.add_argument("--data", type=Path, default=SHARED_DATA, help="folder that holds hh_rlhf/ and human_extra/")
+    made.add_argument("--dataset", default="hh_rlhf", choices=["hh_rlhf", "human_extra"])
+    made.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a bundled model or a folder")
+    made.add_argument("--global-batch-pairs", type=int, default=32)
+    made.add_argument("--steps", type=int, default=2, help="optimizer steps of each side in a round")
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--max-tokens", type=int, default=2048, help="the engine's budget of tokens a micro-batch")
+    made.add_argument("--max-length", type=int, default=4096, help="pairs with a longer conversation are left out")
+    made.add_argument("--trl-batches", default="2,4,8,16,32", help="per-device batches of TRL's sweep, in pairs; each must divide the global batch")
+    made.add_argument("--trl-orders", default="random,group_by_length,sorted", help="orders of TRL's sweep")
+    made.add_argument("--without-trl", action="store_true", help="leave TRL out, where it is not installed")
+    made.add_argument("--threads", type=int, default=2)
+    arguments = made.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    described = machine()
+    try:
+        folder = resolve_model(arguments.model)
+        tokenizer = load_tokenizer(folder)
+        pad_id = choose_pad_token(tokenizer)
+        wanted = arguments.steps * arguments.global_batch_pairs
+        pairs = load_rendered(arguments.dataset, arguments.data, tokenizer, wanted, arguments.max_length)
+        if len(pairs) < wanted:
+            raise ConfigError(f"{arguments.dataset} has {len(pairs)} pairs to use, and {wanted} are needed")
+        result = measure(folder, tokenizer, pad_id, pairs, arguments)
+    except SynprefError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report(result)
+    losses = {side: values[0] for side, values in result["first_step"].items()}
+    wrong = [
+        f"the first step's loss of {side} is {loss:.5f}, the engine's {losses[ENGINE]:.5f}"
+        for side, loss in losses.items()
+        if not abs(loss - losses[ENGINE]) <= LOSS_TOLERANCE * losses[ENGINE]
+    ]
+    return finish("training", {"machine": described, **result}, gates_of(arguments.dataset, result["sides"]), wrong, arguments)
+
+
+def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, arguments: Any) -> dict[str, Any]:
+    """Compare the sides' first steps, choose TRL's settings, run the rounds, and return all figures."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    config = TrainConfig(
+        backbone=folder,
+        learning_rate=1e-6,
+        global_batch_pairs=arguments.global_batch_pairs,
+        max_tokens_per_microbatch=arguments.max_tokens,
+        max_length_tokens=arguments.max_length,
+        checkpoint_every_steps=0,
+        num_threads=arguments.threads,
+    )
+    stopwatch = Stopwatch()
+    module = build_module(config)
+    unshared = WithoutSharing(module.model, torch.bfloat16)
+    first = take_pairs(pairs, list(range(arguments.global_batch_pairs)))
+    first_step: dict[str, tuple[float, float]] = {}
+    start_weights = copy.deepcopy(module.model.state_dict())
+    for side, some in ((ENGINE, module), (ROWS, unshared)):
+        first_step[side] = run_engine(some, PlainEngine(some, config), first, config)
+        module.model.load_state_dict(start_weights)
+    with tempfile.TemporaryDirectory() as scratch:
+        trl, sweep = None, []
+        if not arguments.without_trl:
+            model = copy.deepcopy(module.model)
+            model.config.pad_token_id = pad_id
+            trl = TrlSide(model, tokenizer, arguments.global_batch_pairs, stopwatch, scratch)
+            batches, orders = [int(batch) for batch in arguments.trl_batches.split(",")], arguments.trl_orders.split(",")
+            seen = trl.train(first, batches[0], "sorted")
+            first_step[TRL] = (seen["loss"], seen["grad_norm"])
+            sweep = sweep_trl(trl, pairs, batches, orders, arguments.steps)
+        del start_weights
+        engine = TimedEngine(module, config, stopwatch)
+        groups = [make_group(pairs.sequences(i), may_share=module.may_share, quadratic_tokens=module.quadratic_tokens) for i in range(len(pairs))]
+        stats = packing_stats(groups, plan_batches(groups, arguments.max_tokens))
+        short = min(arguments.max_tokens, stats.computed_tokens // sum(group.num_rows for group in groups))
+        dense = {
+            side: dense_steps(pairs, row_tokens, stats.unique_tokens, arguments.steps, arguments.max_tokens)
+            for side, row_tokens in ((LIMIT_ROW, arguments.max_tokens), (LIMIT_ROWS, short))
+        }
+        for steps in dense.values():  # warm-up; the other sides have run already
+            run_limit(module, engine, [steps[0][:1]])
+        sides: dict[str, Side] = {
+            ENGINE: partial(_engine_round, module, engine, pairs, config),
+            **({TRL: partial(trl.train, pairs, sweep[0]["batch_pairs"], sweep[0]["order"])} if trl is not None else {}),
+            ROWS: partial(_engine_round, unshared, engine, pairs, config),
+            **{side: partial(run_limit, module, engine, steps) for side, steps in dense.items()},
+        }
+        rounds = interleave(sides, arguments.rounds, stopwatch, say=lambda line: print(line, flush=True))
+    return {
+        "num_pairs": len(pairs),
+        "sequence_tokens": stats.sequence_tokens,
+        "unique_tokens": stats.unique_tokens,
+        "limit_row_tokens": {LIMIT_ROW: arguments.max_tokens, LIMIT_ROWS: short},
+        "trl_sweep": sweep,
+        "first_step": first_step,
+        "sides": figures(rounds, len(pairs), stats.sequence_tokens, stats.unique_tokens),
+    }
+
+
+def _engine_round(module: RewardModule, engine: TimedEngine, pairs: RenderedPairs, config: TrainConfig) -> Mapping[str, float]:
+    engine.module = module
+    engine.optimizer_stopwatch.take()
+    run_engine(module, engine, pairs, config)
+    return {"optimizer_seconds": engine.optimizer_stopwatch.take()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
