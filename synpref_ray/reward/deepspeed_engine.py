@@ -13,7 +13,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from synpref_ray.reward.engine import MOMENTS, WEIGHT, ParameterState, adamw_state, parameter_groups, restore_adamw_state
+from synpref_ray.reward.engine import MOMENTS, WEIGHT, ParameterState, adamw, adamw_state, parameter_groups, restore_adamw_state
 from synpref_ray.reward.model import RewardModule
 from synpref_ray.reward.training_config import TrainConfig
 
@@ -33,7 +33,7 @@ class DeepSpeedEngine:
         self._rates = [group["lr"] for group in groups]
         self._zero_stage = config.zero_stage
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=torch.optim.AdamW(groups), config=deepspeed_config(config), dist_init_required=False
+            model=module, optimizer=adamw(groups), config=deepspeed_config(config), dist_init_required=False
         )
 
     def forward(self, batch: Any) -> torch.Tensor:
@@ -103,7 +103,7 @@ class DeepSpeedEngine:
             for partition in group["params"]:
                 if partition not in optimizer.state:
                     moments = {key: torch.zeros_like(partition) for key in MOMENTS}
-                    optimizer.state[partition] = {"step": torch.tensor(float(updates)), **moments}
+                    optimizer.state[partition] = {"step": torch.tensor(float(updates), device=partition.device), **moments}
         if self._zero_stage < 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the moments; there is no public way
 

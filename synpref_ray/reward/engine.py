@@ -65,7 +65,7 @@ class PlainEngine:
         self.updates = 0
         self._module = module
         self._parameters = dict(module.model.named_parameters())
-        self._optimizer = torch.optim.AdamW(parameter_groups(module, config))
+        self._optimizer = adamw(parameter_groups(module, config))
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
         self._max_grad_norm = config.max_grad_norm
 
@@ -102,6 +102,11 @@ class PlainEngine:
         self.updates = updates
 
 
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return torch's AdamW over `parameter_groups`, in its fused form: one pass over memory instead of ten, on a CPU too."""
+    return torch.optim.AdamW(groups, fused=True)
+
+
 def adamw_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> ParameterState:
     """Return the state of a parameter that torch's AdamW updates directly."""
     found = optimizer.state.get(parameter, {})
@@ -115,7 +120,7 @@ def restore_adamw_state(optimizer: torch.optim.Optimizer, parameter: nn.Paramete
         parameter.copy_(state[WEIGHT])
     if set(MOMENTS) <= set(state):
         moments = {key: state[key].to(parameter.device, torch.float32, copy=True) for key in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **moments}
+        optimizer.state[parameter] = {"step": torch.tensor(float(updates), device=parameter.device), **moments}
 
 
 def parameter_groups(module: RewardModule, config: TrainConfig) -> list[dict[str, Any]]:
