@@ -1,4 +1,8 @@
-"""Training as a step: a set of labelled pairs in, a model folder under its fingerprint out; a model that is there already is not trained again."""
+"""Training as a step: a set of labelled pairs in, a model folder under its fingerprint out; a model that is there already is not trained again.
+
+With the weights lie the training record, the parity record (see `pipeline/parity.py`) and a model card. A model that fails parity stays where it is,
+and `train_model` ends with the reason, in every run, without training it again.
+"""
 
 import json
 import shutil
@@ -9,7 +13,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.pipeline.parity import check_model, read_parity, require_parity
 from synpref_ray.reporting.run import Run
+from synpref_ray.reward.model_card import CARD_FILE, DEFAULT_CARD, CardConfig, describe_backbone, model_card, summarise_pairs
+from synpref_ray.reward.parity_record import DEFAULT_PARITY, ParityConfig
 from synpref_ray.reward.ray_trainer import train_reward_model
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.reward.training_record import TrainingRecord
@@ -26,13 +33,26 @@ RESOURCE_SETTINGS = {"num_threads", "use_gpu", "num_workers", "max_tokens_per_mi
 
 
 def train_model(
-    run: Run, storage: Storage, name: str, *, train: tuple[pa.Table, str], gold: tuple[pa.Table, str] | None, config: TrainConfig
+    run: Run,
+    storage: Storage,
+    name: str,
+    *,
+    train: tuple[pa.Table, str],
+    gold: tuple[pa.Table, str] | None,
+    config: TrainConfig,
+    parity: ParityConfig = DEFAULT_PARITY,
+    card: CardConfig = DEFAULT_CARD,
+    data_name: str = "",
 ) -> tuple[StoredModel, TrainingRecord]:
-    """Train `models/<name>-<fp8>`, or return it if it is there.
+    """Train `models/<name>-<fp8>`, or return it if it is there; then check it against other engines and write its card.
 
     Args:
         train: pairs with `chosen` the preferred reply, and their digest.
         gold: the pairs that pick the checkpoint, and their digest; None keeps the last step.
+        data_name: what the card calls the training pairs.
+
+    Raises:
+        ParityError: the engines disagree about the model's rewards. It stays in the workspace, with its record.
     """
     started = time.monotonic()
     backbone = resolve_model(config.backbone)
@@ -49,6 +69,17 @@ def train_model(
     record = TrainingRecord.model_validate(json.loads(storage.read_bytes(f"models/{stored}/{RECORD_FILE}")))
     model = StoredModel(storage, stored, _digest(storage, stored))
     run.step(f"train {name}", rows=train[0].num_rows, computed=computed, rejected={}, seconds=time.monotonic() - started)
+    check_model(run, model, train[0], parity, max_length_tokens=config.max_length_tokens)
+    text = model_card(
+        stored,
+        record,
+        read_parity(model),
+        backbone=describe_backbone(config.backbone, backbone),
+        data=summarise_pairs(data_name, train[0]),
+        config=card,
+    )
+    storage.write_bytes(f"{model.path}/{CARD_FILE}", text.encode())
+    require_parity(model, parity)
     return model, record
 
 

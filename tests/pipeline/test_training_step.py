@@ -4,42 +4,39 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from synpref_ray.errors import RunConflictError, SynprefError
 from synpref_ray.pipeline import training
 from synpref_ray.pipeline.ingest import IngestConfig
 from synpref_ray.reporting.run import Run
+from synpref_ray.reward.trainer import train_in_process
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.models import RECORD_FILE, model_is_stored, store_model
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
+from tests.reward.conftest import save_tiny_backbone
 
 
 class Trainer:
-    """Stands where `train_reward_model` does: writes a folder at once, counts its calls."""
+    """Stands where `train_reward_model` does, without Ray: counts its calls."""
 
     def __init__(self, before_the_end: Callable[[], None] = lambda: None):
         self.calls = 0
         self._before_the_end = before_the_end
 
-    def __call__(self, train: object, gold: object, config: object, output: str, scratch: str) -> None:
+    def __call__(self, train: pa.Table, gold: pa.Table | None, config: TrainConfig, output: str, scratch: str) -> None:
         self.calls += 1
-        Path(output).mkdir()
-        for name in ("config.json", "model.safetensors", RECORD_FILE):
-            (Path(output) / name).write_text("{}")
+        train_in_process(train, gold, config, output)
         self._before_the_end()
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
-    (tmp_path / "backbone").mkdir()
-    (tmp_path / "backbone" / "config.json").write_text("{}")
+def train(tmp_path: Path) -> Callable[[], object]:
     storage = Storage(str(tmp_path / "ws"))
-    monkeypatch.setattr(training, "resolve_model", lambda _: str(tmp_path / "backbone"))
-    monkeypatch.setattr(training.TrainingRecord, "model_validate", lambda record: record)
-    config = TrainConfig(backbone="backbone")
+    config = TrainConfig(backbone=save_tiny_backbone(tmp_path / "backbone", head=False), global_batch_pairs=4, num_threads=1)
     run = Run(storage, "train", IngestConfig())
     return lambda: training.train_model(run, storage, "best", train=(make_pairs(4), "d"), gold=None, config=config)
 
