@@ -259,7 +259,8 @@ curl http://localhost:8000/classify -H 'Content-Type: application/json' \\
   -d '{"messages": [{"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}]}'
 ```
 
-The reward is `data[0].probs[0]` of the answer."""
+The reward is `data[0].probs[0]` of the answer. With the CPU build of vLLM 0.32 the command is
+`python -m vllm.entrypoints.openai.api_server --model FOLDER` with the same options."""
 
 _CITATION = """```bibtex
 @article{liu2025skyworkrewardv2,
