@@ -20,12 +20,15 @@ def choose_pairs(pairs: pa.Table, num_pairs: int, seed: int) -> pa.Table:
     The first part gives its shortest pair and the last one its longest. Length is counted in characters, which needs no tokenizer.
     """
     lengths = _characters(pairs)
-    ids = pairs["pair_id"].to_pylist()
-    order = sorted(range(len(ids)), key=lambda row: (lengths[row], ids[row]))
-    parts = [part.tolist() for part in np.array_split(np.asarray(order, dtype=np.int64), min(num_pairs, len(order)))] if order else []
-    rows = [min(part, key=lambda row: stable_hash(seed, ids[row], "parity sample")) for part in parts]
-    if len(rows) > 1:
-        rows[0], rows[-1] = order[0], order[-1]
+    by_length = np.sort(lengths)
+    rows: list[int] = []
+    for number, part in enumerate(np.array_split(np.arange(len(lengths)), min(num_pairs, len(lengths)) or 1)):
+        if len(part) == 0:
+            continue
+        place = part[stable_hash(seed, f"part {number}", "parity sample") % len(part)]
+        place = 0 if number == 0 else len(lengths) - 1 if part[-1] == len(lengths) - 1 else place
+        equally_long = [int(row) for row in np.flatnonzero(lengths == by_length[place]) if row not in rows]
+        rows.append(min(equally_long, key=lambda row: stable_hash(seed, pairs["pair_id"][row].as_py(), "parity sample")))
     return pairs.select(SAMPLE_SCHEMA.names).take(pa.array(rows, pa.int64())).cast(SAMPLE_SCHEMA)
 
 
