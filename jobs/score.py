@@ -2,6 +2,7 @@
 
 Inputs: `model` (a folder), `pairs` (Parquet or JSONL; formats in the README).
 Outputs: `out` with pair_id, source_id, reward_chosen, reward_rejected, margin, p_chosen (float32 raw logits), and drop_reason for null rows.
+The model is not gated by parity: here rewards are an answer, not a filter (docs/serving.md).
 
 Laptop:  python jobs/score.py model=workspace/models/best-r03-0a1b2c3d pairs=pairs.jsonl out=rewards.parquet
 Cluster: ray job submit --working-dir . -- python jobs/score.py model=/shared/model pairs=s3://bucket/pairs.parquet out=s3://bucket/rewards.parquet

@@ -2,7 +2,8 @@
 
 Paper: Sec. 4 and App. E.
 Inputs: `set` (a name under sets/) or `pairs` (a file); gold pairs that pick the checkpoint, if any; a backbone.
-Outputs: `models/<name>-<fingerprint>/`, which plain AutoModelForSequenceClassification loads, with its training record.
+Outputs: `models/<name>-<fingerprint>/`, which plain AutoModelForSequenceClassification loads, with its training record, parity record and model card.
+Exit 2 if the engines disagree about the model (docs/serving.md): it is stored, and refused for curation.
 
 Laptop:  python jobs/train.py --config jobs/configs/laptop_train.yaml set=curated-wild-kept-and-flipped
 Cluster: ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/family/llama-3.1-8b.yaml workspace=s3://bucket/run

@@ -35,3 +35,7 @@ class RunConflictError(SynprefError):
 
 class CleanGoldError(SynprefError):
     """Gold would leak into where it must never be (README: gold is clean, or nothing is)."""
+
+
+class ParityError(SynprefError):
+    """A reward model gives other rewards in one engine than in another, or nobody has checked: it is not used for curation."""

@@ -31,7 +31,6 @@ from synpref_ray.pipeline.train_set import TrainJobConfig
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
-from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import check_best_rm_training
 from synpref_ray.schema import stable_hash
 from synpref_ray.tables.models import StoredModel
@@ -104,11 +103,11 @@ def run_demo(config: DemoConfig, run: Run) -> str:
     run_ingest(config.ingest(), run)
     stage1_table = run_stage1(stage1, run)
     stage2_table = run_stage2(stage2, run)
-    models = _train_pair(config, training.train, run)
+    models = _train_pair(config, training, run)
     return "\n\n".join([stage1_table, stage2_table, _final_report(config, stage2.score, run, models)])
 
 
-def _train_pair(config: DemoConfig, train: TrainConfig, run: Run) -> dict[str, list[StoredModel]]:
+def _train_pair(config: DemoConfig, training: TrainJobConfig, run: Run) -> dict[str, list[StoredModel]]:
     """Train on curated pairs, and on as many raw pairs with the same steps and seeds; gold is in neither."""
     storage = config.storage
     record = storage.read_json(STAGE2_RECORD)
@@ -121,8 +120,17 @@ def _train_pair(config: DemoConfig, train: TrainConfig, run: Run) -> dict[str, l
     for name, (table, digest) in data.items():
         check_best_rm_training(table, gold)
         for seed in config.comparison_seeds:
-            settings = train.model_copy(update={"seed": seed})
-            model, _ = train_model(run, storage, f"{name}-seed{seed}", train=(table, digest), gold=None, config=settings)
+            model, _ = train_model(
+                run,
+                storage,
+                f"{name}-seed{seed}",
+                train=(table, digest),
+                gold=None,
+                config=training.train.model_copy(update={"seed": seed}),
+                parity=training.parity,
+                card=training.card,
+                data_name=curated.name if name == "curated" else f"pairs of {record['pool']}, drawn by chance",
+            )
             models.setdefault(name, []).append(model)
     return models
 

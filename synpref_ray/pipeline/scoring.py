@@ -1,7 +1,7 @@
 """Reward models over pools: one pass, one or two models, one sidecar of rewards each.
 
 Paper: Sec. 3.2 Step 2 (p on gold) and Sec. 3.3 (best and gold RM over the wild pool). Our choice: with two models a worker holds both, so that the
-pool is read and tokenised once.
+pool is read and tokenised once. A model of the workspace that has not passed parity is refused; one named by path is the user's own affair.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from synpref_ray.bundled import digest_folder
+from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, run_step
 from synpref_ray.reporting.run import Run
+from synpref_ray.reward.parity_record import DEFAULT_PARITY, ParityConfig
 from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards_of_all
 from synpref_ray.schema import REWARDS_SCHEMA
 from synpref_ray.tables.models import StoredModel
@@ -52,12 +54,26 @@ class ScoreWorker:
         return sum(scorer.num_shortened for scorer in self._scorers)
 
 
-def score_pools(run: Run, name: str, pools: Sequence[Pool], models: Mapping[str, StoredModel | str], config: ScoreConfig) -> StepResult:
+def score_pools(
+    run: Run,
+    name: str,
+    pools: Sequence[Pool],
+    models: Mapping[str, StoredModel | str],
+    config: ScoreConfig,
+    parity: ParityConfig = DEFAULT_PARITY,
+) -> StepResult:
     """Score every pair of every pool with every model; the sidecar of model `m` is called `rewards.<m>`.
 
     Args:
-        models: short name (best, gold, …) to a stored model, or a local folder.
+        models: short name (best, gold, …) to a stored model, or a local folder, which is not gated.
+        parity: what stored models must have passed.
+
+    Raises:
+        ParityError: a stored model has not.
     """
+    for model in models.values():
+        if isinstance(model, StoredModel):
+            require_parity(model, parity)
     prefixes = [(f"{short}." if len(models) > 1 else "", model) for short, model in models.items()]
     digests = {short: digest_folder(model) if isinstance(model, str) else model.digest for short, model in models.items()}
     step = Step(

@@ -30,6 +30,8 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.retrieval.select import RetrievalConfig
+from synpref_ray.reward.model_card import CardConfig
+from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_best_rm_training, check_gold_rm_training, check_silver
 from synpref_ray.rules.judges import JudgeTrust, TrustConfig, describe_trust
@@ -56,6 +58,8 @@ class Stage1Config(JobConfig):
     embed: EmbedStepConfig = EmbedStepConfig()
     index: IndexConfig = IndexConfig()
     score: ScoreConfig = ScoreConfig()
+    parity: ParityConfig = ParityConfig()
+    card: CardConfig = CardConfig()
     gold: GoldConfig = GoldConfig()
     trust: TrustConfig = TrustConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
@@ -151,7 +155,8 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
     while stop_reason([entry["working_gold_accuracy"] for entry in rounds[1:]], num_new_pairs=num_new, config=config.stop) is None:
         number = len(rounds)
         best, trained = _train_best(config, run, number, labels)
-        rewards = score_pools(run, f"score gold, round {number}", [labels.gold.pool], {f"best.r{number:02d}": best}, config.score).sidecars[0][0]
+        models = {f"best.r{number:02d}": best}
+        rewards = score_pools(run, f"score gold, round {number}", [labels.gold.pool], models, config.score, config.parity).sidecars[0][0]
         retrieved = select_for_errors(
             labels.gold, rewards, unverified, embeddings[1], selected, config.retrieval, config.index, config.max_pairs_per_round
         )
@@ -208,7 +213,17 @@ def _train_best(config: Stage1Config, run: Run, number: int, labels: _Labels) ->
     check_silver(silver, gold)
     check_best_rm_training(silver, gold)
     train, check = (silver, labels.sets["silver"].digest), (working, labels.sets["gold-working"].digest)
-    model, record = train_model(run, config.storage, f"best-r{number:02d}", train=train, gold=check, config=config.train)
+    model, record = train_model(
+        run,
+        config.storage,
+        f"best-r{number:02d}",
+        train=train,
+        gold=check,
+        config=config.train,
+        parity=config.parity,
+        card=config.card,
+        data_name=labels.sets["silver"].name,
+    )
     return model, {"model": model.name, "silver_pairs": silver.num_rows, **_training_summary(record.model_dump(mode="json"))}
 
 
@@ -270,8 +285,19 @@ def _finish(config: Stage1Config, run: Run, labels: _Labels, rounds: list[dict[s
     best, _ = _train_best(config, run, len(rounds), labels)
     working, gold = labels.sets["gold-working"].read(), labels.gold.read()
     check_gold_rm_training(working, gold)
-    gold_rm, _ = train_model(run, config.storage, "gold", train=(working, labels.sets["gold-working"].digest), gold=None, config=config.gold_train)
-    scored = score_pools(run, "score gold, final", [labels.gold.pool], {"best": best, "gold": gold_rm}, config.score).sidecars[0]
+    gold_rm, _ = train_model(
+        run,
+        config.storage,
+        "gold",
+        train=(working, labels.sets["gold-working"].digest),
+        gold=None,
+        config=config.gold_train,
+        parity=config.parity,
+        card=config.card,
+        data_name=labels.sets["gold-working"].name,
+    )
+    both = {"best": best, "gold": gold_rm}
+    scored = score_pools(run, "score gold, final", [labels.gold.pool], both, config.score, config.parity).sidecars[0]
     final = {name: _accuracy(_gold_accuracies(labels.gold, rewards), GoldSplit.AUDIT) for name, rewards in zip(("best", "gold"), scored, strict=True)}
     record = {
         "best_rm": {"name": best.name, "digest": best.digest},

@@ -18,6 +18,7 @@ from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars, scatter
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, TagStepConfig, judge_pools, tag_pools
+from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
 from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD
@@ -25,6 +26,7 @@ from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepIn
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.retrieval.index import IndexConfig
+from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.rules.gate import DECISION_SCHEMA, GateConfig, decide_shard, select_for_judge
 from synpref_ray.rules.judges import JudgeTrust, TrustConfig, describe_trust
 from synpref_ray.rules.verdicts import VERDICT_SCHEMA
@@ -50,6 +52,7 @@ class Stage2Config(JobConfig):
     embed: EmbedStepConfig = EmbedStepConfig()
     index: IndexConfig = IndexConfig()
     score: ScoreConfig = ScoreConfig()
+    parity: ParityConfig = ParityConfig()  # what both reward models must have passed
     trust: TrustConfig = TrustConfig()
     gate: GateConfig = GateConfig()
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
@@ -84,7 +87,9 @@ def load_stage1(config: JobConfig) -> Stage1Result:
 def check_stage2(config: Stage2Config) -> None:
     """Check the pool, Stage 1's record and the models' names, without loading a model."""
     open_pool(config.storage, config.pool)
-    load_stage1(config)
+    before = load_stage1(config)
+    for stored in (before.best, before.gold_rm):
+        require_parity(stored, config.parity)
     for model in (config.tag.engine.model, config.embed.embedder.model, *(judge.engine.model for judge in config.judges)):
         resolve_model(model)
 
@@ -115,7 +120,8 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     """Run Stage 2 to its end; return the closing table."""
     storage = config.storage
     pool, before = open_pool(storage, config.pool), load_stage1(config)
-    rewards = score_pools(run, "score, both RMs", [pool], {"best": before.best, "gold": before.gold_rm}, config.score).sidecars[0]
+    models = {"best": before.best, "gold": before.gold_rm}
+    rewards = score_pools(run, "score, both RMs", [pool], models, config.score, config.parity).sidecars[0]
     margins: list[tuple[Sidecar, Mapping[str, str]]] = [(rewards[0], {"margin": "margin_best"}), (rewards[1], {"margin": "margin_gold"})]
     mismatches = _gather_mismatches(config, run, pool, margins)
     trust: dict[str, JudgeTrust] = {}

@@ -13,13 +13,16 @@ from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.ingest.readers import open_binary, read_pair_file
 from synpref_ray.ingest.source import SourceConfig
 from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.parity import read_parity
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
+from synpref_ray.reward.model_card import CardConfig
+from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import check_best_rm_training
 from synpref_ray.tables.pools import content_digest
-from synpref_ray.tables.sets import PairSet, iter_names, load_set
+from synpref_ray.tables.sets import PairSet, iter_shards, load_set
 
 
 class TrainJobConfig(JobConfig):
@@ -31,6 +34,8 @@ class TrainJobConfig(JobConfig):
     gold_set: str = ""
     gold_pairs: str = ""
     train: TrainConfig
+    parity: ParityConfig = ParityConfig()
+    card: CardConfig = CardConfig()
 
 
 def check_train(config: TrainJobConfig) -> None:
@@ -64,14 +69,19 @@ def run_train(config: TrainJobConfig, run: Run) -> str:
     if config.gold_set or config.gold_pairs:
         gold_set = load_set(config.storage, config.gold_set) if config.gold_set else None
         gold = (gold_set.read(), gold_set.digest) if gold_set is not None else read_pairs(config.gold_pairs)
-        for names in iter_names(train) if isinstance(train, PairSet) else [train[0]]:
+        for names in iter_shards(train, ["prompt_group"]) if isinstance(train, PairSet) else [train[0]]:
             check_best_rm_training(names, gold[0])
-    model, record = train_model(run, config.storage, config.name, train=train, gold=gold, config=config.train)
+    data_name = config.set or config.pairs.rsplit("/", 1)[-1]
+    model, record = train_model(
+        run, config.storage, config.name, train=train, gold=gold, config=config.train, parity=config.parity, card=config.card, data_name=data_name
+    )
     values: dict[str, Any] = record.model_dump(mode="json")
-    run.metrics.update({"model": model.path, "training": values})
+    parity = read_parity(model)
+    run.metrics.update({"model": model.path, "training": values, "parity": parity.model_dump(mode="json") if parity else None})
     rows = [("model", config.storage.join(model.path)), ("pairs", str(record.num_pairs)), ("optimizer steps", str(len(record.steps)))]
     rows += [("chosen step", str(record.chosen_step))]
     if record.gold_accuracy is not None:
         rows.append(("gold accuracy", f"{100 * record.gold_accuracy:.1f} % of {record.num_gold_pairs}"))
+    rows += [(f"parity, {side.name}", side.status.value) for side in parity.sides] if parity else [("parity", "not checked")]
     rows += [("last loss", f"{record.steps[-1].loss:.4f}"), ("training seconds", f"{record.seconds['total']:.1f}")]
     return format_table(("", "value"), rows)

@@ -1,4 +1,8 @@
-"""Training as a step: a set of labelled pairs in, a model folder under its fingerprint out; a model that is there already is not trained again."""
+"""Training as a step: a set of labelled pairs in, a model folder under its fingerprint out; a model that is there already is not trained again.
+
+With the weights lie the training record, the parity record (see `pipeline/parity.py`) and a model card. A model that fails parity stays where it is,
+and `train_model` ends with the reason, in every run, without training it again.
+"""
 
 import json
 import shutil
@@ -9,10 +13,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.pipeline.parity import check_model, read_parity, require_parity
 from synpref_ray.pipeline.training_batches import prepare_set
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.checkpoints import TrainingFolder
 from synpref_ray.reward.model import load_tokenizer, read_row_layout
+from synpref_ray.reward.model_card import CARD_FILE, DEFAULT_CARD, CardConfig, DataSummary, describe_backbone, model_card, summarise_pairs
+from synpref_ray.reward.parity_record import DEFAULT_PARITY, ParityConfig
 from synpref_ray.reward.ray_trainer import run_on_ray
 from synpref_ray.reward.trainer import RESOURCE_SETTINGS, make_model
 from synpref_ray.reward.training_config import TrainConfig
@@ -21,23 +28,39 @@ from synpref_ray.reward.training_record import TrainingRecord
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.models import RECORD_FILE, StoredModel, model_is_stored, store_model
 from synpref_ray.tables.pools import content_digest
-from synpref_ray.tables.sets import PairSet
+from synpref_ray.tables.sets import PairSet, iter_shards
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
 
 TRAIN_VERSION = 2
+SAMPLED_PAIRS = 1000  # ours: of a set, this many are read to draw the few on which engines are compared
 TrainingPairs = tuple[pa.Table, str] | PairSet
 """Pairs with `chosen` the preferred reply: a table that fits in memory and its digest, or a set of the workspace of any size."""
 
 
 def train_model(
-    run: Run, storage: Storage, name: str, *, train: TrainingPairs, gold: tuple[pa.Table, str] | None, config: TrainConfig
+    run: Run,
+    storage: Storage,
+    name: str,
+    *,
+    train: TrainingPairs,
+    gold: tuple[pa.Table, str] | None,
+    config: TrainConfig,
+    parity: ParityConfig = DEFAULT_PARITY,
+    card: CardConfig = DEFAULT_CARD,
+    data_name: str = "",
 ) -> tuple[StoredModel, TrainingRecord]:
-    """Train `models/<name>-<fp8>`, or return it if it is there. A training that was killed goes on from its last checkpoint.
+    """Train `models/<name>-<fp8>`, or return it if it is there; then check it against other engines and write its card.
+
+    A training that was killed goes on from its last checkpoint.
 
     Args:
         gold: the pairs that pick the checkpoint, and their digest; None keeps the last step.
+        data_name: what the card calls the training pairs.
+
+    Raises:
+        ParityError: the engines disagree about the model's rewards. It stays in the workspace, with its record.
     """
     started = time.monotonic()
     backbone = resolve_model(config.backbone)
@@ -60,7 +83,35 @@ def train_model(
     model = StoredModel(storage, stored, _digest(storage, stored))
     pairs, dropped = record.num_pairs + sum(record.num_dropped.values()), record.num_dropped
     run.step(f"train {name}", rows=pairs, computed=pairs if trained else 0, rejected=dropped, seconds=time.monotonic() - started)
+    check_model(run, model, _sample(train), parity, max_length_tokens=config.max_length_tokens)
+    text = model_card(
+        stored,
+        record,
+        read_parity(model),
+        backbone=describe_backbone(config.backbone, backbone),
+        data=_summarise(data_name, train),
+        config=card,
+    )
+    storage.write_bytes(f"{model.path}/{CARD_FILE}", text.encode())
+    require_parity(model, parity)
     return model, record
+
+
+def _sample(train: TrainingPairs) -> pa.Table:
+    """Return pairs enough to draw a sample from: all of a table, the first shards of a set."""
+    if not isinstance(train, PairSet):
+        return train[0]
+    tables: list[pa.Table] = []
+    for table in iter_shards(train, ["prompt", "chosen", "rejected"]):
+        tables.append(table)
+        if sum(read.num_rows for read in tables) >= SAMPLED_PAIRS:
+            break
+    return pa.concat_tables(tables)
+
+
+def _summarise(name: str, train: TrainingPairs) -> DataSummary:
+    """Count the training pairs by source."""
+    return summarise_pairs(name, pa.concat_tables(iter_shards(train, ["source"])) if isinstance(train, PairSet) else train[0])
 
 
 def _prepare(run: Run, train: TrainingPairs, gold: pa.Table | None, config: TrainConfig, folder: TrainingFolder) -> TrainingData:

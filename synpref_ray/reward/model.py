@@ -206,7 +206,7 @@ def load_backbone_with_head(
     attention = attn_implementation or ("eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa")
     cls = _with_float32_head(config)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = cls.from_pretrained(
                 path,
                 config=config,
@@ -259,7 +259,7 @@ def save_reward_model(model: Any, tokenizer: Any, out_dir: str, *, dtype: str, w
     torch_dtype = DTYPES[dtype]
     kept = {"score.weight": torch.float32}
     state = {name: tensor.detach().to("cpu", kept.get(name, torch_dtype)) for name, tensor in (weights or model.state_dict()).items()}
-    with _quiet_transformers():
+    with quiet_transformers():
         model.save_pretrained(out_dir, state_dict=state)
     config = copy.deepcopy(model.config)
     config.dtype = torch_dtype
@@ -268,6 +268,19 @@ def save_reward_model(model: Any, tokenizer: Any, out_dir: str, *, dtype: str, w
     config.architectures = [type(model).__name__]
     config.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
+
+
+def checkpoint_dtype(path: str) -> str:
+    """Return the name of the dtype that dtype "checkpoint" computes in: the one that the model's config names, float32 if it names none.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load a model from {path}: {_one_line(error)}") from None
+    return str(_resolve_dtype(config, "checkpoint")).removeprefix("torch.")
 
 
 def _resolve_dtype(config: Any, dtype: str) -> torch.dtype:
@@ -290,7 +303,7 @@ def _with_float32_head(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bar and table of missing weights out of the log: the caller checks, and says it in one line."""
     verbosity = transformers_logging.get_verbosity()
     bar = transformers_logging.is_progress_bar_enabled()

@@ -50,11 +50,11 @@ class PairSet:
         return table if len(first) == table.num_rows else table.take(pa.array(first.values(), pa.int64()))
 
 
-def iter_names(pairs: PairSet) -> Iterator[pa.Table]:
-    """Yield pair_id and prompt_group of the set's pairs, shard by shard: enough for the checks that keep gold clean."""
+def iter_shards(pairs: PairSet, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield pair_id and some columns of the set's pairs, shard by shard and as ingested: flips are not applied, repeated comparisons not merged."""
     for member in pairs.members:
         for shard in member.sidecar.pool.shards:
-            yield _selected(member, shard.number, ["prompt_group"]).select(["pair_id", "prompt_group"])
+            yield _selected(member, shard.number, columns).select(["pair_id", *columns])
 
 
 def read_member(member: Member, number: int) -> pa.Table:

@@ -1,5 +1,6 @@
 """Ingest, Stage 1, Stage 2, training, scoring and evaluation with real engines, small; and a second run that computes nothing."""
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -37,6 +38,8 @@ def test_the_loop_runs_and_a_second_run_computes_nothing(tmp_path: Path) -> None
     assert finished_shards(workspace) == before
 
     model = workspace / "models" / stage1["stage1"]["best_rm"]["name"]
+    assert json.loads((model / "parity_record.json").read_text())["sides"][0]["status"] == "passed"
+    assert "| our engine in float32 | passed |" in (model / "README.md").read_text()
     out = tmp_path / "rewards.parquet"
     assert loop.run("score", workspace, f"model={model}", f"pairs={loop.data / 'wild.jsonl'}", f"out={out}")["rows"] == SIZES["wild"]
     assert pq.read_table(out)["pair_id"].to_pylist() == decision["pair_id"].to_pylist()

@@ -77,6 +77,21 @@ def save_tiny_backbone(folder: Path, kind: str = "llama", *, head: bool, seed: i
     return str(folder)
 
 
+def save_tiny_reward_model_for_vllm(folder: Path) -> str:
+    """Write a random reward model of a size that vLLM's attention takes on a CPU (heads of 32), in float32."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 192}, num_labels=1)
+    tokenizer = byte_tokenizer(pad_token="<|pad|>")
+    config.pad_token_id = tokenizer.pad_token_id
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def random_pairs(num_pairs: int, seed: int = 0) -> pa.Table:
     """Pairs of random letters with prompts and replies of 1 to about 60 letters, some with several turns."""
     rng = np.random.default_rng(seed)
