@@ -1,11 +1,12 @@
-"""Host memory of scoring at two sizes of pool: it must not grow with the number of pairs.
+"""Host memory of scoring and of training at two sizes of pool: it must not grow with the number of pairs.
 
     python -m benchmarks.memory --out memory.json
 
 For each size a fresh process makes a workspace with a pool of synthetic conversations, as long as those of hh_rlhf, and a random two-layer reward
-model with SmolLM2's tokenizer, starts a local Ray and runs the pipeline's own scoring step over the pool with one worker. Measured is the greatest
-resident memory of the worker's process and of the driver's, as the kernel records it. Of this, "shared" is what is mapped from Ray's object store,
-which has a fixed size and is counted once in each process that has touched it; the gates are on the whole.
+model with SmolLM2's tokenizer, starts a local Ray and runs the pipeline's own scoring step over the pool with one worker; then, in another fresh
+process, tokenises and packs a set of the pool's pairs and trains on it for an epoch with one worker, as jobs/train.py does. Measured is the greatest
+resident memory of the worker's process, of the driver's, and of the processes that tokenise and pack, as the kernel records it. Of this, "shared" is
+what is mapped from Ray's object store, which has a fixed size and is counted once in each process that has touched it; the gates are on the whole.
 
 The model is tiny because its weights are not the question; the figures say nothing about speed.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,14 +31,23 @@ from benchmarks._common import Gate, finish, machine, mib, parser, status_bytes,
 from synpref_ray.bundled import resolve_model
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
+from synpref_ray.pipeline.training import train_model
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.model import load_tokenizer, save_reward_model
+from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.reward.render import choose_pad_token
+from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.schema import POOL_SCHEMA, comparison_id, pair_id, prompt_group
-from synpref_ray.tables.pools import Shard, commit_pool, open_pool, write_pool_shard
+from synpref_ray.tables.pools import Shard, commit_pool, open_pool, shard_path, with_shard_number, write_pool_shard
+from synpref_ray.tables.sets import Member, PairSet
+from synpref_ray.tables.sidecars import open_sidecar
 from synpref_ray.tables.storage import Storage
 
-POOL = "synthetic"
+POOL, LABELS, FINGERPRINT = "synthetic", "decision", "0" * 32
+PROCESSES: dict[str, dict[str, tuple[str, ...]]] = {
+    "score": {"worker": ("ray::MapWorker",), "driver": ("driver",)},
+    "train": {"worker": ("ray::RayTrainWorker",), "driver": ("driver",), "tokenising and packing": ("ray::MapWorker", "ray::Map(", "ray::_map")},
+}
 TOKENIZER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 POLL_SECONDS = 0.25
 # Mean and deviation of the logarithm. A random word is 2.9 tokens, so that prompts and replies are as long as those of hh_rlhf on average.
@@ -96,7 +107,14 @@ def make_inputs(storage: Storage, model: str, num_pairs: int, pairs_per_shard: i
             rest = {"prompt_group": prompt_group(prompt), "source": "synthetic", "source_id": str(index), "contradicted": False}
             rows.append({**ids, **rest, "prompt": prompt, "chosen": chosen, "rejected": rejected})
         shards.append(write_pool_shard(storage, POOL, number, pa.Table.from_pylist(rows, schema=POOL_SCHEMA)))
-    commit_pool(storage, POOL, "synthetic", shards, {})
+        labels = {
+            "pair_id": [row["pair_id"] for row in rows],
+            "decision": ["keep"] * len(rows),
+            "flipped": [index % 2 == 0 for index in range(len(rows))],
+        }
+        storage.write_table(shard_path(f"pools/{POOL}/{LABELS}/{FINGERPRINT[:8]}", number), with_shard_number(pa.table(labels), number))
+    pool = commit_pool(storage, POOL, "synthetic", shards, {})
+    storage.write_json(f"pools/{POOL}/{LABELS}/{FINGERPRINT[:8]}/manifest.json", {"pool_digest": pool.digest, "fingerprint": FINGERPRINT})
 
 
 def make_model(folder: str) -> None:
@@ -117,24 +135,50 @@ def make_model(folder: str) -> None:
     save_reward_model(LlamaForSequenceClassification(config), tokenizer, folder, dtype="float32")  # type: ignore[no-untyped-call]
 
 
-def score_once(num_pairs: int, pairs_per_shard: int, threads: int) -> dict[str, Any]:
-    """Make the pool, score it over Ray in this process and its workers, and return the peaks; for a fresh process."""
+def measure_once(what: str, num_pairs: int, pairs_per_shard: int, threads: int) -> dict[str, Any]:
+    """Make the pool, score it or train on it over Ray in this process and its workers, and return the peaks; for a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
-        storage, model, config = Storage(f"{folder}/workspace"), f"{folder}/model", ScoreConfig(num_threads=threads)
+        storage, model = Storage(f"{folder}/workspace"), f"{folder}/model"
         making = multiprocessing.get_context("spawn").Process(target=make_inputs, args=(storage, model, num_pairs, pairs_per_shard))
         making.start()  # elsewhere, so that this process, the driver, holds nothing of it
         making.join()
-        pool = open_pool(storage, POOL)
+        watcher, started = Watcher(), time.perf_counter()
         with ray_session(RayConfig(dashboard=False), storage):
-            watcher = Watcher()
             watcher.start()
-            result = score_pools(Run(storage, "score", config), "score", [pool], {"best": model}, config)
+            done = (score_pool if what == "score" else train_on_pool)(storage, model, threads)
             watcher.stop()
-        rewards = result.sidecars[0][0].read_all(["reward_chosen"])
-        missing = num_pairs - len(rewards) + rewards["reward_chosen"].null_count
-    workers = {name: peaks for name, peaks in watcher.peaks.items() if name.startswith("ray::MapWorker")}
-    peaks = {"driver": watcher.peaks["driver"], "worker": max(workers.values(), key=lambda peaks: peaks["VmHWM"], default=dict.fromkeys(FIGURES, 0))}
-    return {"num_pairs": num_pairs, "seconds": result.seconds, "pairs_without_reward": missing, "peaks": peaks, "all_processes": watcher.peaks}
+        seconds = time.perf_counter() - started
+    by_kind = {kind: [peaks for name, peaks in watcher.peaks.items() if name.startswith(prefixes)] for kind, prefixes in PROCESSES[what].items()}
+    peaks = {kind: max(found, key=lambda one: one["VmHWM"], default=dict.fromkeys(FIGURES, 0)) for kind, found in by_kind.items()}
+    return {
+        "what": what,
+        "num_pairs": num_pairs,
+        "seconds": seconds,
+        "missing_pairs": num_pairs - done,
+        "peaks": peaks,
+        "all_processes": watcher.peaks,
+    }
+
+
+def score_pool(storage: Storage, model: str, threads: int) -> int:
+    """Score the pool and return how many pairs have rewards."""
+    config = ScoreConfig(num_threads=threads)
+    result = score_pools(Run(storage, "score", config), "score", [open_pool(storage, POOL)], {"best": model}, config)
+    rewards = result.sidecars[0][0].read_all(["reward_chosen"])
+    return len(rewards) - int(rewards["reward_chosen"].null_count)
+
+
+def train_on_pool(storage: Storage, model: str, threads: int) -> int:
+    """Train one epoch on a set of all the pool's pairs and return how many were trained on."""
+    labels = open_sidecar(open_pool(storage, POOL), LABELS)
+    pairs = PairSet("all", (Member(labels, (("decision", ("keep",)),)),))
+    config = TrainConfig(
+        backbone=model, global_batch_pairs=1024, shuffle_window_pairs=4096, max_tokens_per_microbatch=8192, max_length_tokens=8192,
+        precision="float32", checkpoint_every_steps=0, num_threads=threads,
+    )  # fmt: skip
+    no_gate = ParityConfig(enabled=False)
+    _, record = train_model(Run(storage, "train", config), storage, "synthetic", train=pairs, gold=None, config=config, parity=no_gate)
+    return sum(step.num_pairs for step in record.steps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,36 +187,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--pairs", default="10000,200000", help="sizes of the pool, by comma; the last is compared with the first")
     made.add_argument("--pairs-per-shard", type=int, default=2048, help="so that the smallest pool, too, has more shards than are in flight")
     made.add_argument("--threads", type=int, default=1, help="torch threads of the worker")
+    made.add_argument("--what", default="score,train", help="score, train or both")
     made.add_argument("--one", type=int, help="measure this size in this process and print JSON; what the benchmark runs for each size")
     arguments = made.parse_args(argv)
     if arguments.one is not None:
-        print(json.dumps(score_once(arguments.one, arguments.pairs_per_shard, arguments.threads)))
+        print(json.dumps(measure_once(arguments.what, arguments.one, arguments.pairs_per_shard, arguments.threads)))
         return 0
     described = machine()
-    results = []
-    for size in arguments.pairs.split(","):
-        options = ["--one", size, "--pairs-per-shard", str(arguments.pairs_per_shard), "--threads", str(arguments.threads)]
-        done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *options], stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode != 0:
-            print(f"error: scoring {size} pairs ended with exit code {done.returncode}", file=sys.stderr)
-            return 1
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    rows = []
-    for one in results:
-        for process, peaks in one["peaks"].items():
-            shared = peaks["RssShmem"]
-            rows.append([str(one["num_pairs"]), process, mib(peaks["VmHWM"]), mib(shared), mib(peaks["RssAnon"]), f"{one['seconds']:.0f}"])
-    print("\n" + table(["pairs", "process", "peak RSS MiB", "of which shared, at most", "private, at most", "seconds of the step"], rows))
-    gates, wrong = [], [f"{one['pairs_without_reward']} of {one['num_pairs']} pairs have no reward" for one in results if one["pairs_without_reward"]]
-    for process in ("worker", "driver"):
-        first, last = results[0]["peaks"][process]["VmHWM"], results[-1]["peaks"][process]["VmHWM"]
-        if not first or not last:
-            wrong.append(f"the {process}'s process was not found among this process's descendants")
-            continue
-        gates.append(
-            Gate(f"scorer's {process}: peak RSS at {results[-1]['num_pairs']} / at {results[0]['num_pairs']} pairs", last / first, 1.1, most=True)
-        )
-    return finish("memory", {"machine": described, "scorer": results}, gates, wrong, arguments)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for what in arguments.what.split(","):
+        for size in arguments.pairs.split(","):
+            options = ["--what", what, "--one", size, "--pairs-per-shard", str(arguments.pairs_per_shard), "--threads", str(arguments.threads)]
+            done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *options], stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode != 0:
+                print(f"error: {what} with {size} pairs ended with exit code {done.returncode}", file=sys.stderr)
+                return 1
+            results.setdefault(what, []).append(json.loads(done.stdout.splitlines()[-1]))
+    rows: list[list[str]] = []
+    gates: list[Gate] = []
+    wrong: list[str] = []
+    for what, measured in results.items():
+        for one in measured:
+            for process, peaks in one["peaks"].items():
+                figures = [mib(peaks[name]) for name in ("VmHWM", "RssShmem", "RssAnon")]
+                rows.append([what, str(one["num_pairs"]), process, *figures, f"{one['seconds']:.0f}"])
+            if one["missing_pairs"]:
+                wrong.append(f"{what}: {one['missing_pairs']} of {one['num_pairs']} pairs are missing")
+        for process in PROCESSES[what]:
+            first, last = measured[0]["peaks"][process]["VmHWM"], measured[-1]["peaks"][process]["VmHWM"]
+            if not first or not last:
+                wrong.append(f"{what}: the {process}'s process was not found among this process's descendants")
+                continue
+            sizes = f"peak RSS at {measured[-1]['num_pairs']} / at {measured[0]['num_pairs']} pairs"
+            gates.append(Gate(f"{what}, {process}: {sizes}", last / first, 1.1, most=True))
+    print("\n" + table(["what", "pairs", "process", "peak RSS MiB", "of which shared, at most", "private, at most", "seconds"], rows))
+    return finish("memory", {"machine": described, **results}, gates, wrong, arguments)
 
 
 if __name__ == "__main__":
