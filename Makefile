@@ -14,14 +14,8 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation
 LOCK := requirements/$(VARIANT).txt
 STAMP := $(VENV)/.installed-$(VARIANT)
-# DeepSpeed would compile this at the start of the first training, in every worker, and hang after a kill at that moment; so once, here.
-BUILD_OP := $(VENV)/bin/python -c \
-	'from deepspeed.accelerator import get_accelerator; get_accelerator().create_op_builder("ShareMemCommBuilder").load()'
-# A killed build leaves its `lock`, and every later one waits for it. A living build has the file open; /proc shows open files by their real path.
-DROP_STALE_LOCKS := find "$${TORCH_EXTENSIONS_DIR:-$$HOME/.cache/torch_extensions}" -path '*deepspeed_shm_comm/lock' 2>/dev/null | \
-	while IFS= read -r lock; do \
-		ls -l /proc/[0-9]*/fd 2>/dev/null | grep -qF -e "-> $$(readlink -f "$$lock")" || rm -f "$$lock"; \
-	done
+# DeepSpeed would compile this at the start of the first training, in every worker; so once, here.
+BUILD_OP := $(VENV)/bin/python -m synpref_ray.reward.communication_op
 PYTEST := HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 REAL := (ray or engine) and not slow and not gpu and not cluster
 
@@ -48,10 +42,8 @@ $(STAMP): $(LOCK) pyproject.toml
 	$(PIP) -e .
 ifeq ($(VARIANT),cpu)
 	@echo "building DeepSpeed's communication op for CPUs"
-	@$(DROP_STALE_LOCKS)
 	@timeout 900 $(BUILD_OP) > $(VENV)/deepspeed-op.log 2>&1 || { tail -n 5 $(VENV)/deepspeed-op.log >&2; \
-		echo "error: DeepSpeed's op was not built; it needs g++, and waits while another build holds the file 'lock' in" \
-			"~/.cache/torch_extensions/*/deepspeed_shm_comm" >&2; exit 2; }
+		echo "error: DeepSpeed's op was not built; it needs g++ and ninja" >&2; exit 2; }
 endif
 	@rm -f $(VENV)/.installed-*
 	@touch $@

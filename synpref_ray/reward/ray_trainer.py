@@ -22,6 +22,7 @@ from synpref_ray import errors
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, InputError, NonFiniteLossError, SynprefError
 from synpref_ray.reward.checkpoints import TrainingFolder
+from synpref_ray.reward.communication_op import drop_stale_locks, extensions_environment
 from synpref_ray.reward.model import load_tokenizer, read_row_layout
 from synpref_ray.reward.render import choose_pad_token
 from synpref_ray.reward.trainer import TrainingRun, build_module, claim_folder, make_model, make_record, weights_writer
@@ -110,6 +111,7 @@ def _prepare_run(config: TrainConfig, data: TrainingData, folder: TrainingFolder
 
     if not config.use_gpu:
         torch.set_num_threads(config.num_threads)
+        drop_stale_locks()
     module = build_module(config).to(ray.train.torch.get_device())
     engine = DeepSpeedEngine(module, config)
     tokenizer = load_tokenizer(resolve_model(config.backbone))
@@ -123,7 +125,9 @@ def _as_json(error: SynprefError) -> str:
 
 def _environment(config: TrainConfig) -> dict[str, str]:
     """Workers share cores: OpenMP threads must not spin while they wait (168 against 45 tokens/s in a trial on two busy cores)."""
-    return {} if config.use_gpu else {"OMP_NUM_THREADS": str(config.num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    if config.use_gpu:
+        return {}
+    return {"OMP_NUM_THREADS": str(config.num_threads), "OMP_WAIT_POLICY": "PASSIVE", **extensions_environment()}
 
 
 def _cause(error: TrainingFailedError) -> Exception:

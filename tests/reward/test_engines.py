@@ -71,7 +71,7 @@ def kill_a_worker(training: Path, after_step: int) -> None:
     deadline = time.monotonic() + 300
     while not seal.is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
-    workers = [process for process in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])]
+    workers = [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in process.name() + " ".join(process.cmdline())]
     if seal.is_file() and workers:
         workers[0].kill()
 
