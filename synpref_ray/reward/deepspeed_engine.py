@@ -32,6 +32,7 @@ class DeepSpeedEngine:
         groups = parameter_groups(module, config)
         self._rates = [group["lr"] for group in groups]
         self._zero_stage = config.zero_stage
+        self._linked = False
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=adamw(groups), config=deepspeed_config(config), dist_init_required=False
         )
@@ -74,6 +75,7 @@ class DeepSpeedEngine:
             return adamw_state(self._torch_optimizer(), parameter)
         state = {WEIGHT: safe_get_full_fp32_param(parameter)}
         if self.updates:
+            self._link_moments()
             state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
         return {key: tensor.to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
 
@@ -104,8 +106,18 @@ class DeepSpeedEngine:
                 if partition not in optimizer.state:
                     moments = {key: torch.zeros_like(partition) for key in MOMENTS}
                     optimizer.state[partition] = {"step": torch.tensor(float(updates), device=partition.device), **moments}
-        if self._zero_stage < 3:
-            self._optimizer._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the moments; there is no public way
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Tell ZeRO 1 and 2 where each parameter's part of the moments is.
+
+        DeepSpeed 0.19 does so after the first optimizer step, but in the middle of it: parameter groups after the first have no moments yet and
+        stay without a link. There is no public way to do it again.
+        """
+        if self._zero_stage < 3 and not self._linked:
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+            self._linked = True
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:

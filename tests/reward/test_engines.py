@@ -88,7 +88,7 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(ray: ModuleType, tiny_b
     killer.start()
     killed = on_ray(tiny_backbone, tmp_path, "killed", **settings)
     killer.join()
-    assert killed.num_resumes == 1
+    assert killed.num_resumes >= 1
     assert [step.loss for step in killed.steps] == [step.loss for step in whole.steps]
     first, second = weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -110,7 +110,8 @@ def test_a_run_goes_on_with_another_number_of_workers(
         on_ray(tiny_backbone, tmp_path, "moved", num_workers=before, max_failures=0, **settings)
     killer.join()
     moved = on_ray(tiny_backbone, tmp_path, "moved", num_workers=after, **settings)
-    assert (moved.num_workers, moved.num_resumes) == (after, 1)
+    assert moved.num_workers == after
+    assert moved.num_resumes >= 1
     assert [step.loss for step in moved.steps] == pytest.approx([step.loss for step in whole.steps], rel=1e-3)
     first, second = weights_of(tmp_path / "moved"), weights_of(tmp_path / "whole")
     for name, tensor in first.items():
