@@ -82,7 +82,7 @@ def kill_a_worker(training: Path, after_step: int) -> None:
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_a_killed_worker_is_replaced_and_the_run_goes_on(ray: ModuleType, tiny_backbone: str, tmp_path: Path, zero_stage: int) -> None:
     """The same number of workers: bit-equal in float32 on a CPU, whatever the moment of the kill."""
-    settings: dict[str, Any] = {"zero_stage": zero_stage, "num_epochs": 40, "checkpoint_every_steps": 3}
+    settings: dict[str, Any] = {"zero_stage": zero_stage, "num_epochs": 20, "checkpoint_every_steps": 3}
     whole = on_ray(tiny_backbone, tmp_path, "whole", **settings)
     killer = Thread(target=kill_a_worker, args=(tmp_path / "killed.training", 9))
     killer.start()
@@ -97,12 +97,11 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(ray: ModuleType, tiny_b
 @pytest.mark.ray
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("zero_stage", "before", "after"), [(0, 2, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (3, 2, 1)])
 def test_a_run_goes_on_with_another_number_of_workers(
     ray: ModuleType, tiny_backbone: str, tmp_path: Path, zero_stage: int, before: int, after: int
 ) -> None:
-    settings: dict[str, Any] = {"zero_stage": zero_stage, "num_epochs": 40, "checkpoint_every_steps": 3, "learning_rate": 1e-4}
+    settings: dict[str, Any] = {"zero_stage": zero_stage, "num_epochs": 20, "checkpoint_every_steps": 3, "learning_rate": 1e-4}
     whole = on_ray(tiny_backbone, tmp_path, "whole", num_workers=before, **settings)
     killer = Thread(target=kill_a_worker, args=(tmp_path / "moved.training", 9))
     killer.start()
