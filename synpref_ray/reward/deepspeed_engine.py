@@ -85,9 +85,10 @@ class DeepSpeedEngine:
             restore_adamw_state(self._torch_optimizer(), parameter, state, updates)
         else:
             self._make_moments(updates)
-            if self._zero_stage < 3:
-                with torch.no_grad():
-                    parameter.copy_(state[WEIGHT])
+            # The parameter that the model computes with, beside the float32 copy that the optimizer keeps; under ZeRO-3 each rank sets its part.
+            whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._zero_stage == 3)
+            with torch.no_grad(), whole:
+                parameter.copy_(state[WEIGHT])
             safe_set_full_fp32_param(parameter, state[WEIGHT].to(self.device))
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[key].to(self.device), key)
@@ -101,11 +102,11 @@ class DeepSpeedEngine:
     def _make_moments(self, updates: int) -> None:
         """Give a fresh ZeRO optimizer the moments that torch would make in its first step, to be filled parameter by parameter."""
         optimizer = self._torch_optimizer()
-        for group in optimizer.param_groups:
-            for partition in group["params"]:
-                if partition not in optimizer.state:
-                    moments = {key: torch.zeros_like(partition) for key in MOMENTS}
-                    optimizer.state[partition] = {"step": torch.tensor(float(updates), device=partition.device), **moments}
+        flat = [partition for group in optimizer.param_groups for partition in group["params"]]
+        for partition in self._optimizer.fp32_partitioned_groups_flat if self._zero_stage == 3 else flat:
+            if partition not in optimizer.state:
+                moments = {key: torch.zeros_like(partition) for key in MOMENTS}
+                optimizer.state[partition] = {"step": torch.tensor(float(updates), device=partition.device), **moments}
         self._link_moments()
 
     def _link_moments(self) -> None:
