@@ -10,6 +10,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import nn
 
@@ -89,10 +91,25 @@ class DeepSpeedEngine:
             whole = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._zero_stage == 3)
             with torch.no_grad(), whole:
                 parameter.copy_(state[WEIGHT])
-            safe_set_full_fp32_param(parameter, state[WEIGHT].to(self.device))
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[key].to(self.device), key)
+            for key in (WEIGHT, *MOMENTS):
+                self._restore_master(parameter, key, state[key].to(self.device))
         self.updates = updates
+
+    def _restore_master(self, parameter: Any, key: str, whole: torch.Tensor) -> None:
+        """Set the optimizer's copy of a parameter, or one of its moments; each rank takes its part."""
+        if self._zero_stage == 3:
+            # DeepSpeed's own setter of whole tensors fails where the size is not a multiple of the number of workers.
+            size = parameter.ds_tensor.numel()
+            padded = nn.functional.pad(whole.flatten(), (0, size * self.world_size - whole.numel()))
+            part = padded.narrow(0, size * self.rank, size)
+            if key == WEIGHT:
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, key)
+        elif key == WEIGHT:
+            safe_set_full_fp32_param(parameter, whole)
+        else:
+            safe_set_full_optimizer_state(parameter, whole, key)
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         """Return the AdamW that was handed in; ZeRO wraps it and replaces its parameters by flat partitions."""
