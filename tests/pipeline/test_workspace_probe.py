@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     hidden.mkdir()
     if not can_unshare(hidden):
         pytest.skip("this user may not make mount namespaces")
-    port, session = free_port(), tmp_path / "r"
+    port, session = free_port(), tempfile.mkdtemp(prefix="ray-")  # short: the path of a socket in it may have 107 bytes
     common = ["--num-cpus=4", "--object-store-memory=100000000", "--disable-usage-stats"]
     head = [RAY, "start", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={session}", "--block", *common]
     node = f"mount -t tmpfs none {hidden} && exec {RAY} start --address=127.0.0.1:{port} --block {' '.join(common)}"
@@ -47,12 +48,14 @@ def two_nodes(tmp_path: Path) -> Iterator[tuple[str, Path]]:
                 subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**environment(), "RAY_AUTH_MODE": "token"})
             )
             time.sleep(15)
+            assert processes[-1].poll() is None, f"{command} ended at once"
         yield f"127.0.0.1:{port}", hidden
     finally:
         for process in reversed(processes):
             process.terminate()
         for process in processes:
             process.wait(timeout=60)
+        shutil.rmtree(session, ignore_errors=True)
 
 
 @pytest.mark.slow
