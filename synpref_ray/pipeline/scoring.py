@@ -13,6 +13,7 @@ from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.parity_record import DEFAULT_PARITY, ParityConfig
+from synpref_ray.reward.render import RENDER_VERSION
 from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards_of_all
 from synpref_ray.schema import REWARDS_SCHEMA
 from synpref_ray.tables.models import StoredModel
@@ -76,13 +77,14 @@ def score_pools(
             require_parity(model, parity)
     prefixes = [(f"{short}." if len(models) > 1 else "", model) for short, model in models.items()]
     digests = {short: digest_folder(model) if isinstance(model, str) else model.digest for short, model in models.items()}
+    versions = versions_of("torch", "transformers", "tokenizers")
     step = Step(
         name="score",
         title=name,
         version=SCORE_VERSION,
         worker=ScoreWorker,
         outputs=tuple(Output(f"rewards.{short}", REWARDS_SCHEMA, prefix) for (prefix, _), short in zip(prefixes, models, strict=True)),
-        settings={**config.model_dump(mode="json", include=RESULT_SETTINGS), "versions": versions_of("torch", "transformers")},
+        settings={**config.model_dump(mode="json", include=RESULT_SETTINGS), "render_version": RENDER_VERSION, "versions": versions},
         digests=digests,
         worker_arguments=lambda _: {"models": prefixes, "config": config},
         resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),

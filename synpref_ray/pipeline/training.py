@@ -21,6 +21,7 @@ from synpref_ray.reward.model import load_tokenizer, read_row_layout
 from synpref_ray.reward.model_card import CARD_FILE, DEFAULT_CARD, CardConfig, DataSummary, describe_backbone, model_card, summarise_pairs
 from synpref_ray.reward.parity_record import DEFAULT_PARITY, ParityConfig
 from synpref_ray.reward.ray_trainer import run_on_ray
+from synpref_ray.reward.render import RENDER_VERSION
 from synpref_ray.reward.trainer import RESOURCE_SETTINGS, make_model
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.reward.training_data import TrainingData, prepare_data
@@ -67,7 +68,8 @@ def train_model(
     digest = train.digest if isinstance(train, PairSet) else train[1]
     digests = {"backbone": digest_folder(backbone), "train": digest, "gold": gold[1] if gold else ""}
     settings = config.model_dump(mode="json", exclude=RESOURCE_SETTINGS | {"backbone"})
-    settings["versions"] = versions_of("torch", "transformers", "deepspeed")
+    settings["versions"] = versions_of("torch", "transformers", "tokenizers", "deepspeed")
+    settings["render_version"] = RENDER_VERSION
     stored = f"{name}-{fingerprint('train', TRAIN_VERSION, settings, digests)[:8]}"
     trained = False
     if not model_is_stored(storage, stored):
@@ -75,9 +77,8 @@ def train_model(
             if not model_is_stored(storage, stored):  # or another driver stored it before the lease was ours
                 folder = TrainingFolder(storage, f"tmp/train-{stored}")
                 folder.claim(stored)
-                with_backbone = config.model_copy(update={"backbone": backbone})
-                data = _prepare(run, train, gold[0] if gold else None, with_backbone, folder)
-                _train_and_store(data, with_backbone, folder, stored, lease)
+                data = _prepare(run, train, gold[0] if gold else None, config, folder)
+                _train_and_store(data, config, folder, stored, lease)
                 trained = True
     record = TrainingRecord.model_validate(json.loads(storage.read_bytes(f"models/{stored}/{RECORD_FILE}")))
     model = StoredModel(storage, stored, _digest(storage, stored))
@@ -119,8 +120,9 @@ def _prepare(run: Run, train: TrainingPairs, gold: pa.Table | None, config: Trai
     batches = f"{folder.path}/batches-{config.max_tokens_per_microbatch}"
     if isinstance(train, PairSet):
         return prepare_set(run, train, gold, config, config.backbone, folder.storage, batches)
-    layout = read_row_layout(config.backbone, config.max_tokens_per_microbatch)
-    return prepare_data(load_tokenizer(config.backbone), train[0], gold, config, layout, folder.storage, batches)
+    backbone = resolve_model(config.backbone)
+    layout = read_row_layout(backbone, config.max_tokens_per_microbatch)
+    return prepare_data(load_tokenizer(backbone), train[0], gold, config, layout, folder.storage, batches)
 
 
 def _train_and_store(data: TrainingData, config: TrainConfig, folder: TrainingFolder, stored: str, lease: Lease) -> None:

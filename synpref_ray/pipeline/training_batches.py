@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import SchemaError
 from synpref_ray.pipeline.steps import INLINE_ROWS, Output, Resources, ShardKey, Step, StepInput, run_step, unwrap
 from synpref_ray.reporting.run import Run
@@ -28,7 +29,7 @@ from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.reward.training_data import PairCounts, TrainingData, batch_spec, count_pairs, prepare_gold
 from synpref_ray.reward.training_plan import TOKENS_SCHEMA, BatchSpec, Window, plan_window, plan_windows, usable
 from synpref_ray.rules.flip import flip_pairs
-from synpref_ray.tables.pools import Pool
+from synpref_ray.tables.pools import Pool, content_digest
 from synpref_ray.tables.sets import Member, PairSet
 from synpref_ray.tables.sidecars import Sidecar
 from synpref_ray.tables.storage import Storage
@@ -44,7 +45,7 @@ class TokeniseWorker:
     """Loads the tokenizer once per actor."""
 
     def __init__(self, backbone: str, max_length_tokens: int, over_long: OverLong):
-        self._tokenizer = load_tokenizer(backbone)
+        self._tokenizer = load_tokenizer(resolve_model(backbone))
         self._max_length_tokens, self._over_long = max_length_tokens, over_long
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
@@ -62,8 +63,8 @@ class SetShards:
     places: tuple[tuple[int, int], ...]
     """For every shard of the set: which member, and the number of the pool's shard."""
     counts: tuple[int, ...]
-    left_out: frozenset[str]
-    """Ids of pairs that repeat another pair of the set: a comparison whose two contradicting labels were settled the same way."""
+    left_out: Mapping[int, frozenset[str]]
+    """For a shard of the set, ids of its pairs that repeat an earlier one: a comparison whose contradicting labels were settled the same way."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -74,8 +75,8 @@ class SetShards:
         member, number = self.places[shard]
         table = read_member_tokens(self.members[member], self.tokens[member], number)
         kept = pc.is_null(table["drop_reason"])
-        if self.left_out:
-            kept = pc.and_(kept, pc.invert(pc.is_in(table["pair_id"], value_set=pa.array(sorted(self.left_out), pa.string()))))
+        if left_out := self.left_out.get(shard):
+            kept = pc.and_(kept, pc.invert(pc.is_in(table["pair_id"], value_set=pa.array(sorted(left_out), pa.string()))))
         return table.filter(kept).select(TOKENS_SCHEMA.names).cast(TOKENS_SCHEMA)
 
 
@@ -92,17 +93,19 @@ def read_member_tokens(member: Member, tokens: Sidecar, number: int) -> pa.Table
 
 
 def prepare_set(run: Run, pairs: PairSet, gold: pa.Table | None, config: TrainConfig, backbone: str, storage: Storage, folder: str) -> TrainingData:
-    """Plan the batches of a set and write them under `folder`.
+    """Plan the batches of a set and write them under `folder` and a digest of the plan.
 
     Raises:
         InputError: nothing of the set can be used.
     """
-    tokenizer = load_tokenizer(backbone)
+    tokenizer = load_tokenizer(resolve_model(backbone))
     tokens = _tokenise(run, pairs, config, backbone, template_digest(tokenizer))
     shards, counts = count_shards(pairs.members, tokens)
     counts.require("train")
-    spec = batch_spec(config, read_row_layout(backbone, config.max_tokens_per_microbatch))
+    spec = batch_spec(config, read_row_layout(resolve_model(backbone), config.max_tokens_per_microbatch))
     windows = plan_windows(counts.pairs, spec)
+    planned = [repr(spec), shards.names, shards.counts, [sidecar.fingerprint for sidecar in tokens]]
+    folder = f"{folder}-{content_digest(planned)[:8]}"  # other tokens or another plan make other files
     pack_windows(shards, windows, spec, storage, folder)
     gold_batches, gold_counts = prepare_gold(tokenizer, gold, config, spec.layout)
     return TrainingData(storage, folder, len(windows), counts, gold_batches, gold_counts, template_digest(tokenizer))
@@ -138,20 +141,21 @@ def count_shards(members: Sequence[Member], tokens: Sequence[Sidecar]) -> tuple[
     found = _map(count, [{"member": m, "number": n} for m, n in places], sum(member.sidecar.pool.num_rows for member in members))
     by_place = {(row["member"], row["number"]): row for row in found}
     counts: list[int] = []
-    left_out: list[str] = []
+    left_out: dict[int, frozenset[str]] = {}
     dropped: Counter[str] = Counter()
     first: set[tuple[str, str]] = set()
-    for place in places:
+    for shard, place in enumerate(places):
         row = by_place[place]
         repeated = []
         for name, comparison, preferred in row["contradicted"]:
             if (comparison, preferred) in first:
                 repeated.append(name)
             first.add((comparison, preferred))
-        left_out += repeated
+        if repeated:
+            left_out[shard] = frozenset(repeated)
         counts.append(row["pairs"] - len(repeated))
         dropped.update(row["dropped"])
-    shards = SetShards(light_members, count.tokens, places, tuple(counts), frozenset(left_out))
+    shards = SetShards(light_members, count.tokens, places, tuple(counts), left_out)
     shortened, spelled = (sum(row[name] for row in by_place.values()) for name in ("shortened", "spelled"))
     return shards, PairCounts(sum(counts), dict(sorted(dropped.items())), shortened, spelled)
 

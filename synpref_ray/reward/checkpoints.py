@@ -23,6 +23,7 @@ from synpref_ray.reward.engine import ParameterState, TrainingEngine
 from synpref_ray.reward.training_record import Progress
 from synpref_ray.tables.storage import Storage
 
+METRICS_FOLDER = "tensorboard"
 MAX_STATE_BYTES = 2 << 30  # ours: a rank's share is written in files of about this size, so that memory holds one of them
 
 
@@ -35,14 +36,14 @@ class TrainingFolder:
 
     def claim(self, identity: str) -> None:
         """Keep what is there if it belongs to the same run (same data, same settings that change results); else start empty."""
-        if self.storage.exists(f"{self.path}/identity.json"):
-            if self.storage.read_json(f"{self.path}/identity.json") == identity:
-                return
-            self.storage.delete_folder(self.path)
+        if self.storage.exists(f"{self.path}/identity.json") and self.storage.read_json(f"{self.path}/identity.json") == identity:
+            return
+        self.remove()  # also what has no identity: its removal was cut off
         self.storage.write_json(f"{self.path}/identity.json", identity)
 
     def remove(self) -> None:
-        """Remove the folder: the run has ended and its model is where it belongs."""
+        """Remove the folder, its identity first, so that a removal that is cut off leaves nothing to go on from."""
+        self.storage.delete(f"{self.path}/identity.json")
         self.storage.delete_folder(self.path)
 
     # Checkpoints
@@ -52,10 +53,9 @@ class TrainingFolder:
         files = self.storage.list_files(f"{self.path}/checkpoints")
         return sorted(_step_of(file.split("/")[-2]) for file in files if file.endswith("/progress.json"))
 
-    def latest(self) -> Progress | None:
-        """Return the progress at the last whole checkpoint."""
-        steps = self.sealed_steps()
-        return Progress.model_validate(self.storage.read_json(f"{self._checkpoint(steps[-1])}/progress.json")) if steps else None
+    def progress_at(self, step: int) -> Progress:
+        """Return the progress at a whole checkpoint."""
+        return Progress.model_validate(self.storage.read_json(f"{self._checkpoint(step)}/progress.json"))
 
     def write_state(self, step: int, engine: TrainingEngine) -> None:
         """Write this rank's share of the parameters; called by all ranks, since gathering a parameter may need them all."""
@@ -143,11 +143,20 @@ class TrainingFolder:
     def take_weights(self, step: int, folder: str) -> None:
         """Bring the weights of a step into a new local folder; they stay here too, until the run's folder is removed."""
         source = self._weights(step)
+        if not self.storage.exists(f"{source}/config.json"):
+            raise InputError(f"{self.storage.join(source)} holds no model: something removed it; remove {self.path} there to train anew")
         if self.storage.is_local:
             shutil.copytree(self.storage.local_path(source), folder, copy_function=_link)
             return
         for file in self.storage.list_files(source):
             target = Path(folder) / file.removeprefix(f"{source}/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self.storage.read_bytes(file))
+
+    def take_metrics(self, folder: str) -> None:
+        """Copy the TensorBoard files into a local folder."""
+        for file in self.storage.list_files(f"{self.path}/{METRICS_FOLDER}"):
+            target = Path(folder) / METRICS_FOLDER / file.rpartition("/")[2]
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self.storage.read_bytes(file))
 

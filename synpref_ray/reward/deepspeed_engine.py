@@ -51,7 +51,9 @@ class DeepSpeedEngine:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * learning_rate_factor
         norm = self._gradient_norm() if self._zero_stage == 0 else None
-        self._engine.step()
+        if norm is not None and not norm.isfinite():
+            return float(norm)
+        self._engine.step()  # with ZeRO, DeepSpeed itself skips the update when the norm is not finite
         self.updates += 1
         return float(norm if norm is not None else self._engine.get_global_grad_norm())
 

@@ -36,7 +36,7 @@ class TrainingEngine(Protocol):
         """Add the gradients of `loss`: they add up over the ranks and micro-batches of a step. `last`: the rank's last one of the step."""
 
     def step(self, learning_rate_factor: float) -> float:
-        """Clip, update, clear the gradients; return the gradients' norm before clipping."""
+        """Clip, update, clear the gradients; return the gradients' norm before clipping. If that is not finite, nothing is updated."""
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Return the element-wise sum over ranks."""
@@ -78,6 +78,8 @@ class PlainEngine:
 
     def step(self, learning_rate_factor: float) -> float:
         norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._max_grad_norm)
+        if not norm.isfinite():
+            return float(norm)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * learning_rate_factor
         self._optimizer.step()

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from synpref_ray.reward.checkpoints import TrainingFolder
-
-FOLDER = "tensorboard"
+from synpref_ray.reward.checkpoints import METRICS_FOLDER, TrainingFolder
 
 
 class MetricsLog:
@@ -19,7 +17,7 @@ class MetricsLog:
         self._folder = folder
         is_local = folder.storage.is_local
         self._local = None if is_local else tempfile.TemporaryDirectory(prefix="synpref_ray-tensorboard-")
-        target = folder.storage.local_path(f"{folder.path}/{FOLDER}") if self._local is None else self._local.name
+        target = folder.storage.local_path(f"{folder.path}/{METRICS_FOLDER}") if self._local is None else self._local.name
         self._writer = SummaryWriter(target, purge_step=purge_after + 1 if purge_after else None, filename_suffix=f".{purge_after:06d}")
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -32,7 +30,7 @@ class MetricsLog:
         self._writer.flush()
         if self._local is not None:
             for file in Path(self._local.name).iterdir():
-                self._folder.storage.write_bytes(f"{self._folder.path}/{FOLDER}/{file.name}", file.read_bytes())
+                self._folder.storage.write_bytes(f"{self._folder.path}/{METRICS_FOLDER}/{file.name}", file.read_bytes())
 
     def close(self) -> None:
         """Flush and close."""

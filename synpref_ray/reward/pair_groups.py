@@ -28,7 +28,7 @@ class RowLayout:
     quadratic_tokens: float
     """Row length at which attention costs as much as everything else."""
     max_row_tokens: int
-    """No row grows beyond this by merging pairs; a single pair may still exceed it."""
+    """No group grows beyond this many tokens, padding included, by merging pairs; a single pair may still exceed it."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _merge(members: Sequence[tuple[int, Tokens, Tokens]], layout: RowLayout) -> 
             continue
         merged = current.with_pair(*member)
         group, cost = merged.laid_out()
-        fits = not group.shared or group.row_tokens <= layout.max_row_tokens
+        fits = group.num_rows * group.row_tokens <= layout.max_row_tokens
         if (fits and cost < current.laid_out()[1] + alone.laid_out()[1]) or len(merged.sequences) == len(current.sequences):
             current = merged
         else:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import torch
+import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
@@ -23,7 +24,7 @@ from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, InputError, NonFiniteLossError, SynprefError
 from synpref_ray.reward.checkpoints import TrainingFolder
 from synpref_ray.reward.communication_op import drop_stale_locks, extensions_environment
-from synpref_ray.reward.model import load_tokenizer, read_row_layout
+from synpref_ray.reward.model import RewardModule, load_tokenizer, read_row_layout
 from synpref_ray.reward.render import choose_pad_token
 from synpref_ray.reward.trainer import TrainingRun, build_module, claim_folder, make_model, make_record, weights_writer
 from synpref_ray.reward.training_config import TrainConfig
@@ -91,12 +92,17 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
     config = TrainConfig.model_validate_json(settings["config"])
     data: TrainingData = ray.get(settings["data"])
     folder: TrainingFolder = ray.get(settings["folder"])
+    failed = ""
     try:
-        run = _prepare_run(config, data, folder)
-        loaded = time.time() - began
-        logger.info("rank %d of %d on %s: %.1f s", run.engine.rank, run.engine.world_size, run.engine.device, loaded)
+        module, tokenizer = _load(config)
+        data.open()  # a rank that cannot read the batches must say so before the others wait for it
     except (InputError, ConfigError) as error:
-        return _as_json(error)
+        failed = _as_json(error)
+    if failed := _first_of_all_ranks(failed):
+        return failed
+    run = _make_run(module, tokenizer, config, data, folder)
+    loaded = time.time() - began
+    logger.info("rank %d of %d on %s: %.1f s", run.engine.rank, run.engine.world_size, run.engine.device, loaded)
     try:
         run.run()
     except NonFiniteLossError as error:
@@ -106,16 +112,27 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
     return make_record(run, {"startup": began - settings["start"], "load": loaded}).model_dump_json()
 
 
-def _prepare_run(config: TrainConfig, data: TrainingData, folder: TrainingFolder) -> TrainingRun:
-    from synpref_ray.reward.deepspeed_engine import DeepSpeedEngine  # here, so that the driver never pays for it (4 s)
-
+def _load(config: TrainConfig) -> tuple[RewardModule, Any]:
     if not config.use_gpu:
         torch.set_num_threads(config.num_threads)
         drop_stale_locks()
     module = build_module(config).to(ray.train.torch.get_device())
-    engine = DeepSpeedEngine(module, config)
     tokenizer = load_tokenizer(resolve_model(config.backbone))
     choose_pad_token(tokenizer)
+    return module, tokenizer
+
+
+def _first_of_all_ranks(failed: str) -> str:
+    """Return the first error of any rank, the same on all of them: a rank that left alone would let the others wait for it."""
+    answers: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(answers, failed)
+    return next((answer for answer in answers if answer), "")
+
+
+def _make_run(module: RewardModule, tokenizer: Any, config: TrainConfig, data: TrainingData, folder: TrainingFolder) -> TrainingRun:
+    from synpref_ray.reward.deepspeed_engine import DeepSpeedEngine  # here, so that the driver never pays for it (4 s)
+
+    engine = DeepSpeedEngine(module, config)
     return TrainingRun(module, data, config, engine, folder, weights_writer(module, tokenizer, config), ray.train.report)
 
 

@@ -11,10 +11,16 @@ from synpref_ray.reward.pair_groups import prompt_keys
 from synpref_ray.reward.render import OverLong, RenderedPairs, render_pairs
 from synpref_ray.reward.training_plan import TOKENS_SCHEMA, usable
 
+ROWS_AT_ONCE = 8192  # ours: a tokenizer's lists of Python integers take ten times the memory of the table that they become
+
 
 def tokenise_pairs(tokenizer: Any, pairs: pa.Table, max_length_tokens: int, over_long: OverLong) -> pa.Table:
     """Return the token ids of pairs as a table TOKENS_SCHEMA: rows and order unchanged, nulls and a drop_reason for those left out."""
-    return token_table(render_pairs(tokenizer, pairs, max_length_tokens, over_long), prompt_keys(pairs["prompt"]))
+    tables = [TOKENS_SCHEMA.empty_table()]
+    for start in range(0, pairs.num_rows, ROWS_AT_ONCE):
+        part = pairs.slice(start, ROWS_AT_ONCE)
+        tables.append(token_table(render_pairs(tokenizer, part, max_length_tokens, over_long), prompt_keys(part["prompt"])))
+    return pa.concat_tables(tables)
 
 
 def token_table(rendered: RenderedPairs, keys: Sequence[str]) -> pa.Table:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from synpref_ray.bundled import digest_folder, resolve_model
-from synpref_ray.errors import NonFiniteLossError, RunConflictError
+from synpref_ray.errors import InputError, NonFiniteLossError, RunConflictError
 from synpref_ray.reward.batch_store import Microbatch
 from synpref_ray.reward.checkpoints import TrainingFolder
 from synpref_ray.reward.engine import WEIGHT, PlainEngine, TrainingEngine
@@ -72,6 +72,8 @@ class TrainingRun:
         self.stats = PackingStats(0, 0, 0, 0)
         self.seconds = dict.fromkeys(("train", "evaluate", "save", "stall"), 0.0)
         self._index = self.data.open()
+        if self._index.num_pairs != self.config.num_epochs * self.data.train.pairs:
+            raise InputError(f"the batches hold {self._index.num_pairs} pairs, not {self.config.num_epochs} times {self.data.train.pairs}")
         self._steps_per_epoch = self._index.num_steps // self.config.num_epochs
         self._num_linear_weights = self.module.num_linear_weights
         self.num_resumes = 0
@@ -131,6 +133,8 @@ class TrainingRun:
                 self._not_finite(step, metrics["loss"], rewards, [name for b in batches if b.weight for name in b.microbatch.pair_ids])
             )
         norm = self.engine.step(factor)
+        if not math.isfinite(norm):  # the same on all ranks; no weight has changed
+            raise NonFiniteLossError(f"the gradient's norm became {norm} in optimizer step {step}; {self._kept()}; lower learning_rate")
         seconds = time.perf_counter() - start + stalled
         self.stats = PackingStats(*(a + b for a, b in zip(_counts(self.stats), _counts(stats), strict=True)))
         self.seconds["train"] += seconds
@@ -181,8 +185,10 @@ class TrainingRun:
     def _not_finite(self, step: int, loss: float, rewards: torch.Tensor, ids: Sequence[str]) -> str:
         bad = [pair for pair, row in zip(ids, rewards.isfinite().all(dim=1).tolist(), strict=True) if not row][:3]
         where = f"pairs {', '.join(bad)}" if bad else "pairs of another worker"
-        kept = f"the weights of step {self.best.step} are the last good ones" if self.best is not None else "no weights were kept yet"
-        return f"the loss became {loss} in optimizer step {step} ({where}); {kept}; lower learning_rate, or look at these pairs"
+        return f"the loss became {loss} in optimizer step {step} ({where}); {self._kept()}; lower learning_rate, or look at these pairs"
+
+    def _kept(self) -> str:
+        return f"the weights of step {self.best.step} are the last good ones" if self.best is not None else "no weights were kept yet"
 
     # Gold
 
@@ -245,15 +251,19 @@ class TrainingRun:
                 num_resumes=self.num_resumes,
             )  # fmt: skip
             self.folder.seal(progress, self.config.checkpoints_kept)
+        if self._log is not None:
+            self._log.flush()
         self.seconds["save"] += time.perf_counter() - start
 
     def _resume(self) -> None:
-        progress = self.folder.latest()
-        self.engine.total(torch.zeros(1, device=self.engine.device)).tolist()  # every rank has looked before one of them tidies up
+        found = self.folder.sealed_steps() if self.engine.rank == 0 else []  # the first rank decides: listings of other nodes may be older
+        last = torch.tensor([float(found[-1] if found else 0)], device=self.engine.device)
+        step = int(self.engine.maximum(last).item())
         if self.engine.rank == 0:
-            self.folder.discard_after(progress.step if progress is not None else 0)
-        if progress is None:
+            self.folder.discard_after(step)
+        if step == 0:
             return
+        progress = self.folder.progress_at(step)
         self.folder.restore(progress, self.engine)
         self.steps, self.evaluations = list(progress.steps), list(progress.evaluations)
         self.best = next((found for found in self.evaluations if found.step == progress.best_step), None)
@@ -307,6 +317,7 @@ def make_model(folder: TrainingFolder, record: TrainingRecord, output_dir: str) 
     growing = f"{output_dir}.partial"
     shutil.rmtree(growing, ignore_errors=True)
     folder.take_weights(record.chosen_step, growing)
+    folder.take_metrics(growing)
     (Path(growing) / RECORD_FILE).write_text(record.model_dump_json(indent=1), encoding="utf-8")
     Path(growing).rename(output_dir)
 

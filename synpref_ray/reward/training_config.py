@@ -1,8 +1,8 @@
 """The settings of one reward-model training run, with the paper's final values as defaults where it gives them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from synpref_ray.config import Settings
 from synpref_ray.reward.model import HEAD_INIT_STD
@@ -58,6 +58,12 @@ class TrainConfig(Settings):
     checkpoint_every_steps: NonNegativeInt = 50
     """Optimizer steps between checkpoints to go on from after a kill; 0: none. Ours: about 20 minutes of the paper's final run."""
     checkpoints_kept: PositiveInt = 2
-    """Ours: the last one, and the one before in case the last cannot be read."""
+    """Ours: the last one, and the one before for a person to look at; a run goes on from the last."""
     max_failures: NonNegativeInt = 3
     """How often lost workers are replaced before the run fails. Ours."""
+
+    @model_validator(mode="after")
+    def _check_zero_3(self) -> Self:
+        if self.zero_stage == 3 and self.gradient_checkpointing and self.gradient_checkpointing_min_tokens:
+            raise ValueError("with zero_stage 3 all workers must recompute alike: gradient_checkpointing_min_tokens must be 0")
+        return self

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from synpref_ray.errors import InputError
 from synpref_ray.reward.batch_store import PlannedStep
 from synpref_ray.reward.packing import Tokens, plan_batches
 from synpref_ray.reward.pair_groups import PairGroup, RowLayout, group_pairs
@@ -119,7 +120,10 @@ def read_window(shards: TokenShards, window: Window, seed: int) -> pa.Table:
         count = shards.counts[shard]
         first, last = max(begin, position), min(end, position + count)
         if first < last:
-            tables.append(shards.read(shard).slice(first - position, last - first))
+            table = shards.read(shard)
+            if table.num_rows != count:
+                raise InputError(f"shard {shards.names[shard]} has {table.num_rows} pairs to train on, and was counted with {count}")
+            tables.append(table.slice(first - position, last - first))
         position += count
     return pa.concat_tables(tables)
 

@@ -182,8 +182,9 @@ def test_a_set_is_packed_without_reading_it_whole_as_its_table_is(
     first = prepare_set(run, pairs, None, windowed, backbone, storage, "tmp/windows")
     assert first.num_windows > 3
     assert {name: found[:2] for name, found in batches_of(first).items()} == {name: found[:2] for name, found in batches_of(whole).items()}
-    (tmp_path / "ws" / "tmp" / "windows" / "window-00001.index.parquet").unlink()
-    before = {path: path.stat().st_ino for path in (tmp_path / "ws" / "tmp" / "windows").iterdir()}
+    (windows,) = (tmp_path / "ws" / "tmp").glob("windows-*")
+    (windows / "window-00001.index.parquet").unlink()
+    before = {path: path.stat().st_ino for path in windows.iterdir()}
     prepare_set(run, pairs, None, windowed, backbone, storage, "tmp/windows")
     changed = {path.name for path in before if path.stat().st_ino != before[path]}
     assert changed == {"window-00001.arrows"}

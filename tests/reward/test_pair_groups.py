@@ -47,6 +47,15 @@ def test_without_sharing_identical_replies_are_still_computed_once() -> None:
     assert len(group_pairs(apart, ["p", "p"], RowLayout(may_share=False, quadratic_tokens=1e9, max_row_tokens=1000))) == 2
 
 
+def test_separate_rows_do_not_outgrow_the_limit_either() -> None:
+    """Long replies after a short prompt: not worth sharing, and each further pair would add a long row."""
+    anchor = tokens(1, *range(10, 30))
+    pairs = {i: (anchor, tokens(1, *range(40 + i, 60 + i))) for i in range(6)}
+    groups = group_pairs(pairs, ["p"] * 6, RowLayout(may_share=True, quadratic_tokens=5, max_row_tokens=63))
+    assert all(not group.group.shared and group.group.num_rows * group.group.row_tokens <= 63 for group in groups)
+    assert [group.pairs for group in groups] == [(0, 1), (2, 3), (4, 5)]
+
+
 def test_a_pair_of_identical_replies_is_one_sequence() -> None:
     (group,) = group_pairs({0: (tokens(1, 2), tokens(1, 2))}, ["p"], SHARING)
     assert (len(group.group.sequences), group.chosen, group.rejected) == (1, (0,), (0,))

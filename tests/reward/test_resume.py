@@ -124,6 +124,32 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tiny_backbone
     assert comparable(resumed) == comparable(whole)
 
 
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_updated_or_kept(
+    tiny_backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ExplodingEngine(PlainEngine):
+        def step(self, learning_rate_factor: float) -> float:
+            if self.updates == 4:
+                next(iter(self._parameters.values())).grad[0] = float("inf")  # type: ignore[index]
+            return super().step(learning_rate_factor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "PlainEngine", ExplodingEngine)
+        with pytest.raises(InputError, match=r"the gradient's norm became inf in optimizer step 5; the weights of step \d are the last good ones"):
+            run(tiny_backbone, tmp_path / "model", checkpoint_every_steps=1)
+    assert max(int(folder.name[-6:]) for folder in (tmp_path / "model.training" / "checkpoints").iterdir()) == 4
+    assert comparable(run(tiny_backbone, tmp_path / "model")) == comparable(run(tiny_backbone, tmp_path / "whole"))
+
+
+def test_what_has_lost_its_identity_is_not_gone_on_from(tiny_backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        die_in(patch, "step", 5)
+        with pytest.raises(Killed):
+            run(tiny_backbone, tmp_path / "model", seed=7)
+    (tmp_path / "model.training" / "identity.json").unlink()  # a removal that was cut off
+    assert run(tiny_backbone, tmp_path / "model").num_resumes == 0
+
+
 def test_a_damaged_checkpoint_is_one_clear_error(tiny_backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         die_in(patch, "step", 5)
