@@ -5,6 +5,7 @@ simulated annotator reads known truth for a stated budget of pairs, and every ou
 """
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import astuple
 from typing import Literal, Self
 
 import pyarrow as pa
@@ -81,7 +82,7 @@ def verify_pool(run: Run, name: str, pool: Pool, attributes: Sidecar, budget: in
         worker=VerifyWorker,
         outputs=(Output("human", HUMAN_SCHEMA),),
         settings={"kind": config.kind, "gold": gold.model_dump(mode="json")},
-        digests={"selected": content_digest(sorted(selected)), "verdicts": _digest(config.path)},
+        digests={"selected": content_digest(sorted(selected)), "verdicts": _digest(config, selected)},
         worker_arguments=lambda _: {"annotator": config, "selected": selected, "gold": gold},
         max_failed_fraction=1.0,  # undecidable pairs are the annotators' honest answer
     )
@@ -105,6 +106,10 @@ def _queue(pool: Pool, attributes: Sidecar, budget: int, config: AnnotatorConfig
     return frozenset(candidates)
 
 
-def _digest(path: str) -> str:
-    with open_binary(path) as stream:
+def _digest(config: AnnotatorConfig, selected: Set[str]) -> str:
+    """Name what the annotator would say of these pairs: verdicts added about other pairs change nothing here."""
+    if config.kind == "file":
+        answers = import_verdicts(config.path).answers
+        return content_digest([[pair_id, *astuple(answers[pair_id])] for pair_id in sorted(selected & set(answers))])
+    with open_binary(config.path) as stream:
         return content_digest(stream.read().hex())
