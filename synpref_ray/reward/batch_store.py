@@ -2,7 +2,7 @@
 
 The order of an epoch is cut into windows of whole optimizer steps. A window's micro-batches lie one after the other in one file, each an Arrow
 stream of its own, with an index beside it that says where each one is and how much work it holds. So a rank fetches exactly its micro-batches,
-by byte range, from a local disk or from object storage; the whole plan of 26 million pairs is an index of a few dozen MB; and the position in
+by byte range, from a local disk or from object storage; the whole plan of 26 million pairs is an index of about 140 MB; and the position in
 the data is one integer, the optimizer step. Our choice throughout.
 
 Shape legend: P pairs, M micro-batches of the whole run.
@@ -151,7 +151,7 @@ def decode(blob: bytes) -> Microbatch:
 
 
 def _encode(groups: Sequence[PairGroup], ids: Sequence[str], sink: pa.BufferOutputStream) -> None:
-    sequences = [[sequence for sequence in group.group.sequences] for group in groups]
+    sequences = [list(group.group.sequences) for group in groups]
     columns = {
         "sequences": pa.array(sequences, MICROBATCH_SCHEMA.field("sequences").type),
         "prefix_tokens": pa.array([group.group.prefix_tokens for group in groups], pa.int32()),

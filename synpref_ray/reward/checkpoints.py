@@ -24,7 +24,7 @@ from synpref_ray.reward.training_record import Progress
 from synpref_ray.tables.storage import Storage
 
 METRICS_FOLDER = "tensorboard"
-MAX_STATE_BYTES = 2 << 30  # ours: a rank's share is written in files of about this size, so that memory holds one of them
+MAX_STATE_BYTES = 2 << 30  # ours: a rank's share is written in files of about this size, so that a rank need not hold its whole share at once
 
 
 @dataclass(frozen=True)

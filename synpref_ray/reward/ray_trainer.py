@@ -24,11 +24,11 @@ from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, InputError, NonFiniteLossError, SynprefError
 from synpref_ray.reward.checkpoints import TrainingFolder
 from synpref_ray.reward.communication_op import drop_stale_locks, extensions_environment
-from synpref_ray.reward.model import RewardModule, load_tokenizer, read_row_layout
+from synpref_ray.reward.model import RewardModule, load_tokenizer
 from synpref_ray.reward.render import choose_pad_token
-from synpref_ray.reward.trainer import TrainingRun, build_module, claim_folder, make_model, make_record, weights_writer
+from synpref_ray.reward.trainer import TrainingRun, build_module, make_record, train_tables, weights_writer
 from synpref_ray.reward.training_config import TrainConfig
-from synpref_ray.reward.training_data import TrainingData, prepare_data
+from synpref_ray.reward.training_data import TrainingData
 from synpref_ray.reward.training_record import TrainingRecord
 
 logger = logging.getLogger(__name__)
@@ -47,16 +47,7 @@ def train_reward_model(train: pa.Table, gold: pa.Table | None, config: TrainConf
         RunConflictError: `output_dir` is already there.
         InputError: nothing to train on, or a loss that is not finite.
     """
-    start = time.perf_counter()
-    folder = claim_folder(train, gold, config, output_dir)
-    backbone = resolve_model(config.backbone)
-    layout = read_row_layout(backbone, config.max_tokens_per_microbatch)
-    data = prepare_data(load_tokenizer(backbone), train, gold, config, layout, folder.storage, f"{folder.path}/batches")
-    record = run_on_ray(data, config, folder, storage_dir)
-    record = record.model_copy(update={"seconds": {**record.seconds, "total": time.perf_counter() - start}})
-    make_model(folder, record, output_dir)
-    folder.remove()
-    return record
+    return train_tables(train, gold, config, output_dir, lambda data, config, folder: run_on_ray(data, config, folder, storage_dir))
 
 
 def run_on_ray(data: TrainingData, config: TrainConfig, folder: TrainingFolder, storage_dir: str) -> TrainingRecord:

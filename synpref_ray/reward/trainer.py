@@ -351,12 +351,23 @@ def train_in_process(train: pa.Table, gold: pa.Table | None, config: TrainConfig
         RunConflictError: `output_dir` is already there.
         InputError: nothing to train on, or a loss that is not finite.
     """
+    return train_tables(train, gold, config, output_dir, run_in_process)
+
+
+def train_tables(
+    train: pa.Table,
+    gold: pa.Table | None,
+    config: TrainConfig,
+    output_dir: str,
+    run: Callable[[TrainingData, TrainConfig, TrainingFolder], TrainingRecord],
+) -> TrainingRecord:
+    """Prepare two tables, train on them with `run`, and write the model; arguments and errors as `train_in_process`."""
     start = time.perf_counter()
     folder = claim_folder(train, gold, config, output_dir)
     backbone = resolve_model(config.backbone)
     layout = read_row_layout(backbone, config.max_tokens_per_microbatch)
     data = prepare_data(load_tokenizer(backbone), train, gold, config, layout, folder.storage, f"{folder.path}/batches")
-    record = run_in_process(data, config, folder)
+    record = run(data, config, folder)
     record = record.model_copy(update={"seconds": {**record.seconds, "total": time.perf_counter() - start}})
     make_model(folder, record, output_dir)
     folder.remove()
