@@ -6,7 +6,7 @@ Every side gets the same tokenised conversations and one set of weights (SmolLM2
 from token arrays to rewards: laying out, padding or packing, the forward passes, collecting the rewards. Tokenising and loading are not.
 
 Sides:
-- engine: `make_group` and `score_groups`, what every scoring step of the pipeline runs;
+- engine: `group_pairs` and `score_groups`, what every scoring step of the pipeline runs;
 - reward-bench: allenai/reward-bench's command line as read in its source: 8 pairs at a time in file order, first the chosen conversations through
   `AutoModelForSequenceClassification`, then the rejected ones, each batch padded on the left to its longest, no cache, no gradients;
 - sorted, 8: all conversations sorted by length, 8 a batch, padded;
@@ -50,6 +50,7 @@ from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import SynprefError
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer
 from synpref_ray.reward.packing import Group, make_group, packing_stats, plan_batches
+from synpref_ray.reward.pair_groups import group_pairs
 from synpref_ray.reward.render import choose_pad_token
 from synpref_ray.reward.scorer import score_groups
 
@@ -85,9 +86,20 @@ class Models:
 
 
 def engine_scores(module: RewardModule, items: Sequence[Item], max_tokens: int) -> Scores:
-    """Score as the pipeline's scoring step does, from token arrays on."""
-    groups = [make_group(item.sequences, may_share=module.may_share, quadratic_tokens=module.quadratic_tokens) for item in items]
-    return np.concatenate(score_groups(module, groups, max_tokens))
+    """Score as the pipeline's scoring step does, from the pairs' token arrays on; an item's pairs have one prompt."""
+    starts = np.cumsum([0, *(len(item.sequences) for item in items)])
+    pairs, places, keys = {}, [], []
+    for number, item in enumerate(items):
+        for reply in range(item.num_pairs):
+            pairs[len(keys)] = (item.sequences[reply], item.sequences[reply + item.num_pairs])
+            places.append((starts[number] + reply, starts[number] + reply + item.num_pairs))
+            keys.append(str(number))
+    groups = group_pairs(pairs, keys, module.row_layout(max_tokens))
+    scores = np.zeros(starts[-1], dtype=np.float32)
+    for group, values in zip(groups, score_groups(module, [group.group for group in groups], max_tokens), strict=True):
+        for pair, chosen, rejected in zip(group.pairs, group.chosen, group.rejected, strict=True):
+            scores[list(places[pair])] = values[[chosen, rejected]]
+    return scores
 
 
 def unshared_scores(module: RewardModule, items: Sequence[Item], max_tokens: int) -> Scores:

@@ -229,6 +229,7 @@ def load_backbone_with_head(
         logger.log(level, "%s reward head of %s: normal, std %s, seed %s", verb, path, head_init_std, seed)
         if unread := [name for name in info["unexpected_keys"] if not name.startswith("lm_head.")]:  # a head under another name, perhaps
             logger.warning("weights in %s that are not read: %s", path, ", ".join(sorted(unread)[:3]))
+        model.score.float()  # transformers makes what it did not find in the dtype of the rest
         with torch.no_grad():
             noise = torch.randn(model.score.weight.shape, generator=torch.Generator().manual_seed(seed))
             model.score.weight.copy_(noise * head_init_std)

@@ -121,6 +121,7 @@ def test_an_absent_head_is_an_error_unless_asked_for(tiny_backbone: str) -> None
     with pytest.raises(InputError, match="no reward head"):
         load_backbone_with_head(tiny_backbone, "float32")
     one, again, other = (load_backbone_with_head(tiny_backbone, "float32", new_head=True, seed=seed).score.weight for seed in (1, 1, 2))
+    assert torch.equal(load_backbone_with_head(tiny_backbone, "bfloat16", new_head=True, seed=1).score.weight, one)  # float32, whatever the rest is
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert 0.01 < one.std().item() < 0.04
