@@ -88,11 +88,13 @@ class Models:
 def engine_scores(module: RewardModule, items: Sequence[Item], max_tokens: int) -> Scores:
     """Score as the pipeline's scoring step does, from the pairs' token arrays on; an item's pairs have one prompt."""
     starts = np.cumsum([0, *(len(item.sequences) for item in items)])
-    pairs, places, keys = {}, [], []
+    pairs: dict[int, tuple[Tokens, Tokens]] = {}
+    places: list[tuple[int, int]] = []
+    keys: list[str] = []
     for number, item in enumerate(items):
         for reply in range(item.num_pairs):
             pairs[len(keys)] = (item.sequences[reply], item.sequences[reply + item.num_pairs])
-            places.append((starts[number] + reply, starts[number] + reply + item.num_pairs))
+            places.append((int(starts[number]) + reply, int(starts[number]) + reply + item.num_pairs))
             keys.append(str(number))
     groups = group_pairs(pairs, keys, module.row_layout(max_tokens))
     scores = np.zeros(starts[-1], dtype=np.float32)
