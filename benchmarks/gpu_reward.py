@@ -4,19 +4,17 @@
     python -m benchmarks.gpu_reward --shape llama-3.1-8b --mode train --layers 8
     python -m benchmarks.gpu_reward --device cpu --tiny                      # does it run at all
 
-Needs torch, numpy and transformers alone (and from this package only `reward.packing`, `reward.model` and `errors`). Weights are random: speed
-does not depend on them. Lengths come from `--lengths FILE` or from a log-normal fitted to hh_rlhf (`synthetic_lengths`); `--make-lengths FILE`
-writes such a file from real pairs, where the whole package and the data are.
+Needs torch, numpy and transformers alone (and from this package only `reward.packing`, `.attention`, `.model` and `errors`). Weights are random:
+speed does not depend on them. Lengths come from `--lengths FILE` or from a log-normal fitted to hh_rlhf (`synthetic_lengths`);
+`--make-lengths FILE` writes such a file from real pairs, where the whole package and the data are.
 
 Sides, all with the same tokens, in bfloat16 (training: float32 weights, bfloat16 autocast, fused AdamW, gradients clipped at 1):
-- engine, sdpa: the engine's rows and planner, `RewardModule`, dense boolean mask;
-- engine, varlen: the same groups in flat rows without padding, variable-length kernel over gathered keys (gpu_attention.py);
-- engine, flex: the same flat rows, FlexAttention with a block mask, filled up to one static length; making the mask is timed;
-- padding-free: flat rows of whole conversations, variable-length kernel, nothing shared;
-- rows without sharing: the engine's planner without sharing, plain causal attention;
+- engine: the package's own planner, flat rows and `RewardModule`, attending by whatever it measures to be the fastest;
+- engine, blocks / varlen / flex: the same, each way to attend by itself (`synpref_ray/reward/attention.py`);
+- padding-free: the same with nothing shared: flat rows of whole conversations;
 - padded: TRL's collator's layout, chosen and rejected one below the other and padded to the longest of the batch, in file order; as many pairs a
   batch as fill the budget on average, unless `--padded-pairs` says otherwise;
-- limit: full rows as long as the mean shared row, plain causal attention, as many tokens as there are unique ones.
+- limit: full rows as long as the mean pair's unique tokens, plain causal attention, as many tokens as there are unique ones.
 
 Timed is everything from token arrays on the host to rewards (or updated weights), the device waited for before and after. FLOPs are those that
 the unique tokens need, for every side alike: 2 per weight of the linear layers and token, and 4 * layers * heads * head size per visible (query,
@@ -24,14 +22,14 @@ key) pair, three times that in training. MFU is that over seconds and the peak o
 
 Before anything is timed, all sides score a few pairs with a model of the same widths and few layers; rewards and gradients are compared with
 scoring every conversation alone in float32. FlexAttention has no backward pass on CPUs, and its float32 kernels need more shared memory than GPUs
-have at large head sizes: it is checked in bfloat16 on a GPU here, and in float32 by tests/benchmarks.
+have at large head sizes: it is checked in bfloat16 on a GPU here, and in float32 by the package's tests.
 """
 
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,19 +43,26 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen3C
 
 from benchmarks import _standalone
 from benchmarks._common import SHARED_DATA, Gate, Measurement, Side, Stopwatch, finish, interleave, machine, parser, table
-from benchmarks.gpu_attention import FLEX, VARLEN, block_mask, check_kernel, flat_hidden, lay_out, register, use_attention, varlen_kernel
+from synpref_ray.reward.attention import (
+    BLOCKS,
+    FLEX,
+    IMPLEMENTATION,
+    VARLEN,
+    VARLEN_TOLERANCE,
+    RowAttention,
+    check_varlen,
+    use_attention,
+    varlen_kernel,
+)
 from synpref_ray.reward.model import RewardModule
 from synpref_ray.reward.packing import Group, common_prefix_tokens, make_group, pack, packing_stats, plan_batches
 
-ENGINE_SDPA, ENGINE_VARLEN, ENGINE_FLEX = "engine, sdpa", "engine, varlen", "engine, flex"
-PADDING_FREE, ROWS, PADDED, LIMIT = "padding-free", "rows without sharing", "padded", "limit"
-SHARING = (ENGINE_SDPA, ENGINE_VARLEN, ENGINE_FLEX)
-ALL = (ENGINE_SDPA, ENGINE_VARLEN, ENGINE_FLEX, PADDING_FREE, ROWS, PADDED, LIMIT)
-KERNEL_TOLERANCE = 0.03
+ENGINE, ENGINE_BLOCKS, ENGINE_VARLEN, ENGINE_FLEX = "engine", "engine, blocks", "engine, varlen", "engine, flex"
+PADDING_FREE, PADDED, LIMIT = "padding-free", "padded", "limit"
+ALL = (ENGINE, ENGINE_BLOCKS, ENGINE_VARLEN, ENGINE_FLEX, PADDING_FREE, PADDED, LIMIT)
 FLOAT32_TOLERANCE = 1e-2  # of the rewards' standard deviation
 BFLOAT16_FACTOR = 3.0  # how much larger a side's bfloat16 error may be than that of scoring every conversation alone in bfloat16
 CHECK_LAYERS = 2
-BLOCK = 128  # FlexAttention's block; flat rows are filled up to a multiple of it
 
 # Mean, standard deviation and correlation of the logarithms of (prefix, rest of chosen, rest of rejected) in tokens: hh_rlhf's 1,456 train pairs with
 # SmolLM2's tokenizer and template, whose fixed part makes a prefix 30 tokens at least (means there: 147, 40 and 50 tokens).
@@ -103,6 +108,7 @@ def make_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int 
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation="sdpa")  # type: ignore[no-untyped-call]
+    model.score.float()
     return model.to(device)
 
 
@@ -160,27 +166,15 @@ class Way:
 
 def ways_of(model: Any, autocast: torch.dtype | None, budget: int, padded_pairs: int, wanted: Sequence[str]) -> dict[str, Way]:
     """Return the wanted sides over one model."""
-    module = RewardModule(model, autocast)
-    quadratic = module.quadratic_tokens
     device = next(model.parameters()).device
 
-    def engine_plan(pairs: Sequence[Pair], share: bool) -> list[tuple[list[int], Sequence[Any]]]:
-        groups = [make_group(pair, may_share=share, quadratic_tokens=quadratic) for pair in pairs]
+    def plan(pairs: Sequence[Pair], share: bool) -> list[tuple[list[int], Sequence[Any]]]:
+        groups = [Group(pair, common_prefix_tokens(pair) if share else 0, shared=True) for pair in pairs]
         return [(batch, [groups[i] for i in batch]) for batch in plan_batches(groups, budget)]
 
-    def engine_rewards(groups: Sequence[Group]) -> torch.Tensor:
-        rewards: torch.Tensor = module(pack(groups).to(device))
-        return rewards.view(-1, 2)
-
-    def flat_plan(pairs: Sequence[Pair], share: bool) -> list[tuple[list[int], Sequence[Any]]]:
-        groups = [Group(pair, common_prefix_tokens(pair), shared=share) for pair in pairs]
-        return [(batch, [groups[i] for i in batch]) for batch in _filled([group.computed_tokens for group in groups], budget)]
-
-    def flat_rewards(groups: Sequence[Group], flex: bool) -> torch.Tensor:
-        layout = lay_out(groups, _round_up(budget) if flex else 0).to(device)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            hidden = flat_hidden(model.base_model, layout, block_mask(layout) if flex else None)
-        return _head(model, hidden[layout.last]).view(-1, 2)
+    def rewards_by(attention: str) -> Callable[[Sequence[Group]], torch.Tensor]:
+        module = RewardModule(model, autocast, attention=attention)
+        return lambda groups: module(pack(groups).to(device)).view(-1, 2)
 
     def padded_plan(pairs: Sequence[Pair]) -> list[tuple[list[int], Sequence[Any]]]:
         size = padded_pairs or _pairs_that_fill(pairs, budget)
@@ -192,38 +186,23 @@ def ways_of(model: Any, autocast: torch.dtype | None, budget: int, padded_pairs:
         ids, mask = np.zeros((len(sequences), longest), dtype=np.int64), np.zeros((len(sequences), longest), dtype=np.int64)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+        last = torch.from_numpy(mask.sum(axis=1) - 1).to(device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            logits = model(input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device), use_cache=False).logits
-        rewards: torch.Tensor = logits.float().view(2, -1).T
+            hidden = model.base_model(
+                input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device), use_cache=False
+            ).last_hidden_state
+        rewards: torch.Tensor = _head(model, hidden[torch.arange(len(last), device=device), last]).view(2, -1).T
         return rewards
 
     ways = {
-        ENGINE_SDPA: Way("sdpa", partial(engine_plan, share=True), engine_rewards),
-        ENGINE_VARLEN: Way(VARLEN, partial(flat_plan, share=True), partial(flat_rewards, flex=False)),
-        ENGINE_FLEX: Way(FLEX, partial(flat_plan, share=True), partial(flat_rewards, flex=True)),
-        PADDING_FREE: Way(VARLEN, partial(flat_plan, share=False), partial(flat_rewards, flex=False)),
-        ROWS: Way("sdpa", partial(engine_plan, share=False), engine_rewards),
+        ENGINE: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by("auto")),
+        ENGINE_BLOCKS: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by(BLOCKS)),
+        ENGINE_VARLEN: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by(VARLEN)),
+        ENGINE_FLEX: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by(FLEX)),
+        PADDING_FREE: Way(IMPLEMENTATION, partial(plan, share=False), rewards_by("auto")),
         PADDED: Way("sdpa", padded_plan, padded_rewards),
     }
     return {name: way for name, way in ways.items() if name in wanted}
-
-
-def _filled(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut indices, in order, into runs whose sizes add up to at most the budget; one that exceeds it is a run of its own."""
-    batch: list[int] = []
-    total = 0
-    for index, size in enumerate(sizes):
-        if batch and total + size > budget:
-            yield batch
-            batch, total = [], 0
-        batch.append(index)
-        total += size
-    if batch:
-        yield batch
-
-
-def _round_up(tokens: int) -> int:
-    return -(-tokens // BLOCK) * BLOCK
 
 
 def _pairs_that_fill(pairs: Sequence[Pair], budget: int) -> int:
@@ -301,8 +280,7 @@ def useful_flops(model: Any, groups: Sequence[Group]) -> float:
     config = model.config
     weights = sum(module.weight.numel() for module in model.base_model.modules() if isinstance(module, nn.Linear))
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shared = [Group(group.sequences, group.prefix_tokens, shared=True) for group in groups]
-    visible_pairs = sum(lay_out([group]).visible_pairs for group in shared)
+    visible_pairs = sum(RowAttention(pack([group]).segments, torch.device("cpu")).visible_pairs for group in groups)
     tokens = sum(group.unique_tokens for group in groups)
     return float(2 * weights * tokens + 4 * config.num_hidden_layers * config.num_attention_heads * head_size * visible_pairs)
 
@@ -314,6 +292,7 @@ def check(config: Any, device: torch.device, wanted: Sequence[str]) -> tuple[dic
     pairs = make_pairs(lengths, config.vocab_size, seed=1)
     exact = make_model(few, torch.float32, device)
     rough = make_model(few, torch.float32, device).bfloat16()
+    rough.score.float()
     alone, alone_rough = (Way("sdpa", lambda pairs: [(list(range(len(pairs))), pairs)], partial(_alone, model)) for model in (exact, rough))
     expected, slope = _evaluate(exact, alone, pairs)
     base = _errors(_evaluate(rough, alone_rough, pairs), expected, slope)
@@ -479,19 +458,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: this process sees no CUDA device; --device cpu --tiny tries the script out without one", file=sys.stderr)
         return 2
-    register()
     described = machine()
     config = configuration(arguments.shape, arguments.layers)
-    kernel_error = check_kernel(device)
-    kernel_wrong = kernel_error is not None and not kernel_error <= KERNEL_TOLERANCE
-    wrong = [f"the variable-length kernel is off by {kernel_error:.3f} from its meaning; its sides are left out"] if kernel_wrong else []
+    kernel_error = check_varlen(device)
+    kernel_wrong = kernel_error is not None and not kernel_error <= VARLEN_TOLERANCE
+    wrong = [f"the variable-length kernel is off by {kernel_error:.3f} from its meaning; it is left out"] if kernel_wrong else []
     wanted = arguments.sides.split(";") if arguments.sides else list(ALL)
     if unknown := [name for name in wanted if name not in ALL]:
         print(f"error: no such side: {', '.join(unknown)}; there are {'; '.join(ALL)}", file=sys.stderr)
         return 2
-    if device.type == "cuda" and (varlen_kernel() is None or kernel_wrong):
-        print(f"no variable-length kernel that can be used (torch {torch.__version__}): its sides are left out")
-        wanted = [name for name in wanted if name not in (ENGINE_VARLEN, PADDING_FREE)]
+    if device.type == "cpu" or varlen_kernel() is None or kernel_wrong:
+        print(f"no variable-length kernel that can be used (torch {torch.__version__}): it is left out")
+        wanted = [name for name in wanted if name != ENGINE_VARLEN]
     if device.type == "cpu" and arguments.mode == "train":
         wanted = [name for name in wanted if name != ENGINE_FLEX]
     checks, bad = check(config, device, wanted)
@@ -502,10 +480,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     report(result)
     wrong += bad + [f"{name}: a reward or a loss is not finite" for name, one in result["sides"].items() if not one["finite"]]
     gates = []
-    best = max((result["sides"][name]["pairs_per_second"] for name in SHARING if name in result["sides"]), default=0.0)
-    for name in (PADDED, PADDING_FREE, ROWS):
-        if best and name in result["sides"]:
-            gates.append(Gate(f"best engine / {name}", best / result["sides"][name]["pairs_per_second"], 1.0))
+    sides = result["sides"]
+    if ENGINE in sides and device.type == "cuda":
+        mine = sides[ENGINE]["pairs_per_second"]
+        least_mfu = 0.45 if arguments.mode == "train" else 0.55
+        if arguments.shape != "tiny":
+            gates.append(Gate("engine's MFU on unique tokens", sides[ENGINE]["mfu"], least_mfu))
+        for name, bound in ((PADDED, 2.5), (PADDING_FREE, 1.0), (ENGINE_BLOCKS, 0.98), (ENGINE_VARLEN, 0.98), (ENGINE_FLEX, 0.98)):
+            if name in sides:
+                gates.append(Gate(f"engine / {name}", mine / sides[name]["pairs_per_second"], bound))
     return finish("gpu_reward", {"machine": described, "checks": checks, "kernel_error": kernel_error, **result}, gates, wrong, arguments)
 
 

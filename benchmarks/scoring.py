@@ -11,11 +11,11 @@ Sides:
   `AutoModelForSequenceClassification`, then the rejected ones, each batch padded on the left to its longest, no cache, no gradients;
 - sorted, 8: all conversations sorted by length, 8 a batch, padded;
 - sorted, budget: sorted by length, as many a batch as fit the engine's token budget, padded;
-- rows without sharing: the engine's own planner with sharing off and the same budget (least padding, plain causal attention);
+- without sharing: the engine itself, every conversation a prompt of its own: padding-free rows, our attention, nothing shared;
 - padding-free: whole conversations one after another in one row of the budget, positions restarting, block-diagonal mask (transformers' own
   padding-free input);
 - limit, one row / limit, short rows: plain forward passes of full rows of the same model, nothing masked or padded, as many tokens as the data has
-  unique ones; one row of the budget, or rows as long as the data's mean row. The faster of the two is the limit.
+  unique ones; one row of the budget, or rows as long as a prompt's mean of unique tokens. The faster of the two is the limit.
 
 A pair is a chosen and a rejected conversation; RM-Bench has three of them to a prompt, paired as its own code pairs them.
 """
@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from benchmarks._common import (
     SHARED_DATA,
@@ -49,7 +48,7 @@ from benchmarks._data import Item, Tokens, load_items
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import SynprefError
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer
-from synpref_ray.reward.packing import Group, make_group, packing_stats, plan_batches
+from synpref_ray.reward.packing import make_group, packing_stats, plan_batches
 from synpref_ray.reward.pair_groups import group_pairs
 from synpref_ray.reward.render import choose_pad_token
 from synpref_ray.reward.scorer import score_groups
@@ -57,7 +56,7 @@ from synpref_ray.reward.scorer import score_groups
 Scores = npt.NDArray[np.float32]
 
 ENGINE, REWARD_BENCH, SORTED, BUDGET = "engine", "reward-bench", "sorted, 8", "sorted, budget"
-ROWS, PADDING_FREE, LIMIT_ROW, LIMIT_ROWS = "rows without sharing", "padding-free", "limit, one row", "limit, short rows"
+ROWS, PADDING_FREE, LIMIT_ROW, LIMIT_ROWS = "without sharing", "padding-free", "limit, one row", "limit, short rows"
 PEERS = (REWARD_BENCH, SORTED, BUDGET, ROWS, PADDING_FREE)
 LIMITS = (LIMIT_ROW, LIMIT_ROWS)
 BATCH_SEQUENCES = 8  # reward-bench's default
@@ -67,22 +66,18 @@ Scorer = Callable[[Sequence[Item]], Scores]
 
 
 class Models:
-    """One set of weights behind two faces: the engine's module, and the plain classification model that the peers call."""
+    """One set of weights behind two faces: the engine's module, and the plain classification model that the peers and the limit call."""
 
     def __init__(self, folder: str, dtype: str, pad_id: int):
         torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
-        loaded = load_backbone_with_head(folder, dtype, new_head=True)
+        plain, loaded = (load_backbone_with_head(folder, dtype, new_head=True) for _ in range(2))
         with torch.no_grad():
             loaded.score.weight.copy_(loaded.score.weight.to(torch_dtype).float())  # the peers' head has the backbone's dtype: the same values
-        self.engine = RewardModule(loaded).eval()
-        with torch.device("meta"):
-            plain = AutoModelForSequenceClassification.from_config(loaded.config)  # type: ignore[no-untyped-call]
-        plain.model = loaded.model
-        plain.score = torch.nn.Linear(loaded.config.hidden_size, 1, bias=False, dtype=torch_dtype)
-        plain.score.weight = torch.nn.Parameter(loaded.score.weight.detach().to(torch_dtype))
+        plain.score.to(torch_dtype)
         plain.config.pad_token_id = pad_id
+        self.engine = RewardModule(loaded).eval()
         self.plain: Any = plain.eval()
-        self.backbone: Any = loaded.model
+        self.backbone: Any = plain.model
 
 
 def engine_scores(module: RewardModule, items: Sequence[Item], max_tokens: int) -> Scores:
@@ -105,8 +100,8 @@ def engine_scores(module: RewardModule, items: Sequence[Item], max_tokens: int) 
 
 
 def unshared_scores(module: RewardModule, items: Sequence[Item], max_tokens: int) -> Scores:
-    """The same planner and loop, every conversation a row and a group of its own."""
-    groups = [make_group([sequence], may_share=False) for item in items for sequence in item.sequences]
+    """The same planner and loop, every conversation a group of its own."""
+    groups = [make_group([sequence]) for item in items for sequence in item.sequences]
     return np.concatenate(score_groups(module, groups, max_tokens))
 
 
@@ -219,15 +214,13 @@ def float32_errors(models: Models, items: Sequence[Item], pad_id: int, max_token
 def measure(name: str, models: Models, stopwatch: Stopwatch, items: Sequence[Item], arguments: Any, pad_id: int) -> dict[str, Any]:
     """Time all sides on one set and return its figures."""
     budget = arguments.max_tokens
-    groups: list[Group] = [
-        make_group(item.sequences, may_share=models.engine.may_share, quadratic_tokens=models.engine.quadratic_tokens) for item in items
-    ]
+    groups = [make_group(item.sequences, may_share=models.engine.may_share) for item in items]
     stats = packing_stats(groups, plan_batches(groups, budget))
     packed = PackedForward(models).eval()
     stopwatch.attach(packed)
     scorers = scorers_of(models, packed, pad_id, budget)
     scores: dict[str, Scores] = {}
-    short = min(budget, max(1, stats.computed_tokens // sum(group.num_rows for group in groups)))
+    short = min(budget, max(1, stats.unique_tokens // len(groups)))
     dense = {LIMIT_ROW: dense_rows(items, budget, stats.unique_tokens), LIMIT_ROWS: dense_rows(items, short, stats.unique_tokens)}
     for scorer in scorers.values():
         scorer(items[: arguments.warm_up])

@@ -12,9 +12,9 @@ Sides:
   logging, evaluation and saving are off, the optimizer is its default (fused AdamW). Per-device batch (the rest is gradient accumulation)
   and order of the pairs come from a sweep, which the output records: `random` is its default, `group_by_length` its option, and `sorted`
   trains the pairs sorted by length over the whole sample, which is the most that `group_by_length` can do;
-- without sharing: the engine's loop with prefix sharing off (least padding, plain causal attention): what padding-free training does;
+- without sharing: the engine's loop with prefix sharing off, rows still without padding: what padding-free training does;
 - limit, one row / limit, short rows: forward and backward of full rows, nothing masked or padded, as many tokens as the optimizer step has unique
-  ones, and the engine's own optimizer step; one row of the budget, or rows as long as the data's mean row. The faster of the two is the limit.
+  ones, and the engine's own optimizer step; one row of the budget, or of a pair's mean of unique tokens. The faster is the limit.
 
 Before the rounds every side trains one step on the same 32 pairs from the same weights; their losses must agree.
 """
@@ -24,7 +24,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -39,7 +40,8 @@ from benchmarks._common import SHARED_DATA, Gate, Measurement, Side, Stopwatch, 
 from benchmarks._data import load_rendered, take_pairs
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, SynprefError
-from synpref_ray.reward.batch_store import write_window
+from synpref_ray.reward.attention import IMPLEMENTATION, use_attention
+from synpref_ray.reward.batch_store import PlannedStep, write_window
 from synpref_ray.reward.checkpoints import TrainingFolder
 from synpref_ray.reward.engine import PlainEngine
 from synpref_ray.reward.model import RewardModule, load_tokenizer
@@ -49,7 +51,7 @@ from synpref_ray.reward.tokenise import TokensInMemory, token_table
 from synpref_ray.reward.trainer import TrainingRun, build_module
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.reward.training_data import PairCounts, TrainingData, batch_spec
-from synpref_ray.reward.training_plan import plan_window, plan_windows
+from synpref_ray.reward.training_plan import microbatches, plan_window, plan_windows
 from synpref_ray.tables.storage import Storage
 
 ENGINE, TRL, ROWS, LIMIT_ROW, LIMIT_ROWS = "engine", "TRL", "without sharing", "limit, one row", "limit, short rows"
@@ -57,19 +59,8 @@ LIMITS = (LIMIT_ROW, LIMIT_ROWS)
 LOSS_TOLERANCE = 0.02  # relative: TRL's head and reward are bfloat16, a loss near 0.7 then moves by some thousandths
 
 
-class WithoutSharing(RewardModule):
-    """The engine's module for rows of single conversations."""
-
-    @property
-    def may_share(self) -> bool:
-        return False
-
-
 class TimedEngine(PlainEngine):
-    """`PlainEngine` whose forward and backward passes and optimizer steps are timed; what is left is the host's share.
-
-    `module` may be exchanged for another one around the same model, so that weights and optimizer state exist once.
-    """
+    """`PlainEngine` whose forward and backward passes and optimizer steps are timed; what is left is the host's share."""
 
     def __init__(self, module: RewardModule, config: TrainConfig, stopwatch: Stopwatch):
         super().__init__(module, config)
@@ -87,23 +78,33 @@ class TimedEngine(PlainEngine):
         return self.stopwatch.around(self.optimizer_stopwatch.around(super().step))(learning_rate_factor)
 
 
-def run_engine(module: RewardModule, engine: PlainEngine, pairs: RenderedPairs, config: TrainConfig) -> tuple[float, float]:
+def run_engine(module: RewardModule, engine: PlainEngine, pairs: RenderedPairs, config: TrainConfig, *, share: bool = True) -> tuple[float, float]:
     """Plan the batches, write them, and train on them once with the engine's own loop; return loss and gradient norm of the first step."""
+    use_attention(module.model, IMPLEMENTATION)
     with tempfile.TemporaryDirectory() as scratch:
         storage, spec = Storage(scratch), batch_spec(config, module.row_layout(config.max_tokens_per_microbatch))
         shards = TokensInMemory(token_table(pairs, pairs.pair_ids))
         windows = plan_windows(len(pairs), spec)
         for window in windows:
-            write_window(storage, "batches", window.number, plan_window(shards, window, spec))
+            steps = plan_window(shards, window, spec)
+            write_window(storage, "batches", window.number, steps if share else _unshared(steps, config.max_tokens_per_microbatch))
         data = TrainingData(storage, "batches", len(windows), PairCounts(len(pairs)), None, PairCounts(), "")
         run = TrainingRun(module, data, config, engine, TrainingFolder(storage, "run"), write_weights=lambda folder, weights: None)
         run.run()
     return run.steps[0].loss, run.steps[0].grad_norm
 
 
+def _unshared(steps: Iterator[PlannedStep], max_tokens: int) -> Iterator[PlannedStep]:
+    """Return the same steps with every conversation whole."""
+    for step in steps:
+        groups = [replace(group, group=replace(group.group, prefix_tokens=0)) for batch in step.batches for group in batch]
+        yield replace(step, batches=microbatches(groups, max_tokens))
+
+
 def run_limit(module: RewardModule, engine: TimedEngine, steps: Sequence[Sequence[torch.Tensor]]) -> Mapping[str, float]:
     """Forward and backward of full rows and an optimizer step, for each step's micro-batches of token ids (rows, tokens)."""
     module.train()
+    use_attention(module.model, "sdpa")
     engine.optimizer_stopwatch.take()
     for micro_batches in steps:
         num_rows = sum(len(ids) for ids in micro_batches)
@@ -353,17 +354,17 @@ def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, argu
     )
     stopwatch = Stopwatch()
     module = build_module(config)
-    unshared = WithoutSharing(module.model, torch.bfloat16)
     first = take_pairs(pairs, list(range(arguments.global_batch_pairs)))
     first_step: dict[str, tuple[float, float]] = {}
     start_weights = copy.deepcopy(module.model.state_dict())
-    for side, some in ((ENGINE, module), (ROWS, unshared)):
-        first_step[side] = run_engine(some, PlainEngine(some, config), first, config)
+    for side in (ENGINE, ROWS):
+        first_step[side] = run_engine(module, PlainEngine(module, config), first, config, share=side == ENGINE)
         module.model.load_state_dict(start_weights)
     with tempfile.TemporaryDirectory() as scratch:
         trl, sweep = None, []
         if not arguments.without_trl:
             model = copy.deepcopy(module.model)
+            use_attention(model, "sdpa")
             model.config.pad_token_id = pad_id
             trl = TrlSide(model, tokenizer, arguments.global_batch_pairs, stopwatch, scratch)
             batches, orders = [int(batch) for batch in arguments.trl_batches.split(",")], arguments.trl_orders.split(",")
@@ -372,9 +373,9 @@ def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, argu
             sweep = sweep_trl(trl, pairs, batches, orders, arguments.steps)
         del start_weights
         engine = TimedEngine(module, config, stopwatch)
-        groups = [make_group(pairs.sequences(i), may_share=module.may_share, quadratic_tokens=module.quadratic_tokens) for i in range(len(pairs))]
+        groups = [make_group(pairs.sequences(i), may_share=module.may_share) for i in range(len(pairs))]
         stats = packing_stats(groups, plan_batches(groups, arguments.max_tokens))
-        short = min(arguments.max_tokens, stats.computed_tokens // sum(group.num_rows for group in groups))
+        short = min(arguments.max_tokens, stats.unique_tokens // len(groups))
         dense = {
             side: dense_steps(pairs, row_tokens, stats.unique_tokens, arguments.steps, arguments.max_tokens)
             for side, row_tokens in ((LIMIT_ROW, arguments.max_tokens), (LIMIT_ROWS, short))
@@ -382,9 +383,9 @@ def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, argu
         for steps in dense.values():  # warm-up; the other sides have run already
             run_limit(module, engine, [steps[0][:1]])
         sides: dict[str, Side] = {
-            ENGINE: partial(_engine_round, module, engine, pairs, config),
+            ENGINE: partial(_engine_round, module, engine, pairs, config, share=True),
             **({TRL: partial(trl.train, pairs, sweep[0]["batch_pairs"], sweep[0]["order"])} if trl is not None else {}),
-            ROWS: partial(_engine_round, unshared, engine, pairs, config),
+            ROWS: partial(_engine_round, module, engine, pairs, config, share=False),
             **{side: partial(run_limit, module, engine, steps) for side, steps in dense.items()},
         }
         rounds = interleave(sides, arguments.rounds, stopwatch, say=lambda line: print(line, flush=True))
@@ -399,10 +400,9 @@ def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, argu
     }
 
 
-def _engine_round(module: RewardModule, engine: TimedEngine, pairs: RenderedPairs, config: TrainConfig) -> Mapping[str, float]:
-    engine.module = module
+def _engine_round(module: RewardModule, engine: TimedEngine, pairs: RenderedPairs, config: TrainConfig, *, share: bool) -> Mapping[str, float]:
     engine.optimizer_stopwatch.take()
-    run_engine(module, engine, pairs, config)
+    run_engine(module, engine, pairs, config, share=share)
     return {"optimizer_seconds": engine.optimizer_stopwatch.take()}
 
 

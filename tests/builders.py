@@ -1,7 +1,12 @@
 """Small well-formed tables for tests."""
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from synpref_ray.reward.packing import Segment
 from synpref_ray.schema import POOL_SCHEMA, comparison_id, pair_id, prompt_group
 
 
@@ -25,3 +30,16 @@ def make_pairs(count: int, topic: str = "tea") -> pa.Table:
             }
         )
     return pa.Table.from_pylist(rows, schema=POOL_SCHEMA)
+
+
+def visible(segments: Sequence[Segment], window: int | None = None) -> npt.NDArray[np.bool_]:
+    """Return the dense mask that segments stand for, shape (T, T): [query, key]; token by token, from the definition."""
+    size = segments[-1].stop
+    mask = np.zeros((size, size), dtype=bool)
+    position = np.zeros(size, dtype=int)
+    for segment in segments:
+        for place, token in enumerate(range(segment.start, segment.stop)):
+            position[token] = segment.prefix_stop - segment.prefix + place
+            for key in (*range(segment.prefix, segment.prefix_stop), *range(segment.start, token + 1)):
+                mask[token, key] = window is None or position[token] - position[key] < window
+    return mask

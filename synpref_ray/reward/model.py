@@ -12,16 +12,16 @@ import contextlib
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from synpref_ray.errors import ConfigError, InputError
-from synpref_ray.reward.packing import PADDING, PackedBatch, attention_mask
+from synpref_ray.reward.attention import IMPLEMENTATION, AttentionChoice, RowAttention, use_attention
+from synpref_ray.reward.packing import PackedBatch
 from synpref_ray.reward.pair_groups import RowLayout
 
 logger = logging.getLogger(__name__)
@@ -31,67 +31,53 @@ HEAD_INIT_STD = 0.02  # ours: zero did not learn in a trial, normal 0.02 did (Sm
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest position in the batch
 
 
-class MaskLayout(Enum):
-    """How an architecture takes a ready-made attention mask, if we know it to take one."""
-
-    ONE_MASK = "one mask for all layers"
-    BY_LAYER_TYPE = "a dict of masks, full_attention and sliding_attention"
-    NONE = "unknown: prefixes are not shared"
-
-
 ONE_MASK_MODELS = {"llama", "mistral"}
-BY_LAYER_TYPE_MODELS = {"qwen2", "qwen3", "gemma2", "gemma3_text"}
+MASK_BY_LAYER_TYPE_MODELS = {"qwen2", "qwen3", "gemma2", "gemma3_text"}
 
 
-def mask_layout(config: Any) -> MaskLayout:
-    """Say whether, and how, transformers' model of this config lets us decide which token sees which.
+def may_share(config: Any) -> bool:
+    """Say whether transformers' model of this config lets us decide which token sees which, so that replies can share their prompt.
 
-    Read in transformers 5.19: a 4D mask passes through untouched everywhere, but only the architectures listed here use nothing else to
-    decide (no chunks, recurrent layers, bidirectional text or batch-dependent rotary scaling) and are tested against separate scoring.
+    Read in transformers 5.19: the architectures listed here attend through the attention interface with a scale, a window and a soft cap, use
+    nothing else to decide (no chunks, recurrent layers, bidirectional text or batch-dependent rotary scaling), and are tested against separate
+    scoring.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope] if "rope_type" in rope else [inner for inner in rope.values() if isinstance(inner, dict)]
     if any(inner.get("rope_type", "default") not in STATIC_ROPE for inner in ropes):
-        return MaskLayout.NONE
+        return False
     if getattr(config, "use_bidirectional_attention", False):
-        return MaskLayout.NONE
-    if config.model_type in ONE_MASK_MODELS:
-        return MaskLayout.ONE_MASK
-    if config.model_type in BY_LAYER_TYPE_MODELS:
-        known = set(config.layer_types) <= {"full_attention", "sliding_attention"}
-        return MaskLayout.BY_LAYER_TYPE if known else MaskLayout.NONE
-    return MaskLayout.NONE
+        return False
+    known = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+    return config.model_type in ONE_MASK_MODELS or (config.model_type in MASK_BY_LAYER_TYPE_MODELS and known)
 
 
 class RewardModule(nn.Module):
-    """Packed micro-batches in, float32 rewards out: what the trainer and the scorer share."""
+    """Packed micro-batches in, float32 rewards out: what the trainer and the scorer share.
 
-    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None):
+    The model given attends over packed rows from now on, where its architecture allows (`attention.use_attention` makes it plain again), in one
+    of `attention.WAYS`; "auto" is blocks on a CPU and the fastest one on a GPU.
+    """
+
+    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None, *, attention: str = "auto"):
         super().__init__()
         self.model = model
-        self.layout = mask_layout(model.config)
+        self.may_share = may_share(model.config)
         self._autocast_dtype = autocast_dtype
+        self._attention = AttentionChoice(model.config, attention)
         self._checkpointed: list[Any] = []
         self._checkpointing_min_tokens = 0
-
-    @property
-    def may_share(self) -> bool:
-        """Whether micro-batches may hold shared rows."""
-        return self.layout is not MaskLayout.NONE
-
-    @property
-    def quadratic_tokens(self) -> float:
-        """Row length at which masked attention costs as much as the linear layers of the backbone (see `packing.make_group`)."""
-        return _quadratic_tokens(self.model.config, self.num_linear_weights)
+        if self.may_share:
+            use_attention(model, IMPLEMENTATION)
 
     @property
     def num_linear_weights(self) -> int:
         """Weights of the backbone's linear layers: a forward pass costs twice as many floating-point operations a token, attention aside."""
-        return _num_linear_weights(self.model.base_model)
+        return sum(module.in_features * module.out_features for module in self.model.base_model.modules() if isinstance(module, nn.Linear))
 
-    def row_layout(self, max_row_tokens: int) -> RowLayout:
+    def row_layout(self, max_group_tokens: int) -> RowLayout:
         """Return how rows may be laid out for this model."""
-        return RowLayout(self.may_share, self.quadratic_tokens, max_row_tokens)
+        return RowLayout(self.may_share, max_group_tokens)
 
     def checkpoint_gradients(self, min_tokens: int) -> None:
         """Recompute activations in the backward pass, for micro-batches of at least `min_tokens` tokens (padding included)."""
@@ -113,45 +99,23 @@ class RewardModule(nn.Module):
         return rewards
 
     def _attention_arguments(self, batch: PackedBatch) -> dict[str, Any]:
-        if self.layout is MaskLayout.NONE:
-            return {"attention_mask": (batch.branches != PADDING).long()}
-        if not batch.shares:
-            return {}  # rows are single sequences padded on the right: plain causal attention never sees the padding
+        if not batch.segments:
+            return {"attention_mask": batch.attention_mask}
+        device, dtype = batch.input_ids.device, self._autocast_dtype or self.model.dtype
+        way = self._attention.of(batch.segments, device, dtype, trains=torch.is_grad_enabled())
+        no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # in the shape that transformers hands on as it is
         config = self.model.config
-        window = getattr(config, "sliding_window", None)
-        if self.layout is MaskLayout.ONE_MASK:
-            return {"attention_mask": self._mask(batch, window), "position_ids": batch.positions}
-        windows = {"full_attention": None, "sliding_attention": window}
-        masks = {kind: self._mask(batch, windows[kind]) for kind in set(config.layer_types)}
-        return {"attention_mask": masks, "position_ids": batch.positions}
-
-    def _mask(self, batch: PackedBatch, window: int | None) -> torch.Tensor:
-        allowed = attention_mask(batch, window=window)
-        if self.model.config._attn_implementation == "sdpa":
-            return allowed
-        dtype = self._autocast_dtype or self.model.dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+        masks = no_mask if config.model_type in ONE_MASK_MODELS else dict.fromkeys(config.layer_types, no_mask)
+        return {"attention_mask": masks, "position_ids": batch.positions, "row": RowAttention(batch.segments, device, way)}
 
 
-def read_row_layout(path: str, max_row_tokens: int) -> RowLayout:
+def read_row_layout(path: str, max_group_tokens: int) -> RowLayout:
     """Return how rows may be laid out for the model in a folder, from its config alone; equal to `RewardModule.row_layout`.
 
     Raises:
         InputError: no such model.
     """
-    config = _read_config(path)
-    with torch.device("meta"):
-        backbone = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    return RowLayout(mask_layout(config) is not MaskLayout.NONE, _quadratic_tokens(config, _num_linear_weights(backbone)), max_row_tokens)
-
-
-def _num_linear_weights(backbone: nn.Module) -> int:
-    return sum(module.in_features * module.out_features for module in backbone.modules() if isinstance(module, nn.Linear))
-
-
-def _quadratic_tokens(config: Any, num_linear_weights: int) -> float:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return float(num_linear_weights / (2 * config.num_hidden_layers * config.num_attention_heads * head_dim))
+    return RowLayout(may_share(_read_config(path)), max_group_tokens)
 
 
 def _read_config(path: str) -> Any:

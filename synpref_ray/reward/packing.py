@@ -1,16 +1,20 @@
 """Prefix-shared rows and token-budget micro-batches: the core of the speed, one module for trainer and scorer.
 
-The replies of one prompt follow the same tokens: compute those once. A shared row is `[prefix | rest of reply 1 | rest of reply 2 | ...]`,
-where the prefix is the longest common *token* prefix of the whole renderings (templates differ in the last turn, and BPE merges across the
-border). Positions restart after the prefix in every branch, and branches do not see each other, so that every reward equals that of its
-sequence alone, up to float error. Our choice throughout; the paper says nothing about batching.
+The replies of one prompt follow the same tokens: compute those once. A micro-batch is one flat row without padding, in which the replies of
+every prompt are `[prefix | rest of reply 1 | rest of reply 2 | ...]`; the prefix is the longest common *token* prefix of the whole renderings
+(templates differ in the last turn, and BPE merges across the border). Each of these parts is a *segment*: its tokens see the prefix that it
+follows, and its own tokens so far, so positions restart after the prefix and every reward equals that of its sequence alone, up to float
+error (`attention` computes that). Architectures that do not let us decide which token sees which get a padded row for every reply. Our choice
+throughout; the paper says nothing about batching.
 
 Shape legend: G groups (one prompt each), S sequences (replies, group after group), B rows of a micro-batch, T tokens of its longest row.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,29 +22,16 @@ import torch
 
 Tokens = npt.NDArray[np.int32]
 
-PADDING = -1
-PREFIX = 0
-BATCH_OVERHEAD_TOKENS = 48  # ours: about what one more forward pass costs, in tokens of work; decides only where rows are cut
+BATCH_OVERHEAD_TOKENS = 48  # ours: about what one more forward pass costs, in tokens of work; decides only where padded rows are cut
 
 
 @dataclass(frozen=True)
 class Group:
-    """The replies of one prompt, tokenised whole, and how they are laid out: one shared row, or a row for each reply."""
+    """The replies of one prompt, tokenised whole, and how they are laid out: as segments of a flat row, or in a padded row each."""
 
     sequences: tuple[Tokens, ...]
     prefix_tokens: int
     shared: bool
-
-    @property
-    def num_rows(self) -> int:
-        return 1 if self.shared else len(self.sequences)
-
-    @property
-    def row_tokens(self) -> int:
-        """Length of the longest row."""
-        if not self.shared:
-            return max(len(sequence) for sequence in self.sequences)
-        return self.prefix_tokens + sum(len(sequence) - self.prefix_tokens for sequence in self.sequences)
 
     @property
     def unique_tokens(self) -> int:
@@ -49,36 +40,46 @@ class Group:
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens of all rows, padding aside."""
-        return self.row_tokens if self.shared else sum(len(sequence) for sequence in self.sequences)
+        """Tokens that go through the model, padding aside."""
+        return self.unique_tokens if self.shared else sum(len(sequence) for sequence in self.sequences)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Length of the longest sequence."""
+        return max(len(sequence) for sequence in self.sequences)
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens `start` to `stop` - 1 of a flat row; each sees tokens `prefix` to `prefix_stop` - 1, and its own segment up to itself.
+
+    Positions count on from the prefix. Prefixes and whole sequences are segments too; they follow nothing, and `prefix` = `prefix_stop`.
+    """
+
+    start: int
+    stop: int
+    prefix: int
+    prefix_stop: int
 
 
 @dataclass(frozen=True)
 class PackedBatch:
     """One micro-batch as tensors.
 
-    `branches` says for each token which branch of its row it belongs to: PREFIX, 1, 2, ..., or PADDING. `last_rows` and `last_columns` find
-    the last token of every sequence, in the order of the groups and of the replies inside them. `shares` is false when every row is one
-    sequence.
+    `last_rows` and `last_columns` find the last token of every sequence, in the order of the groups and of the replies inside them.
+    `segments` covers a flat row (B = 1) from its first token to its last; it is empty where every row is one sequence, padded on the right.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
     positions: torch.Tensor  # (B, T) int64
-    branches: torch.Tensor  # (B, T) int16
+    attention_mask: torch.Tensor  # (B, T) int64, 0 for padding
     last_rows: torch.Tensor  # (S,) int64
     last_columns: torch.Tensor  # (S,) int64
-    shares: bool
+    segments: tuple[Segment, ...]
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on `device`."""
-        return PackedBatch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            branches=self.branches.to(device, non_blocking=True),
-            last_rows=self.last_rows.to(device, non_blocking=True),
-            last_columns=self.last_columns.to(device, non_blocking=True),
-            shares=self.shares,
-        )
+        names = ("input_ids", "positions", "attention_mask", "last_rows", "last_columns")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
@@ -111,38 +112,59 @@ def common_prefix_tokens(sequences: Sequence[Tokens]) -> int:
     return length
 
 
-def make_group(sequences: Sequence[Tokens], *, may_share: bool = True, quadratic_tokens: float = float("inf")) -> Group:
-    """Lay out the replies of one prompt, sharing their prefix where that is cheaper.
-
-    `quadratic_tokens` is the row length at which attention costs as much as everything else: a row of L tokens costs
-    L + L^2 / quadratic_tokens. A shared row is longer than separate ones, so a short prefix before long replies is not shared.
-    """
+def make_group(sequences: Sequence[Tokens], *, may_share: bool = True) -> Group:
+    """Lay out the replies of one prompt: with their common prefix once, where the architecture allows it (`model.may_share`)."""
     if not sequences or any(len(sequence) == 0 for sequence in sequences):
         raise ValueError("a group needs at least one sequence, and no sequence may be empty")
-    prefix = common_prefix_tokens(sequences)
-    shared = Group(tuple(sequences), prefix, shared=True)
-    separate_cost = sum(row_cost(len(sequence), quadratic_tokens) for sequence in sequences)
-    pays = len(sequences) > 1 and row_cost(shared.row_tokens, quadratic_tokens) < separate_cost
-    return shared if may_share and pays else Group(tuple(sequences), prefix, shared=False)
+    return Group(tuple(sequences), common_prefix_tokens(sequences), shared=may_share)
 
 
-def row_cost(num_tokens: int, quadratic_tokens: float) -> float:
-    """Return what a row costs, in tokens of work; `quadratic_tokens` as in `make_group`."""
-    return num_tokens + num_tokens * num_tokens / quadratic_tokens
+def batch_tokens(groups: Iterable[Group]) -> int:
+    """Return how many tokens the model processes for a micro-batch of these groups, padding included."""
+    groups = list(groups)
+    if all(group.shared for group in groups):
+        return sum(group.unique_tokens for group in groups)
+    return sum(len(group.sequences) for group in groups) * max(group.longest_tokens for group in groups)
 
 
 def plan_batches(groups: Sequence[Group], max_tokens: int, *, overhead_tokens: int = BATCH_OVERHEAD_TOKENS) -> list[list[int]]:
-    """Cut groups into micro-batches of at most `max_tokens` tokens, padding included, so that padding plus overhead is least.
+    """Cut groups into micro-batches of at most `max_tokens` tokens, padding included.
 
-    Groups are sorted by row length first (ties by index, so the plan depends on the lengths alone), longest first: if a batch does not fit
-    in memory, the first one says so. A group is never split; one that exceeds the budget alone is a batch of its own.
+    Flat rows: as few micro-batches as fit, their tokens about even. Padded rows: sorted by length and cut so that padding, plus
+    `overhead_tokens` a micro-batch, is least. A group is never split; one that exceeds the budget alone is a batch of its own. Ties go to the
+    lower index, so the plan depends on the lengths alone.
 
     Returns:
-        Indices into `groups`, each exactly once.
+        Indices into `groups`, each exactly once; the batch with most tokens first: if one does not fit in memory, the first one says so.
     """
-    order = sorted(range(len(groups)), key=lambda i: (-groups[i].row_tokens, i))
-    rows = [groups[i].num_rows for i in order]
-    lengths = [groups[i].row_tokens for i in order]
+    if all(group.shared for group in groups):
+        plan = _plan_flat([group.unique_tokens for group in groups], max_tokens)
+    else:
+        plan = _plan_padded(groups, max_tokens, overhead_tokens)
+    return sorted(plan, key=lambda batch: (-batch_tokens(groups[i] for i in batch), batch))
+
+
+def _plan_flat(tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Deal groups, largest first, to the micro-batch with fewest tokens; one more micro-batch where that does not fit."""
+    order = sorted(range(len(tokens)), key=lambda i: (-tokens[i], i))
+    num_batches = -(-sum(tokens) // max_tokens)
+    loads = [(0, number) for number in range(num_batches)]
+    batches: list[list[int]] = [[] for _ in loads]
+    for index in order:
+        load, number = heapq.heappop(loads)
+        if load and load + tokens[index] > max_tokens:
+            heapq.heappush(loads, (load, number))
+            load, number = 0, len(batches)
+            batches.append([])
+        batches[number].append(index)
+        heapq.heappush(loads, (load + tokens[index], number))
+    return [batch for batch in batches if batch]
+
+
+def _plan_padded(groups: Sequence[Group], max_tokens: int, overhead_tokens: int) -> list[list[int]]:
+    order = sorted(range(len(groups)), key=lambda i: (-groups[i].longest_tokens, i))
+    rows = [len(groups[i].sequences) for i in order]
+    lengths = [groups[i].longest_tokens for i in order]
     # best[j]: least cost of the first j groups in order; the batch that ends before j starts at cut[j].
     best = [0.0] + [float("inf")] * len(order)
     cut = [0] * (len(order) + 1)
@@ -163,65 +185,64 @@ def plan_batches(groups: Sequence[Group], max_tokens: int, *, overhead_tokens: i
 
 
 def pack(groups: Sequence[Group], pad_id: int = 0) -> PackedBatch:
-    """Lay groups out as one micro-batch of tensors, padded on the right. The pad id fills; nothing ever looks for it."""
-    num_rows = sum(group.num_rows for group in groups)
-    shape = (num_rows, max(group.row_tokens for group in groups))
-    input_ids = np.full(shape, pad_id, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
-    branches = np.full(shape, PADDING, dtype=np.int16)
-    last: list[tuple[int, int]] = []
-    row = 0
+    """Lay groups out as one micro-batch of tensors: a flat row, or padded rows where a group must not share. Nothing ever looks for the pad id."""
+    return _pack_flat(groups) if all(group.shared for group in groups) else _pack_padded(groups, pad_id)
+
+
+def _pack_flat(groups: Sequence[Group]) -> PackedBatch:
+    parts: list[Tokens] = []
+    segments: list[Segment] = []
+    last: list[int] = []
+
+    def append(tokens: Tokens, prefix: int, prefix_stop: int) -> None:
+        start = segments[-1].stop if segments else 0
+        parts.append(tokens)
+        segments.append(Segment(start, start + len(tokens), prefix, prefix_stop))
+
     for group in groups:
-        prefix = group.prefix_tokens if group.shared else 0
-        column = prefix
-        if prefix:
-            input_ids[row, :prefix] = group.sequences[0][:prefix]
-            positions[row, :prefix] = np.arange(prefix)
-            branches[row, :prefix] = PREFIX
-        for number, sequence in enumerate(group.sequences, start=1):
-            start = column if group.shared else 0
-            end = start + len(sequence) - prefix
-            input_ids[row, start:end] = sequence[prefix:]
-            positions[row, start:end] = np.arange(prefix, len(sequence))
-            branches[row, start:end] = number if group.shared else PREFIX
-            last.append((row, end - 1 if end > start else prefix - 1))
-            column = end
-            row += 0 if group.shared else 1
-        row += 1 if group.shared else 0
-    last_rows, last_columns = zip(*last, strict=True)
+        start = stop = segments[-1].stop if segments else 0
+        if group.prefix_tokens:
+            append(group.sequences[0][: group.prefix_tokens], start, start)
+            stop += group.prefix_tokens
+        for sequence in group.sequences:
+            if len(sequence) > group.prefix_tokens:
+                append(sequence[group.prefix_tokens :], start, stop)
+            last.append((segments[-1].stop if len(sequence) > group.prefix_tokens else stop) - 1)
+    positions = [np.arange(s.prefix_stop - s.prefix, s.prefix_stop - s.prefix + s.stop - s.start) for s in segments]
+    input_ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
     return PackedBatch(
-        input_ids=torch.from_numpy(input_ids),
-        positions=torch.from_numpy(positions),
-        branches=torch.from_numpy(branches),
-        last_rows=torch.tensor(last_rows, dtype=torch.int64),
-        last_columns=torch.tensor(last_columns, dtype=torch.int64),
-        shares=any(group.shared for group in groups),
+        input_ids=input_ids,
+        positions=torch.from_numpy(np.concatenate(positions))[None],
+        attention_mask=torch.ones_like(input_ids),
+        last_rows=torch.zeros(len(last), dtype=torch.int64),
+        last_columns=torch.tensor(last, dtype=torch.int64),
+        segments=tuple(segments),
     )
 
 
-def attention_mask(batch: PackedBatch, *, window: int | None = None) -> torch.Tensor:
-    """Return which token may look at which, shape (B, 1, T, T), bool: [b, 0, query, key].
-
-    A token sees the prefix and its own branch up to its own *position*; with `window`, only the last `window` positions. Every token sees
-    itself, padding too, because a row of the softmax must not be empty.
-    """
-    branches, positions = batch.branches, batch.positions
-    query, key = branches[:, :, None], branches[:, None, :]
-    distance = positions[:, :, None] - positions[:, None, :]
-    allowed = ((key == query) | (key == PREFIX)) & (distance >= 0) & (key != PADDING)
-    if window is not None:
-        allowed &= distance < window
-    allowed |= torch.eye(branches.shape[1], dtype=torch.bool, device=branches.device)
-    return allowed[:, None]
+def _pack_padded(groups: Sequence[Group], pad_id: int) -> PackedBatch:
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    lengths = np.asarray([len(sequence) for sequence in sequences])
+    columns = np.arange(lengths.max())
+    real = columns < lengths[:, None]
+    input_ids = np.full(real.shape, pad_id, dtype=np.int64)
+    input_ids[real] = np.concatenate(sequences)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        positions=torch.from_numpy(np.where(real, columns, 0)),
+        attention_mask=torch.from_numpy(real.astype(np.int64)),
+        last_rows=torch.arange(len(sequences)),
+        last_columns=torch.from_numpy(lengths - 1),
+        segments=(),
+    )
 
 
 def packing_stats(groups: Sequence[Group], batches: Sequence[Sequence[int]]) -> PackingStats:
     """Count the tokens of a plan."""
-    padded = sum(sum(groups[i].num_rows for i in batch) * max(groups[i].row_tokens for i in batch) for batch in batches)
     planned = [groups[i] for batch in batches for i in batch]
     return PackingStats(
         sequence_tokens=sum(len(sequence) for group in planned for sequence in group.sequences),
         unique_tokens=sum(group.unique_tokens for group in planned),
         computed_tokens=sum(group.computed_tokens for group in planned),
-        padded_tokens=padded,
+        padded_tokens=sum(batch_tokens(groups[i] for i in batch) for batch in batches),
     )

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from synpref_ray.reward.packing import Group, Tokens, common_prefix_tokens, row_cost
+from synpref_ray.reward.packing import Group, Tokens, batch_tokens, make_group
 from synpref_ray.schema import pair_id
 
 Indices = npt.NDArray[np.int64]
@@ -24,10 +24,8 @@ class RowLayout:
     """How rows may be laid out for one model: what decides the plan, and nothing else."""
 
     may_share: bool
-    """Whether the architecture lets replies share a row (see `model.mask_layout`)."""
-    quadratic_tokens: float
-    """Row length at which attention costs as much as everything else."""
-    max_row_tokens: int
+    """Whether the architecture lets replies share a row (see `model.may_share`)."""
+    max_group_tokens: int
     """No group grows beyond this many tokens, padding included, by merging pairs; a single pair may still exceed it."""
 
 
@@ -110,20 +108,10 @@ class _Growing:
 
     def finish(self) -> PairGroup:
         pairs, chosen, rejected = zip(*self.members, strict=True)
-        return PairGroup(self.laid_out()[0], pairs, chosen, rejected)
+        return PairGroup(self.laid_out(), pairs, chosen, rejected)
 
-    def laid_out(self) -> tuple[Group, float]:
-        """Return the cheaper of the two ways to lay these sequences out, and its cost in tokens of work."""
-        layout = self._layout
-        prefix = common_prefix_tokens(self.sequences)
-        separate = Group(tuple(self.sequences), prefix, shared=False)
-        separate_cost = len(self.sequences) * row_cost(separate.row_tokens, layout.quadratic_tokens)
-        shared = Group(tuple(self.sequences), prefix, shared=True)
-        shared_cost = row_cost(shared.row_tokens, layout.quadratic_tokens)
-        alone = sum(row_cost(len(sequence), layout.quadratic_tokens) for sequence in self.sequences)
-        if layout.may_share and len(self.sequences) > 1 and shared_cost < alone:
-            return shared, shared_cost
-        return separate, separate_cost
+    def laid_out(self) -> Group:
+        return make_group(self.sequences, may_share=self._layout.may_share)
 
 
 def _merge(members: Sequence[tuple[int, Tokens, Tokens]], layout: RowLayout) -> Iterator[PairGroup]:
@@ -136,9 +124,9 @@ def _merge(members: Sequence[tuple[int, Tokens, Tokens]], layout: RowLayout) -> 
             current = alone
             continue
         merged = current.with_pair(*member)
-        group, cost = merged.laid_out()
-        fits = group.num_rows * group.row_tokens <= layout.max_row_tokens
-        if (fits and cost < current.laid_out()[1] + alone.laid_out()[1]) or len(merged.sequences) == len(current.sequences):
+        tokens = batch_tokens([merged.laid_out()])
+        pays = tokens < batch_tokens([current.laid_out()]) + batch_tokens([alone.laid_out()])
+        if (pays and tokens <= layout.max_group_tokens) or len(merged.sequences) == len(current.sequences):
             current = merged
         else:
             yield current.finish()

@@ -45,6 +45,8 @@ class ScorerConfig(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: PositiveInt = 2
     """CPU threads of this process. Ours: the laptop of the demo."""
+    attention: Literal["auto", "blocks", "varlen", "flex"] = "auto"
+    """How to attend (`attention.WAYS`); auto: blocks on a CPU, the fastest one on a GPU, measured there."""
 
 
 _DEFAULT = ScorerConfig()
@@ -76,7 +78,7 @@ class PairScorer:
         folder = resolve_model(model)
         tokenizer = load_tokenizer(folder)
         loaded = load_backbone_with_head(folder, config.dtype)
-        scorer = cls(RewardModule(loaded.to(config.device)).eval(), tokenizer, config)
+        scorer = cls(RewardModule(loaded.to(config.device), attention=config.attention).eval(), tokenizer, config)
         _check_template(folder, scorer.template_digest)
         logger.info("reward model %s on %s in %s, %.1f s", model, config.device, loaded.dtype, time.perf_counter() - start)
         return scorer
@@ -110,7 +112,7 @@ class PairScorer:
         """
         rendered = render_replies(self.tokenizer, prompt, replies, self.config.max_length_tokens, self.config.over_long)
         sequences = [np.asarray(sequence, dtype=np.int32) for sequence in rendered]
-        group = make_group(sequences, may_share=self.module.may_share, quadratic_tokens=self.module.quadratic_tokens)
+        group = make_group(sequences, may_share=self.module.may_share)
         return score_groups(self.module, [group], self.config.max_tokens_per_batch)[0]
 
 

@@ -27,7 +27,7 @@ from synpref_ray.reward.engine import WEIGHT, PlainEngine, TrainingEngine
 from synpref_ray.reward.loss import bradley_terry_loss
 from synpref_ray.reward.metrics_log import MetricsLog
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer, read_row_layout, save_reward_model
-from synpref_ray.reward.packing import PackingStats, pack
+from synpref_ray.reward.packing import PackingStats, batch_tokens, pack
 from synpref_ray.reward.pair_groups import pair_places
 from synpref_ray.reward.render import choose_pad_token
 from synpref_ray.reward.scorer import RECORD_FILE
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 # What a config says about the machine and not about the result: how the global batch is spread and what is recomputed changes it by float error only.
 RESOURCE_SETTINGS = {
     "num_threads", "use_gpu", "num_workers", "max_tokens_per_microbatch", "gradient_checkpointing", "gradient_checkpointing_min_tokens",
-    "zero_stage", "prefetch_steps", "checkpoint_every_steps", "checkpoints_kept", "max_failures",
+    "zero_stage", "attention", "prefetch_steps", "checkpoint_every_steps", "checkpoints_kept", "max_failures",
 }  # fmt: skip
 PEAK_BFLOAT16_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 """What a GPU of that name can do in dense bfloat16, operations a second, by its maker's data sheet."""
@@ -195,7 +195,7 @@ class TrainingRun:
     def _deal_gold(self) -> None:
         self._gold: list[LoadedBatch] = []
         if self.data.gold is not None:
-            tokens = [len(batch.groups) * max(group.group.row_tokens for group in batch.groups) for batch in self.data.gold]
+            tokens = [batch_tokens(group.group for group in batch.groups) for batch in self.data.gold]
             ranks = deal_to_ranks([len(batch.groups) for batch in self.data.gold], tokens, self.engine.world_size)
             self._gold = load_pieces(ranks[self.engine.rank], self.data.gold)
 
@@ -287,7 +287,7 @@ def build_module(config: TrainConfig) -> RewardModule:
         seed=config.seed,
         num_layers=config.num_layers,
     )
-    module = RewardModule(model, torch.bfloat16 if config.precision == "bfloat16" else None)
+    module = RewardModule(model, torch.bfloat16 if config.precision == "bfloat16" else None, attention=config.attention)
     if config.gradient_checkpointing:
         module.checkpoint_gradients(config.gradient_checkpointing_min_tokens)
     return module

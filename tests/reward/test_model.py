@@ -1,5 +1,6 @@
 """Packed rewards equal those of each sequence alone, for every architecture that shares; heads are never silently new."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.reward.attention import use_attention
 from synpref_ray.reward.loss import bradley_terry_loss
-from synpref_ray.reward.model import MaskLayout, RewardModule, load_backbone_with_head, load_tokenizer, mask_layout, save_reward_model
+from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer, may_share, save_reward_model
 from synpref_ray.reward.packing import Group, make_group, pack
 from synpref_ray.reward.scorer import score_groups
 from tests.reward.conftest import save_tiny_backbone, tiny_config
@@ -44,8 +46,16 @@ def random_groups(module: RewardModule, counts: tuple[int, ...], *, longest_prom
 
 def alone(module: RewardModule, group: Group) -> list[float]:
     """Plain transformers, one sequence at a time."""
+    model = plain_copy(module)
     with torch.inference_mode():
-        return [module.model(input_ids=torch.from_numpy(sequence).long()[None]).logits.item() for sequence in group.sequences]
+        return [model(input_ids=torch.from_numpy(sequence).long()[None]).logits.item() for sequence in group.sequences]
+
+
+def plain_copy(module: RewardModule) -> Any:
+    """Return the module's model, its weights copied, with transformers' own attention."""
+    model = copy.deepcopy(module.model)
+    use_attention(model, "eager" if model.config.model_type == "gemma2" else "sdpa")
+    return model
 
 
 @pytest.mark.parametrize("kind", SHARING)
@@ -53,15 +63,16 @@ def test_packed_rewards_equal_separate_ones(kind: str) -> None:
     module = tiny_module(kind)
     assert module.may_share
     groups = random_groups(module, (2, 2, 2, 6, 10, 2, 2, 1))
-    assert sum(group.shared for group in groups) >= 6
+    assert all(group.shared for group in groups)
     for group, rewards in zip(groups, score_groups(module, groups, 256), strict=True):
         assert rewards.tolist() == pytest.approx(alone(module, group), rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3-sliding"])
-def test_unshared_rows_equal_separate_ones_and_the_pad_id_is_never_looked_at(kind: str) -> None:
+def test_padded_rows_equal_separate_ones_and_the_pad_id_is_never_looked_at(kind: str) -> None:
     module = tiny_module(kind)
-    groups = [Group(group.sequences, group.prefix_tokens, shared=False) for group in random_groups(module, (2, 2, 3))]
+    use_attention(module.model, "sdpa")
+    groups = [make_group(group.sequences, may_share=False) for group in random_groups(module, (2, 2, 3))]
     sequences = [sequence for group in groups for sequence in group.sequences]
     pad_id = int(sequences[0][-1])  # pad = the very last token of a sequence
     with torch.inference_mode():
@@ -70,9 +81,9 @@ def test_unshared_rows_equal_separate_ones_and_the_pad_id_is_never_looked_at(kin
     assert rewards == pytest.approx([reward for group in groups for reward in alone(module, group)], rel=1e-4, abs=1e-4)
 
 
-def test_architectures_that_we_do_not_know_do_not_share_but_score_the_same() -> None:
+def test_architectures_that_we_do_not_know_do_not_share_but_score_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synpref_ray.reward.model.ONE_MASK_MODELS", set())
     module = tiny_module("llama")
-    module.layout = MaskLayout.NONE
     groups = random_groups(module, (2, 2, 3))
     assert not any(group.shared for group in groups)
     for group, rewards in zip(groups, score_groups(module, groups, 128), strict=True):
@@ -80,17 +91,25 @@ def test_architectures_that_we_do_not_know_do_not_share_but_score_the_same() -> 
 
 
 def test_which_architectures_share() -> None:
-    assert mask_layout(tiny_config("llama")) is MaskLayout.ONE_MASK
-    assert mask_layout(tiny_config("qwen3")) is MaskLayout.BY_LAYER_TYPE
+    assert all(may_share(tiny_config(kind)) for kind in SHARING)
     dynamic = tiny_config("llama")
     dynamic.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    assert mask_layout(dynamic) is MaskLayout.NONE
+    assert not may_share(dynamic)
     both_ways = tiny_config("gemma3")
     both_ways.use_bidirectional_attention = True
-    assert mask_layout(both_ways) is MaskLayout.NONE
+    assert not may_share(both_ways)
+    chunked = tiny_config("qwen3")
+    chunked.layer_types = ["full_attention", "chunked_attention"]
+    assert not may_share(chunked)
     unknown = tiny_config("llama")
     unknown.model_type = "mamba"
-    assert mask_layout(unknown) is MaskLayout.NONE
+    assert not may_share(unknown)
+
+
+def test_a_model_that_attends_over_packed_rows_says_so_when_called_plainly() -> None:
+    module = tiny_module("llama")
+    with pytest.raises(ValueError, match="packed rows only"):
+        module.model(input_ids=torch.ones(1, 3, dtype=torch.int64))
 
 
 def test_gradients_of_a_packed_batch_equal_those_of_separate_forwards() -> None:
@@ -100,6 +119,7 @@ def test_gradients_of_a_packed_batch_equal_those_of_separate_forwards() -> None:
     bradley_terry_loss(rewards[:, 0], rewards[:, 1]).sum().backward()
     packed = {name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.grad is not None}
     module.zero_grad()
+    use_attention(module.model, "sdpa")
     for group in groups:
         chosen, rejected = (module.model(input_ids=torch.from_numpy(sequence).long()[None]).logits[0] for sequence in group.sequences)
         bradley_terry_loss(chosen, rejected).sum().backward()

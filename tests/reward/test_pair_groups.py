@@ -5,10 +5,10 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import given, settings
 
-from synpref_ray.reward.packing import Tokens
+from synpref_ray.reward.packing import Tokens, batch_tokens
 from synpref_ray.reward.pair_groups import RowLayout, group_pairs, num_pairs, pair_places, prompt_keys
 
-SHARING = RowLayout(may_share=True, quadratic_tokens=1e9, max_row_tokens=1000)
+SHARING = RowLayout(may_share=True, max_group_tokens=1000)
 
 
 def tokens(*values: int) -> Tokens:
@@ -24,7 +24,7 @@ def test_four_replies_in_six_pairs_are_one_row() -> None:
             pairs[len(pairs)] = (replies[second], replies[first].copy())  # equal tokens, another array
     (group,) = group_pairs(pairs, ["p"] * 6, SHARING)
     assert len(group.group.sequences) == 4
-    assert group.group.row_tokens == 3 + 4 * 2
+    assert group.group.unique_tokens == 3 + 4 * 2
     for pair, chosen, rejected in zip(group.pairs, group.chosen, group.rejected, strict=True):
         assert group.group.sequences[chosen].tolist() == pairs[pair][0].tolist()
         assert group.group.sequences[rejected].tolist() == pairs[pair][1].tolist()
@@ -32,27 +32,27 @@ def test_four_replies_in_six_pairs_are_one_row() -> None:
 
 def test_a_row_does_not_outgrow_its_limit_and_prompts_do_not_mix() -> None:
     pairs = {i: (tokens(1, 2, 3, 10 + i), tokens(1, 2, 3, 30 + i)) for i in range(6)}
-    layout = RowLayout(may_share=True, quadratic_tokens=1e9, max_row_tokens=3 + 4)
+    layout = RowLayout(may_share=True, max_group_tokens=3 + 4)
     groups = group_pairs(pairs, ["a", "a", "a", "b", "b", "b"], layout)
     assert [group.pairs for group in groups] == [(0, 1), (2,), (3, 4), (5,)]
-    assert all(group.group.row_tokens <= 7 for group in groups)
+    assert all(group.group.unique_tokens <= 7 for group in groups)
 
 
 def test_without_sharing_identical_replies_are_still_computed_once() -> None:
     common = tokens(1, 2, 3, 4)
     pairs = {0: (common, tokens(1, 2, 9)), 1: (common.copy(), tokens(1, 2, 8))}
-    (group,) = group_pairs(pairs, ["p", "p"], RowLayout(may_share=False, quadratic_tokens=1e9, max_row_tokens=1000))
-    assert (group.group.shared, group.group.num_rows) == (False, 3)
+    (group,) = group_pairs(pairs, ["p", "p"], RowLayout(may_share=False, max_group_tokens=1000))
+    assert (group.group.shared, len(group.group.sequences)) == (False, 3)
     apart = {0: (tokens(1, 2, 3), tokens(1, 2, 4)), 1: (tokens(1, 2, 5), tokens(1, 2, 6))}
-    assert len(group_pairs(apart, ["p", "p"], RowLayout(may_share=False, quadratic_tokens=1e9, max_row_tokens=1000))) == 2
+    assert len(group_pairs(apart, ["p", "p"], RowLayout(may_share=False, max_group_tokens=1000))) == 2
 
 
 def test_separate_rows_do_not_outgrow_the_limit_either() -> None:
-    """Long replies after a short prompt: not worth sharing, and each further pair would add a long row."""
+    """Each further pair would add a padded row."""
     anchor = tokens(1, *range(10, 30))
     pairs = {i: (anchor, tokens(1, *range(40 + i, 60 + i))) for i in range(6)}
-    groups = group_pairs(pairs, ["p"] * 6, RowLayout(may_share=True, quadratic_tokens=5, max_row_tokens=63))
-    assert all(not group.group.shared and group.group.num_rows * group.group.row_tokens <= 63 for group in groups)
+    groups = group_pairs(pairs, ["p"] * 6, RowLayout(may_share=False, max_group_tokens=63))
+    assert all(batch_tokens([group.group]) <= 63 for group in groups)
     assert [group.pairs for group in groups] == [(0, 1), (2, 3), (4, 5)]
 
 
@@ -65,9 +65,9 @@ sequences = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(lambda value
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(sequences, sequences, st.sampled_from("abc")), max_size=12), st.booleans(), st.integers(1, 30), st.floats(1, 100))
-def test_every_pair_finds_its_own_replies(pairs: list[tuple[Tokens, Tokens, str]], may_share: bool, longest: int, quadratic: float) -> None:
-    layout = RowLayout(may_share, quadratic, longest)
+@given(st.lists(st.tuples(sequences, sequences, st.sampled_from("abc")), max_size=12), st.booleans(), st.integers(1, 30))
+def test_every_pair_finds_its_own_replies(pairs: list[tuple[Tokens, Tokens, str]], may_share: bool, longest: int) -> None:
+    layout = RowLayout(may_share, longest)
     groups = group_pairs({i: (chosen, rejected) for i, (chosen, rejected, _) in enumerate(pairs)}, [key for _, _, key in pairs], layout)
     assert sorted(pair for group in groups for pair in group.pairs) == list(range(len(pairs)))
     assert num_pairs(groups) == len(pairs)

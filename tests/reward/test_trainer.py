@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
+from synpref_ray.reward.attention import use_attention
 from synpref_ray.reward.engine import parameter_groups
 from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards
 from synpref_ray.reward.trainer import EvaluationRecord, TrainConfig, build_module, is_better, train_in_process
@@ -101,6 +102,7 @@ def test_steps_equal_a_plain_loop_over_separate_sequences(tiny_backbone: str, tm
     tokenizer = AutoTokenizer.from_pretrained(tiny_backbone)
     module = build_module(config)
     model = module.model.train()
+    use_attention(model, "sdpa")
     optimizer = torch.optim.AdamW(parameter_groups(module, config))
     rates = [group["lr"] for group in optimizer.param_groups]
     rows = pairs.to_pylist()
@@ -201,7 +203,7 @@ def test_a_model_is_never_overwritten_and_a_partial_one_is_replaced(tiny_backbon
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(tiny_backbone: str, tmp_path: Path) -> None:
     pairs = random_pairs(8)
-    config = config_for(tiny_backbone, learning_rate=1e30, max_grad_norm=1e30)
+    config = config_for(tiny_backbone, learning_rate=1e38, max_grad_norm=1e30)
     with pytest.raises(InputError, match=r"the loss became nan in optimizer step \d+ \(pairs [0-9a-f]{32}, "):
         train_in_process(pairs, pairs, config, str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()

@@ -21,9 +21,7 @@ from synpref_ray.reward.training_plan import (
     shard_order,
 )
 
-SPEC = BatchSpec(
-    seed=1, num_epochs=1, global_batch_pairs=32, shuffle_window_pairs=100_000, max_tokens_per_microbatch=64, layout=RowLayout(True, 1e9, 64)
-)
+SPEC = BatchSpec(seed=1, num_epochs=1, global_batch_pairs=32, shuffle_window_pairs=100_000, max_tokens_per_microbatch=64, layout=RowLayout(True, 64))
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def test_the_order_follows_ids_seed_and_epoch_alone() -> None:
 
 def test_micro_batches_and_their_budget_do_not_move_pairs_between_steps() -> None:
     shards = Shards((50, 50))
-    assert steps_of(shards, SPEC) == steps_of(shards, replace(SPEC, max_tokens_per_microbatch=10_000, layout=RowLayout(False, 10.0, 5)))
+    assert steps_of(shards, SPEC) == steps_of(shards, replace(SPEC, max_tokens_per_microbatch=10_000, layout=RowLayout(False, 5)))
 
 
 @settings(deadline=None)

@@ -1,0 +1,336 @@
+"""Attention over flat rows of segments (`packing.Segment`): three ways to compute the same, behind transformers' attention interface.
+
+- blocks: segment by segment in plain torch, 256 queries at a time, with the keys that they may see and no others. Any device, any head shape,
+  sliding windows, soft-capped logits. On CPUs in bfloat16 the products go through matrix multiplication, which measured 1.3 to 2 times as fast
+  there as the fused kernel, forward and backward (benchmarks/README.md); in float32, and on GPUs, through `scaled_dot_product_attention`.
+- varlen: PyTorch's variable-length kernel on a GPU. The keys of a segment are its prefix's and then its own, gathered by an index, so prefixes
+  are read once per reply, while queries, and everything outside attention, exist once. Causal masks of unequal lengths must be aligned to the
+  *bottom right*: FlashAttention does so since 2.1 and PyTorch's kernel is built on it; `check_varlen` tests that on the GPU at hand before the
+  kernel is used.
+- flex: FlexAttention on a GPU with a block mask, over a row filled up to a multiple of FLEX_TOKENS.
+
+Which one a GPU uses is measured there, on the first micro-batch of each length class (`AttentionChoice`). Our choice throughout; this module
+needs torch, numpy and transformers only.
+
+Shape legend: T tokens of the row, K gathered keys, N segments, H query heads, G key heads, D head size, n queries and m keys of a block.
+"""
+
+import importlib
+import inspect
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from synpref_ray.reward.packing import Segment
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATION = "synpref_segments"
+"""The name by which transformers knows these ways to attend."""
+BLOCKS, VARLEN, FLEX = "blocks", "varlen", "flex"
+WAYS = (BLOCKS, VARLEN, FLEX)
+BLOCK_QUERIES = 256  # ours: 128 to 256 measured alike, 64 slower
+MAX_PRODUCT_KEYS = 4096  # ours: with more keys a block's weights take too much memory in training, and the fused kernel is used
+FLEX_TOKENS = 1024  # ours: FlexAttention compiles anew for every length of row
+VARLEN_TOLERANCE = 0.03  # greatest difference over greatest value in bfloat16; another alignment gives far more
+
+
+class RowAttention:
+    """How the tokens of one flat row see each other; made once per micro-batch, used by every layer."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device, way: str = BLOCKS):
+        self.segments = tuple(segments)
+        self.way = way
+        self._device = device
+        self._biases: dict[tuple[int, int, int | None, torch.dtype], torch.Tensor] = {}
+        self._masks: dict[int | None, Any] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the row."""
+        return self.segments[-1].stop
+
+    @property
+    def visible_pairs(self) -> int:
+        """How many (query, key) pairs attention has to compute, sliding windows aside."""
+        return sum((s.stop - s.start) * (s.prefix_stop - s.prefix) + (s.stop - s.start) * (s.stop - s.start + 1) // 2 for s in self.segments)
+
+    def bias(self, queries: int, keys: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Return what is added to the logits of the last `queries` of `keys` neighbouring positions, shape (n, m): 0, or -inf where unseen."""
+        key = (queries, keys, window, dtype)
+        if key not in self._biases:
+            distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+            self._biases[key] = torch.zeros(queries, keys, dtype=dtype).masked_fill_(hidden, float("-inf")).to(self._device)
+        return self._biases[key]
+
+    @cached_property
+    def key_index(self) -> torch.Tensor:
+        """Return the tokens that are keys, segment after segment, shape (K,) int64."""
+        parts = [np.r_[s.prefix : s.prefix_stop, s.start : s.stop] for s in self.segments]
+        return torch.from_numpy(np.concatenate(parts)).to(self._device, non_blocking=True)
+
+    @cached_property
+    def borders(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Return where segments begin in the queries and in the gathered keys, (N + 1,) int32 each, and the longest of both."""
+        queries = [s.stop - s.start for s in self.segments]
+        keys = [s.stop - s.start + s.prefix_stop - s.prefix for s in self.segments]
+        ends = [torch.from_numpy(np.cumsum([0, *counts]).astype(np.int32)).to(self._device, non_blocking=True) for counts in (queries, keys)]
+        return ends[0], ends[1], max(queries), max(keys)
+
+    def block_mask(self, window: int | None) -> Any:
+        """Return FlexAttention's mask of the row, filled up to a multiple of FLEX_TOKENS with tokens that see themselves only."""
+        if window not in self._masks:
+            self._masks[window] = self._make_block_mask(window)
+        return self._masks[window]
+
+    def _make_block_mask(self, window: int | None) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        size = -(-self.num_tokens // FLEX_TOKENS) * FLEX_TOKENS
+        segment_of, prefix_of, position_of = (torch.from_numpy(places).to(self._device) for places in self.token_places(size))
+
+        def seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            distance = position_of[query] - position_of[key]
+            inside = (segment_of[key] == segment_of[query]) | (segment_of[key] == prefix_of[query])
+            return inside & (distance >= 0) & (distance < (size if window is None else window))
+
+        return create_block_mask(seen, 1, None, size, size, device=str(self._device), _compile=self._device.type == "cuda")
+
+    def token_places(self, size: int) -> tuple[Any, Any, Any]:
+        """Return for every token its segment, the segment of its prefix (its own if none), and its position; (size,) int64 each.
+
+        Tokens from T on are segments of their own.
+        """
+        starts = {s.start: number for number, s in enumerate(self.segments)}
+        segment = np.arange(len(self.segments), len(self.segments) + size)
+        prefix, position = segment.copy(), np.zeros(size, dtype=np.int64)
+        for number, s in enumerate(self.segments):
+            before = s.prefix_stop - s.prefix
+            segment[s.start : s.stop] = number
+            prefix[s.start : s.stop] = starts[s.prefix] if before else number
+            position[s.start : s.stop] = np.arange(before, before + s.stop - s.start)
+        return segment, prefix, position
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float,
+    row: RowAttention | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' attention interface over a flat row: query (1, H, T, D), key and value (1, G, T, D); returns (1, T, H, D).
+
+    Dropout is not applied: reward models have none in attention.
+    """
+    if row is None:
+        raise ValueError("this model attends over packed rows only; use_attention(model, 'sdpa') makes it plain again")
+    dtype = value.dtype  # under autocast rotary embeddings leave queries and keys in float32
+    with torch.autocast(query.device.type, enabled=False):
+        queries, keys, values = query[0].to(dtype), key[0].to(dtype), value[0]
+        if row.way == FLEX:
+            output = _flex(queries, keys, values, row, scaling, sliding_window)
+        elif row.way == VARLEN:
+            output = _varlen(queries, keys, values, row, scaling, sliding_window)
+        else:
+            output = _blocks(queries, keys, values, row, scaling, sliding_window, softcap)
+    return output[None], None
+
+
+def _blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    """Attend block by block: query (H, T, D), key and value (G, T, D); returns (T, H, D)."""
+    pieces = []
+    for segment in row.segments:
+        prefix, own = slice(segment.prefix, segment.prefix_stop), slice(segment.start, segment.stop)
+        follows = segment.prefix_stop > segment.prefix
+        keys, values = (torch.cat([s[:, prefix], s[:, own]], dim=1) if follows else s[:, own] for s in (key, value))
+        before = segment.prefix_stop - segment.prefix
+        for start in range(segment.start, segment.stop, BLOCK_QUERIES):
+            stop = min(start + BLOCK_QUERIES, segment.stop)
+            last = before + stop - segment.start
+            first = 0 if window is None else max(0, last - (stop - start) - window + 1)
+            bias = row.bias(stop - start, last - first, window, query.dtype)
+            pieces.append(_block(query[:, start:stop], keys[:, first:last], values[:, first:last], bias, scaling, softcap))
+    return torch.cat(pieces)
+
+
+def _block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+    """Attend with query (H, n, D), key and value (G, m, D), bias (n, m); returns (n, H, D)."""
+    heads, queries, size = query.shape
+    groups, keys, _ = key.shape
+    products = query.device.type == "cpu" and query.dtype != torch.float32 and keys <= MAX_PRODUCT_KEYS
+    if softcap is None and not products:
+        whole = functional.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=bias[None, None], scale=scaling, enable_gqa=heads != groups
+        )
+        return whole[0].transpose(0, 1)
+    # The heads that share a key head are queries of one product.
+    logits = torch.bmm(query.reshape(groups, -1, size) * scaling, key.transpose(1, 2)).view(groups, -1, queries, keys)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    weights = torch.softmax(logits + bias, dim=-1)
+    return torch.bmm(weights.view(groups, -1, keys), value).view(heads, queries, size).transpose(0, 1)
+
+
+def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None) -> torch.Tensor:
+    kernel = varlen_kernel()
+    if kernel is None:
+        raise ValueError(f"torch {torch.__version__} has no variable-length attention")
+    keys, values = (states.transpose(0, 1)[row.key_index] for states in (key, value))
+    return kernel(query.transpose(0, 1).contiguous(), keys, values, row, scaling, window)
+
+
+VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RowAttention, float, int | None], torch.Tensor]
+
+
+@cache
+def varlen_kernel() -> VarlenKernel | None:
+    """Return torch's variable-length kernel behind one signature; None where torch has none (before 2.10)."""
+    try:
+        varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    known = inspect.signature(varlen_attn).parameters
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None) -> torch.Tensor:
+        options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)} if "window_size" in known else {"is_causal": True}
+        if window is not None and "window_size" not in known:
+            raise ValueError("this torch's varlen_attn has no sliding window")
+        if "enable_gqa" in known:
+            options["enable_gqa"] = key.shape[1] != query.shape[1]
+        elif key.shape[1] != query.shape[1]:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        if "scale" in known:
+            options["scale"] = scaling
+        elif scaling != query.shape[-1] ** -0.5:
+            raise ValueError(f"this torch's varlen_attn has no scale, and {scaling} is not 1/sqrt({query.shape[-1]})")
+        result: torch.Tensor = varlen_attn(query, key, value, *row.borders, **options)
+        return result
+
+    return kernel
+
+
+@cache
+def check_varlen(device: torch.device) -> float | None:
+    """Compare the kernel with `blocks` on a small shared row, outputs and gradients, in bfloat16.
+
+    Returns:
+        The greatest difference over the greatest value; None where there is no kernel or no GPU. Up to VARLEN_TOLERANCE is rounding.
+    """
+    if varlen_kernel() is None or device.type != "cuda":
+        return None
+    segments = [Segment(0, 90, 0, 0), Segment(90, 150, 0, 90), Segment(150, 181, 0, 90), Segment(181, 300, 181, 181)]
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = ((8, 300, 64), (2, 300, 64), (2, 300, 64))
+    found = []
+    with torch.inference_mode(False), torch.enable_grad():
+        query, key, value = (torch.randn(shape, device=device, generator=generator).bfloat16().requires_grad_() for shape in shapes)
+        for way in (VARLEN, BLOCKS):
+            output, _ = attend(nn.Module(), query[None], key[None], value[None], None, scaling=0.125, row=RowAttention(segments, device, way))
+            found.append([output, *torch.autograd.grad(output.float().square().sum(), (query, key, value))])
+    return max(float((one.float() - other.float()).abs().max() / other.float().abs().max()) for one, other in zip(*found, strict=True))
+
+
+def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None) -> torch.Tensor:
+    missing = -row.num_tokens % FLEX_TOKENS
+    filled = (functional.pad(states, (0, 0, 0, missing))[None] for states in (query, key, value))
+    output = _flex_kernel(query.is_cuda)(*filled, block_mask=row.block_mask(window), scale=scaling, enable_gqa=query.shape[0] != key.shape[0])
+    kept: torch.Tensor = output[0, :, : row.num_tokens].transpose(0, 1)
+    return kept
+
+
+@cache
+def _flex_kernel(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+class AttentionChoice:
+    """Which way a model attends: the one it was given, or on a GPU the fastest one of each length class, measured there once."""
+
+    def __init__(self, config: Any, way: str = "auto"):
+        self._config = config
+        self._way = way
+        self._fastest: dict[int, str] = {}
+
+    def of(self, segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, *, trains: bool) -> str:
+        """Return the way for a row, measuring if this is the first one of its class (powers of two of the mean segment's length)."""
+        if self._way != "auto" or device.type != "cuda":
+            return BLOCKS if self._way == "auto" else self._way
+        length_class = (segments[-1].stop // len(segments)).bit_length()
+        if length_class not in self._fastest:
+            seconds = self.measure(segments, device, dtype, trains=trains)
+            self._fastest[length_class] = min(seconds, key=lambda way: seconds[way])
+            measured = ", ".join(f"{way} {value * 1e3:.2f} ms" for way, value in seconds.items())
+            logger.info("attention for segments of about %d tokens: %s (%s a layer)", 1 << length_class, self._fastest[length_class], measured)
+        return self._fastest[length_class]
+
+    def candidates(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """Return the ways that can compute this model's attention on a device."""
+        ways = [BLOCKS]
+        if device.type != "cuda" or getattr(self._config, "attn_logit_softcapping", None):
+            return ways
+        error = check_varlen(device) if dtype in (torch.bfloat16, torch.float16) else None
+        if error is not None and error <= VARLEN_TOLERANCE:
+            ways.append(VARLEN)
+        elif error is not None:
+            logger.warning("the variable-length kernel is off by %.3f from its meaning and is not used", error)
+        return [*ways, FLEX] if dtype in (torch.bfloat16, torch.float16) else ways
+
+    def measure(self, segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, *, trains: bool, repeats: int = 3) -> dict[str, float]:
+        """Return the seconds of one layer's attention over a row, by way; forward, and backward if `trains`; the least of `repeats`."""
+        heads = self._config.num_attention_heads
+        size = getattr(self._config, "head_dim", None) or self._config.hidden_size // heads
+        shapes = [(1, count, segments[-1].stop, size) for count in (heads, *[getattr(self._config, "num_key_value_heads", heads)] * 2)]
+        found = {}
+        with torch.inference_mode(False), torch.set_grad_enabled(trains):
+            query, key, value = (torch.randn(shape, device=device, dtype=dtype).requires_grad_(trains) for shape in shapes)
+            for way in self.candidates(device, dtype):
+                row = RowAttention(segments, device, way)
+                seconds = []
+                for _ in range(1 + repeats):  # the first one compiles
+                    _wait_for(device)
+                    start = time.perf_counter()
+                    output, _nothing = attend(nn.Module(), query, key, value, None, scaling=size**-0.5, row=row)
+                    if trains:
+                        torch.autograd.grad(output.float().sum(), (query, key, value))
+                    _wait_for(device)
+                    seconds.append(time.perf_counter() - start)
+                found[way] = min(seconds[1:])
+        return found
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def use_attention(model: Any, name: str) -> None:
+    """Let every layer of a model attend by an implementation that transformers knows: IMPLEMENTATION, "sdpa", "eager", ..."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = name
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
