@@ -157,18 +157,23 @@ def _blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None, softcap: float | None
 ) -> torch.Tensor:
     """Attend block by block: query (H, T, D), key and value (G, T, D); returns (T, H, D)."""
+    sizes = [segment.stop - segment.start for segment in row.segments]
+    # One split instead of many slices: the backward pass of a slice fills a tensor of the whole row.
+    queries, own_keys, own_values = (states.split(sizes, dim=1) for states in (query, key, value))
+    number_at = {segment.start: number for number, segment in enumerate(row.segments)}
     pieces = []
-    for segment in row.segments:
-        prefix, own = slice(segment.prefix, segment.prefix_stop), slice(segment.start, segment.stop)
-        follows = segment.prefix_stop > segment.prefix
-        keys, values = (torch.cat([s[:, prefix], s[:, own]], dim=1) if follows else s[:, own] for s in (key, value))
-        before = segment.prefix_stop - segment.prefix
-        for start in range(segment.start, segment.stop, BLOCK_QUERIES):
-            stop = min(start + BLOCK_QUERIES, segment.stop)
-            last = before + stop - segment.start
-            first = 0 if window is None else max(0, last - (stop - start) - window + 1)
-            bias = row.bias(stop - start, last - first, window, query.dtype)
-            pieces.append(_block(query[:, start:stop], keys[:, first:last], values[:, first:last], bias, scaling, softcap))
+    for segment, segment_queries, keys, values in zip(row.segments, queries, own_keys, own_values, strict=True):
+        if segment.prefix_stop > segment.prefix:
+            prefix = number_at[segment.prefix]
+            keys, values = torch.cat([own_keys[prefix], keys], dim=1), torch.cat([own_values[prefix], values], dim=1)
+        seen = segment.prefix_stop - segment.prefix  # keys up to and with the last query's own
+        for block in segment_queries.split(BLOCK_QUERIES, dim=1) if segment_queries.shape[1] > BLOCK_QUERIES else (segment_queries,):
+            seen += block.shape[1]
+            first = 0 if window is None else max(0, seen - block.shape[1] - window + 1)
+            whole = first == 0 and seen == keys.shape[1]
+            some_keys, some_values = (keys, values) if whole else (keys[:, first:seen], values[:, first:seen])
+            bias = row.bias(block.shape[1], seen - first, window, query.dtype)
+            pieces.append(_block(block, some_keys, some_values, bias, scaling, softcap))
     return torch.cat(pieces)
 
 
@@ -183,11 +188,15 @@ def _block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: to
         )
         return whole[0].transpose(0, 1)
     # The heads that share a key head are queries of one product.
-    logits = torch.bmm(query.reshape(groups, -1, size) * scaling, key.transpose(1, 2)).view(groups, -1, queries, keys)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    weights = torch.softmax(logits + bias, dim=-1)
-    return torch.bmm(weights.view(groups, -1, keys), value).view(heads, queries, size).transpose(0, 1)
+    stacked, transposed = query.reshape(groups, -1, size), key.transpose(1, 2)
+    if softcap is None:
+        added = bias.expand(heads, queries, keys).reshape(groups, -1, keys)
+        logits = torch.baddbmm(added, stacked, transposed, alpha=scaling)
+    else:
+        capped = softcap * torch.tanh(torch.bmm(stacked * scaling, transposed) / softcap)
+        logits = (capped.view(heads, queries, keys) + bias).view(groups, -1, keys)
+    weights = torch.softmax(logits, dim=-1)
+    return torch.bmm(weights, value).view(heads, queries, size).transpose(0, 1)
 
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None) -> torch.Tensor:
