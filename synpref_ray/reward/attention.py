@@ -159,7 +159,7 @@ def _blocks(
     """Attend block by block: query (H, T, D), key and value (G, T, D); returns (T, H, D)."""
     sizes = [segment.stop - segment.start for segment in row.segments]
     # One split instead of many slices: the backward pass of a slice fills a tensor of the whole row.
-    queries, own_keys, own_values = (states.split(sizes, dim=1) for states in (query, key, value))
+    queries, own_keys, own_values = (torch.split(states, sizes, dim=1) for states in (query, key, value))
     number_at = {segment.start: number for number, segment in enumerate(row.segments)}
     pieces = []
     for segment, segment_queries, keys, values in zip(row.segments, queries, own_keys, own_values, strict=True):
@@ -167,7 +167,7 @@ def _blocks(
             prefix = number_at[segment.prefix]
             keys, values = torch.cat([own_keys[prefix], keys], dim=1), torch.cat([own_values[prefix], values], dim=1)
         seen = segment.prefix_stop - segment.prefix  # keys up to and with the last query's own
-        for block in segment_queries.split(BLOCK_QUERIES, dim=1) if segment_queries.shape[1] > BLOCK_QUERIES else (segment_queries,):
+        for block in torch.split(segment_queries, BLOCK_QUERIES, dim=1):
             seen += block.shape[1]
             first = 0 if window is None else max(0, seen - block.shape[1] - window + 1)
             whole = first == 0 and seen == keys.shape[1]

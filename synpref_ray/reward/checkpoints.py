@@ -63,8 +63,9 @@ class TrainingFolder:
         num_files = size = 0
         names = engine.parameter_names()
         for number, name in enumerate(names):
-            state = engine.parameter_state(name)
-            if number % engine.world_size == engine.rank:
+            mine = number % engine.world_size == engine.rank
+            state = engine.parameter_state(name, wanted=mine)
+            if mine:
                 share[name] = state
                 size += sum(tensor.nbytes for tensor in state.values())
             if share and (size >= MAX_STATE_BYTES or number >= len(names) - engine.world_size):

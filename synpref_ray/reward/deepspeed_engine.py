@@ -1,5 +1,6 @@
 """The training loop's engine over DeepSpeed (Paper: App. E: DeepSpeed ZeRO-1): float32 parameters, ZeRO stage 0 to 3, torch's AdamW."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -15,7 +16,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from synpref_ray.reward.engine import MOMENTS, WEIGHT, ParameterState, adamw, adamw_state, parameter_groups, restore_adamw_state
+from synpref_ray.reward.engine import MOMENTS, STATE, WEIGHT, ParameterState, adamw, adamw_state, parameter_groups, restore_adamw_state
 from synpref_ray.reward.model import RewardModule
 from synpref_ray.reward.training_config import TrainConfig
 
@@ -73,15 +74,23 @@ class DeepSpeedEngine:
     def parameter_names(self) -> list[str]:
         return list(self._parameters)
 
-    def parameter_state(self, name: str) -> ParameterState:
+    def parameter_state(self, name: str, parts: Sequence[str] = STATE, *, wanted: bool = True) -> ParameterState:
         parameter = self._parameters[name]
         if self._zero_stage == 0:
-            return adamw_state(self._torch_optimizer(), parameter)
-        state = {WEIGHT: safe_get_full_fp32_param(parameter)}
+            return adamw_state(self._torch_optimizer(), parameter, parts) if wanted else {}
         if self.updates:
             self._link_moments()
-            state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-        return {key: tensor.to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
+        state = {}
+        for part in parts:
+            if part == WEIGHT:
+                whole = safe_get_full_fp32_param(parameter)
+            elif self.updates:
+                whole = safe_get_full_optimizer_state(parameter, part)
+            else:
+                continue
+            if wanted:
+                state[part] = whole.to("cpu", torch.float32, copy=True)
+        return state
 
     def restore_parameter(self, name: str, state: ParameterState, updates: int) -> None:
         parameter = self._parameters[name]

@@ -5,7 +5,7 @@ checkpoint does not depend on the number of workers, on the ZeRO stage, or on th
 conversion before another number of GPUs can read them).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from synpref_ray.reward.training_config import TrainConfig
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = (WEIGHT, *MOMENTS)
 ParameterState = Mapping[str, torch.Tensor]
 """A parameter's float32 `weight`, and AdamW's `exp_avg` and `exp_avg_sq` once it has been updated; each in the parameter's shape."""
 
@@ -47,8 +48,8 @@ class TrainingEngine(Protocol):
     def parameter_names(self) -> list[str]:
         """Return the names of the parameters, in the order that every rank calls the next two in."""
 
-    def parameter_state(self, name: str) -> ParameterState:
-        """Return the state of a parameter, whole, on the CPU."""
+    def parameter_state(self, name: str, parts: Sequence[str] = STATE, *, wanted: bool = True) -> ParameterState:
+        """Return these parts of a parameter's state, whole, on the CPU; a rank that does not want it helps to gather it and gets nothing."""
 
     def restore_parameter(self, name: str, state: ParameterState, updates: int) -> None:
         """Put back what `parameter_state` returned when `updates` optimizer steps had been taken."""
@@ -96,8 +97,8 @@ class PlainEngine:
     def parameter_names(self) -> list[str]:
         return list(self._parameters)
 
-    def parameter_state(self, name: str) -> ParameterState:
-        return adamw_state(self._optimizer, self._parameters[name])
+    def parameter_state(self, name: str, parts: Sequence[str] = STATE, *, wanted: bool = True) -> ParameterState:
+        return adamw_state(self._optimizer, self._parameters[name], parts) if wanted else {}
 
     def restore_parameter(self, name: str, state: ParameterState, updates: int) -> None:
         restore_adamw_state(self._optimizer, self._parameters[name], state, updates)
@@ -109,10 +110,10 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=True)
 
 
-def adamw_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> ParameterState:
+def adamw_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, parts: Sequence[str] = STATE) -> ParameterState:
     """Return the state of a parameter that torch's AdamW updates directly."""
-    found = optimizer.state.get(parameter, {})
-    state = {WEIGHT: parameter.detach(), **{key: found[key] for key in MOMENTS if key in found}}
+    found = {**optimizer.state.get(parameter, {}), WEIGHT: parameter.detach()}
+    state = {key: found[key] for key in parts if key in found}
     return {key: tensor.to("cpu", torch.float32, copy=True) for key, tensor in state.items()}
 
 

@@ -125,11 +125,15 @@ def _backbone_section(record: TrainingRecord, backbone: Backbone, config: CardCo
 
 def _data_section(record: TrainingRecord, data: DataSummary, config: CardConfig) -> str:
     dropped = "".join(f", {count} left out as {reason}" for reason, count in sorted(record.num_dropped.items()))
-    lines = [f"{data.name or 'Pairs without a name'}: {record.num_pairs} pairs used{dropped}."]
+    counted = f"{data.name or 'Pairs without a name'}: {record.num_pairs} pairs used{dropped}."
+    if record.num_shortened:
+        counted += f" {record.num_shortened} of them lost their oldest turns, to fit."
+    if record.num_spelled:
+        counted += f" In {record.num_spelled} the text spells special tokens, which were read as letters."
     if not data.num_by_source:
-        return f"{lines[0]} Their sources, and the licences of those, are {NOT_STATED}."
+        return f"{counted} Their sources, and the licences of those, are {NOT_STATED}."
     rows = [(str(source), str(count), config.source_licences.get(str(source), NOT_STATED)) for source, count in data.num_by_source.items()]
-    return f"{lines[0]}\n\n{_table(('source', 'pairs', 'licence'), rows)}"
+    return f"{counted}\n\n{_table(('source', 'pairs', 'licence'), rows)}"
 
 
 def _training_section(record: TrainingRecord) -> str:
@@ -183,8 +187,9 @@ def _calling_section(record: TrainingRecord, parity: ParityRecord | None) -> str
 
 def _limits_section(record: TrainingRecord) -> str:
     longest = record.config.max_length_tokens
+    treated = "left out of training" if record.config.over_long == "reject" else "trained on without their oldest turns"
     lines = [
-        f"- Conversations of more than {longest} tokens were left out of training; rewards for longer ones are untested.",
+        f"- Conversations of more than {longest} tokens were {treated}; rewards for longer ones are untested.",
         "- Rewards of two prompts, or of two models, cannot be compared; a reward is not a probability that a reply is right.",
         "- The model has its training pairs' errors and tastes (length, style, language); it checks no facts and is no safety filter.",
         "- Rewards of different engines, dtypes or releases differ by rounding: keep the engine and its version beside stored rewards.",

@@ -232,9 +232,10 @@ class TrainingRun:
         weights: dict[str, torch.Tensor] = {}
         for name, parameter in self.module.model.named_parameters():
             # Under ZeRO-3 no rank holds a parameter whole: they all gather it, and the first one keeps it.
-            whole = self.engine.parameter_state(name)[WEIGHT] if self.config.zero_stage == 3 else parameter.detach()
-            if self.engine.rank == 0:
-                weights[name] = whole
+            keeps = self.engine.rank == 0
+            found = self.engine.parameter_state(name, [WEIGHT], wanted=keeps) if self.config.zero_stage == 3 else {WEIGHT: parameter.detach()}
+            if keeps:
+                weights[name] = found[WEIGHT]
         if self.engine.rank == 0:
             keep = set() if self._sealed_best is None else {self._sealed_best}
             self.folder.save_weights(step, lambda folder: self.write_weights(folder, weights), keep)

@@ -2,12 +2,16 @@
 
 import copy
 import json
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -66,6 +70,55 @@ def test_packed_rewards_equal_separate_ones(kind: str) -> None:
     assert all(group.shared for group in groups)
     for group, rewards in zip(groups, score_groups(module, groups, 256), strict=True):
         assert rewards.tolist() == pytest.approx(alone(module, group), rel=1e-4, abs=1e-4)
+
+
+SHAPES = st.lists(st.tuples(st.integers(0, 70), st.lists(st.integers(1, 40), min_size=1, max_size=12)), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(SHAPES, st.sampled_from(["llama", "qwen3-sliding"]), st.sampled_from([1, 64, 500]), st.integers(0, 5))
+def test_rewards_of_any_shape_equal_separate_ones(shapes: list[tuple[int, list[int]]], kind: str, budget: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups = []
+    for prompt_tokens, reply_tokens in shapes:
+        prompt = rng.integers(0, 4, prompt_tokens)
+        groups.append(make_group([np.concatenate([prompt, rng.integers(0, 4, count)]).astype(np.int32) for count in reply_tokens]))
+    module = shared_module(kind)
+    for group, rewards in zip(groups, score_groups(module, groups, budget), strict=True):
+        expected = alone(module, group)
+        assert rewards.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        for (mine, other), (his, hers) in zip(combinations(rewards.tolist(), 2), combinations(expected, 2), strict=True):
+            assert abs(his - hers) <= 2e-4 or (mine > other) == (his > hers)
+
+
+@cache
+def shared_module(kind: str) -> RewardModule:
+    return tiny_module(kind)
+
+
+def test_a_prompt_of_thousands_of_tokens_and_thirty_two_replies() -> None:
+    module = tiny_module("llama")
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, 300, 3000)
+    group = make_group([np.concatenate([prompt, rng.integers(0, 300, count)]).astype(np.int32) for count in range(1, 33)])
+    rewards = score_groups(module, [group], 2048)[0]
+    few = Group(group.sequences[::8], group.prefix_tokens, shared=True)
+    assert rewards[::8].tolist() == pytest.approx(alone(module, few), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_bfloat16_is_no_rougher_packed_than_alone(kind: str) -> None:
+    """The tolerance: the error against float32 is at most 1.5 times that of plain transformers in bfloat16 (root mean square)."""
+    exact, rough = tiny_module(kind), tiny_module(kind)
+    rough.model.base_model.bfloat16()
+    groups = random_groups(exact, (2,) * 40)
+    expected = np.concatenate([alone(exact, group) for group in groups])
+    packed = np.concatenate(score_groups(rough, groups, 512))
+    model = plain_copy(rough)
+    with torch.inference_mode():
+        plain = [model.score(model.base_model(input_ids=torch.from_numpy(s).long()[None])[0][0, -1].float()) for g in groups for s in g.sequences]
+    errors = [np.sqrt(np.mean((found - expected) ** 2)) for found in (packed, torch.cat(plain).numpy())]
+    assert 0 < errors[0] <= 1.5 * errors[1] < 0.2 * expected.std()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3-sliding"])

@@ -56,6 +56,19 @@ def test_a_card_holds_the_figures_and_no_text_and_no_path(trained: tuple[str, Tr
     assert "Say something" not in card
 
 
+def test_a_card_tells_what_became_of_pairs_that_were_changed(trained: tuple[str, TrainingRecord]) -> None:
+    _, record = trained
+    changed = record.model_copy(
+        update={"num_shortened": 3, "num_spelled": 2, "config": record.config.model_copy(update={"over_long": "drop_oldest_turns"})}
+    )
+    backbone = describe_backbone(record.config.backbone, record.config.backbone)
+    plain, told = (model_card("rm", one, None, backbone=backbone, data=DataSummary("set", {}), config=CardConfig()) for one in (record, changed))
+    assert "8 pairs used. 3 of them lost their oldest turns, to fit. In 2 the text spells special tokens" in told
+    assert "tokens were trained on without their oldest turns;" in told
+    assert "oldest turns" not in plain
+    assert "tokens were left out of training;" in plain
+
+
 def test_what_nobody_stated_is_not_stated(trained: tuple[str, TrainingRecord]) -> None:
     _, record = trained
     backbone = describe_backbone("HuggingFaceTB/SmolLM2-135M-Instruct", record.config.backbone)

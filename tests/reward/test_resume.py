@@ -11,7 +11,7 @@ from synpref_ray.reward import trainer
 from synpref_ray.reward.engine import PlainEngine
 from synpref_ray.reward.trainer import train_in_process
 from synpref_ray.reward.training_record import TrainingRecord
-from tests.reward.conftest import random_pairs
+from tests.reward.conftest import random_pairs, save_tiny_backbone
 from tests.reward.test_trainer import config_for, same_weights
 
 PAIRS, GOLD = random_pairs(20), random_pairs(6, seed=9)
@@ -47,23 +47,31 @@ def comparable(record: TrainingRecord) -> list[dict[str, Any]]:
     return [entry.model_dump(exclude=timed) for entry in [*record.steps, *record.evaluations]]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, TrainingRecord, Path]:
+    """A backbone, and the record and model of a run that nobody killed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    backbone = save_tiny_backbone(folder / "backbone", head=False)
+    return backbone, run(backbone, folder / "model"), folder / "model"
+
+
 @pytest.mark.parametrize(
     ("method", "update"),
     [("forward", 0), ("backward", 3), ("step", 4), ("parameter_state", 4), ("total", 5), ("maximum", 8)],
 )
 def test_a_killed_run_ends_as_if_nothing_had_happened(
-    method: str, update: int, tiny_backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, update: int, uninterrupted: tuple[str, TrainingRecord, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(tiny_backbone, tmp_path / "whole")
+    backbone, whole, model_of_whole = uninterrupted
     with monkeypatch.context() as patch:
         die_in(patch, method, update)
         with pytest.raises(Killed):
-            run(tiny_backbone, tmp_path / "model")
+            run(backbone, tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    resumed = run(tiny_backbone, tmp_path / "model")
+    resumed = run(backbone, tmp_path / "model")
     assert comparable(resumed) == comparable(whole)  # bit for bit
     assert resumed.chosen_step == whole.chosen_step
-    assert same_weights(tmp_path / "model", tmp_path / "whole")
+    assert same_weights(tmp_path / "model", model_of_whole)
     assert not (tmp_path / "model.training").exists()
 
 

@@ -38,6 +38,7 @@ def hold_in_another_process(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.usefixtures("no_rival")
 def test_a_living_holder_is_respected_and_a_killed_one_replaced(tmp_path: Path) -> None:
     process = hold_in_another_process(tmp_path)
     try:
@@ -51,6 +52,7 @@ def test_a_living_holder_is_respected_and_a_killed_one_replaced(tmp_path: Path) 
     assert not (tmp_path / "lease.json").exists()
 
 
+@pytest.mark.usefixtures("no_rival")
 def test_a_silent_holder_on_another_host_expires(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     holder = {"owner": "x", "host": "elsewhere", "pid": 1, "process_started": 0.0}
@@ -65,10 +67,17 @@ def test_a_silent_holder_on_another_host_expires(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "lease.json").read_text())["owner"] == "x", "another's lease is not removed"
 
 
+@pytest.mark.usefixtures("no_rival")
 def test_a_torn_lease_file_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_bytes(b"{")
     with Lease(Storage(str(tmp_path)), "lease.json") as lease:
         lease.check()
+
+
+@pytest.fixture
+def no_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else wants the lease: no need to give others time."""
+    monkeypatch.setattr(leases, "SETTLE_SECONDS", 0.0)
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -168,6 +177,7 @@ def test_renewing_survives_an_error(storage: Storage, monkeypatch: pytest.Monkey
     assert not storage.exists("lease.json")
 
 
+@pytest.mark.usefixtures("no_rival")
 def test_a_restarted_container_with_the_same_host_and_pid_takes_its_own_place(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     me = psutil.Process()
