@@ -19,7 +19,7 @@ import importlib
 import inspect
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -58,6 +58,11 @@ class RowAttention:
     def num_tokens(self) -> int:
         """Tokens of the row."""
         return self.segments[-1].stop
+
+    @property
+    def longest_keys(self) -> int:
+        """The most keys that a segment sees."""
+        return max(s.stop - s.start + s.prefix_stop - s.prefix for s in self.segments)
 
     @property
     def visible_pairs(self) -> int:
@@ -157,6 +162,9 @@ def _blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None, softcap: float | None
 ) -> torch.Tensor:
     """Attend block by block: query (H, T, D), key and value (G, T, D); returns (T, H, D)."""
+    if query.device.type == "cpu" and query.dtype != torch.float32 and softcap is None and row.longest_keys <= MAX_PRODUCT_KEYS:
+        output: torch.Tensor = _Products.apply(query, key, value, row, scaling, window)  # type: ignore[no-untyped-call]
+        return output
     sizes = [segment.stop - segment.start for segment in row.segments]
     # One split instead of many slices: the backward pass of a slice fills a tensor of the whole row.
     queries, own_keys, own_values = (torch.split(states, sizes, dim=1) for states in (query, key, value))
@@ -166,37 +174,106 @@ def _blocks(
         if segment.prefix_stop > segment.prefix:
             prefix = number_at[segment.prefix]
             keys, values = torch.cat([own_keys[prefix], keys], dim=1), torch.cat([own_values[prefix], values], dim=1)
-        seen = segment.prefix_stop - segment.prefix  # keys up to and with the last query's own
-        for block in torch.split(segment_queries, BLOCK_QUERIES, dim=1):
-            seen += block.shape[1]
-            first = 0 if window is None else max(0, seen - block.shape[1] - window + 1)
-            whole = first == 0 and seen == keys.shape[1]
-            some_keys, some_values = (keys, values) if whole else (keys[:, first:seen], values[:, first:seen])
-            bias = row.bias(block.shape[1], seen - first, window, query.dtype)
+        for start, stop, first, last in _blocks_of(segment, window):
+            block = segment_queries if stop - start == segment_queries.shape[1] else segment_queries[:, start:stop]
+            whole = first == 0 and last == keys.shape[1]
+            some_keys, some_values = (keys, values) if whole else (keys[:, first:last], values[:, first:last])
+            bias = row.bias(stop - start, last - first, window, query.dtype)
             pieces.append(_block(block, some_keys, some_values, bias, scaling, softcap))
     return torch.cat(pieces)
+
+
+def _blocks_of(segment: Segment, window: int | None) -> Iterator[tuple[int, int, int, int]]:
+    """Yield blocks of a segment: queries `start` to `stop` - 1 of its own tokens, keys `first` to `last` - 1 of its prefix's and own tokens."""
+    before, count = segment.prefix_stop - segment.prefix, segment.stop - segment.start
+    for start in range(0, count, BLOCK_QUERIES):
+        stop = min(start + BLOCK_QUERIES, count)
+        yield start, stop, 0 if window is None else max(0, before + start - window + 1), before + stop
 
 
 def _block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
     """Attend with query (H, n, D), key and value (G, m, D), bias (n, m); returns (n, H, D)."""
     heads, queries, size = query.shape
     groups, keys, _ = key.shape
-    products = query.device.type == "cpu" and query.dtype != torch.float32 and keys <= MAX_PRODUCT_KEYS
-    if softcap is None and not products:
+    if softcap is None:
         whole = functional.scaled_dot_product_attention(
             query[None], key[None], value[None], attn_mask=bias[None, None], scale=scaling, enable_gqa=heads != groups
         )
         return whole[0].transpose(0, 1)
     # The heads that share a key head are queries of one product.
-    stacked, transposed = query.reshape(groups, -1, size), key.transpose(1, 2)
-    if softcap is None:
-        added = bias.expand(heads, queries, keys).reshape(groups, -1, keys)
-        logits = torch.baddbmm(added, stacked, transposed, alpha=scaling)
-    else:
-        capped = softcap * torch.tanh(torch.bmm(stacked * scaling, transposed) / softcap)
-        logits = (capped.view(heads, queries, keys) + bias).view(groups, -1, keys)
-    weights = torch.softmax(logits, dim=-1)
-    return torch.bmm(weights, value).view(heads, queries, size).transpose(0, 1)
+    logits = torch.bmm(query.reshape(groups, -1, size) * scaling, key.transpose(1, 2)).view(heads, queries, keys)
+    weights = torch.softmax(softcap * torch.tanh(logits / softcap) + bias, dim=-1)
+    return torch.bmm(weights.view(groups, -1, keys), value).view(heads, queries, size).transpose(0, 1)
+
+
+class _Products(torch.autograd.Function):
+    """Blocks as plain matrix products, with gradients by hand: autograd's would be dozens of small nodes a block, most of them copies.
+
+    The heads that share a key head are queries of one product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None
+    ) -> torch.Tensor:
+        heads, tokens, size = query.shape
+        groups = key.shape[0]
+        output = query.new_empty(tokens, heads, size)
+        weights = []
+        for segment, keys, values in _with_prefix(row, key, value):
+            for start, stop, first, last in _blocks_of(segment, window):
+                stacked = query[:, segment.start + start : segment.start + stop].reshape(groups, -1, size)
+                bias = row.bias(stop - start, last - first, window, query.dtype)
+                logits = torch.baddbmm(
+                    bias.expand(heads, -1, -1).reshape(groups, -1, last - first), stacked, keys[:, first:last].transpose(1, 2), alpha=scaling
+                )
+                found = torch.softmax(logits, dim=-1)
+                if any(ctx.needs_input_grad):
+                    weights.append(found)
+                mixed = torch.bmm(found, values[:, first:last]).view(heads, -1, size)
+                output[segment.start + start : segment.start + stop] = mixed.transpose(0, 1)
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.row, ctx.scaling, ctx.window = row, scaling, window
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        query, key, value, *weights = ctx.saved_tensors
+        heads, tokens, size = query.shape
+        groups = key.shape[0]
+        of_query = query.new_empty(tokens, heads, size).transpose(0, 1)
+        of_keys, of_values = (key.new_zeros(tokens, groups, size).transpose(0, 1) for _ in range(2))
+        remaining = iter(weights)
+        for segment, keys, values in _with_prefix(ctx.row, key, value):
+            before = segment.prefix_stop - segment.prefix
+            for start, stop, first, last in _blocks_of(segment, ctx.window):
+                found = next(remaining)
+                own = slice(segment.start + start, segment.start + stop)
+                stacked = query[:, own].reshape(groups, -1, size)
+                of_output = gradients[0][own].transpose(0, 1).reshape(groups, -1, size)
+                of_weights = torch.bmm(of_output, values[:, first:last].transpose(1, 2))
+                of_logits = torch._softmax_backward_data(of_weights, found, -1, found.dtype)
+                of_query[:, own] = torch.bmm(of_logits, keys[:, first:last]).mul_(ctx.scaling).view(heads, -1, size)
+                for total, part in (
+                    (of_keys, torch.bmm(of_logits.transpose(1, 2), stacked).mul_(ctx.scaling)),
+                    (of_values, torch.bmm(found.transpose(1, 2), of_output)),
+                ):
+                    border = max(before - first, 0)
+                    if border:
+                        total[:, segment.prefix + first : segment.prefix_stop] += part[:, :border]
+                    total[:, segment.start + max(first - before, 0) : segment.start + last - before] += part[:, border:]
+        return of_query, of_keys, of_values, None, None, None
+
+
+def _with_prefix(row: RowAttention, key: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[Segment, torch.Tensor, torch.Tensor]]:
+    """Yield every segment with the keys and values of its prefix and its own, (G, m, D) each."""
+    for segment in row.segments:
+        own = slice(segment.start, segment.stop)
+        if segment.prefix_stop > segment.prefix:
+            prefix = slice(segment.prefix, segment.prefix_stop)
+            yield segment, torch.cat([key[:, prefix], key[:, own]], dim=1), torch.cat([value[:, prefix], value[:, own]], dim=1)
+        else:
+            yield segment, key[:, own], value[:, own]
 
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None) -> torch.Tensor:
