@@ -52,7 +52,6 @@ from synpref_ray.reward.attention import (
     RowAttention,
     check_varlen,
     use_attention,
-    varlen_kernel,
 )
 from synpref_ray.reward.model import RewardModule
 from synpref_ray.reward.packing import Group, common_prefix_tokens, make_group, pack, packing_stats, plan_batches
@@ -299,7 +298,8 @@ def check(config: Any, device: torch.device, wanted: Sequence[str]) -> tuple[dic
     found: dict[str, Any] = {"each alone, bfloat16": base}
     wrong = []
     for precision, model in (("float32", exact), ("bfloat16", rough)):
-        checked = [name for name in wanted if name != ENGINE_FLEX or (device.type == "cuda" and precision == "bfloat16")]
+        half_only = (ENGINE_VARLEN, ENGINE_FLEX)
+        checked = [name for name in wanted if name not in half_only or (device.type == "cuda" and precision == "bfloat16")]
         for name, way in ways_of(model, None, 1024, 2, checked).items():
             reward_error, slope_error = errors = _errors(_evaluate(model, way, pairs), expected, slope)
             found[f"{name}, {precision}"] = errors
@@ -461,14 +461,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     described = machine()
     config = configuration(arguments.shape, arguments.layers)
     kernel_error = check_varlen(device)
-    kernel_wrong = kernel_error is not None and not kernel_error <= VARLEN_TOLERANCE
-    wrong = [f"the variable-length kernel is off by {kernel_error:.3f} from its meaning; it is left out"] if kernel_wrong else []
+    known_error = kernel_error if kernel_error < float("inf") else None
+    wrong = []
+    if VARLEN_TOLERANCE < kernel_error < float("inf"):
+        wrong.append(f"the variable-length kernel is off by {kernel_error:.3f} from its meaning; it is left out")
     wanted = arguments.sides.split(";") if arguments.sides else list(ALL)
     if unknown := [name for name in wanted if name not in ALL]:
         print(f"error: no such side: {', '.join(unknown)}; there are {'; '.join(ALL)}", file=sys.stderr)
         return 2
-    if device.type == "cpu" or varlen_kernel() is None or kernel_wrong:
-        print(f"no variable-length kernel that can be used (torch {torch.__version__}): it is left out")
+    if kernel_error > VARLEN_TOLERANCE:
+        print("no variable-length kernel that can be used: it is left out")
         wanted = [name for name in wanted if name != ENGINE_VARLEN]
     if device.type == "cpu" and arguments.mode == "train":
         wanted = [name for name in wanted if name != ENGINE_FLEX]
@@ -489,7 +491,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, bound in ((PADDED, 2.5), (PADDING_FREE, 1.0), (ENGINE_BLOCKS, 0.98), (ENGINE_VARLEN, 0.98), (ENGINE_FLEX, 0.98)):
             if name in sides:
                 gates.append(Gate(f"engine / {name}", mine / sides[name]["pairs_per_second"], bound))
-    return finish("gpu_reward", {"machine": described, "checks": checks, "kernel_error": kernel_error, **result}, gates, wrong, arguments)
+    return finish(
+        "gpu_reward",
+        {"machine": described, "checks": checks, "kernel_error": known_error, **result},
+        gates,
+        wrong,
+        arguments,
+    )
 
 
 if __name__ == "__main__":

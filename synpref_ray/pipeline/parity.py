@@ -70,8 +70,8 @@ def require_parity(model: StoredModel, config: ParityConfig) -> None:
     record = read_parity(model)
     where = model.storage.join(model.path)
     again = "run the job that trained it again: it checks the model without training it"
-    if record is None or record.model_digest != model.digest:
-        raise ParityError(f"{where} is refused for curation: it has no {PARITY_FILE} of its present weights; {again}")
+    if record is None or record.model_digest != model.digest or record.version != PARITY_VERSION:
+        raise ParityError(f"{where} is refused for curation: it has no {PARITY_FILE} of its present weights and this engine; {again}")
     if not record.passed:
         raise ParityError(
             f"{where} is refused for curation: its rewards are not those of plain transformers in float32 ({record.failures()}); {PARITY_FILE} there "

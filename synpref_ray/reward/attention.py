@@ -1,35 +1,35 @@
 """Attention over flat rows of segments (`packing.Segment`): three ways to compute the same, behind transformers' attention interface.
 
 - blocks: segment by segment in plain torch, 256 queries at a time, with the keys that they may see and no others. Any device, any head shape,
-  sliding windows, soft-capped logits. On CPUs in bfloat16 the products go through matrix multiplication, which measured 1.3 to 2 times as fast
-  there as the fused kernel, forward and backward (benchmarks/README.md); in float32, and on GPUs, through `scaled_dot_product_attention`.
+  sliding windows, soft-capped logits. On CPUs in bfloat16 as matrix products, which measured 1.3 to 2 times as fast there as the fused kernel,
+  forward and backward; in float32, where the products' weights would take too much memory, and on GPUs through `scaled_dot_product_attention`.
 - varlen: PyTorch's variable-length kernel on a GPU. The keys of a segment are its prefix's and then its own, gathered by an index, so prefixes
   are read once per reply, while queries, and everything outside attention, exist once. Causal masks of unequal lengths must be aligned to the
   *bottom right*: FlashAttention does so since 2.1 and PyTorch's kernel is built on it; `check_varlen` tests that on the GPU at hand before the
   kernel is used.
-- flex: FlexAttention on a GPU with a block mask, over a row filled up to a multiple of FLEX_TOKENS.
+- flex: FlexAttention on a GPU with a block mask, over a row filled up to a power of two.
 
-Which one a GPU uses is measured there, on the first micro-batch of each length class (`AttentionChoice`). Our choice throughout; this module
+Which one a GPU uses is measured there, on the first micro-batch of each class of rows (`AttentionChoice`). Our choice throughout; this module
 needs torch, numpy and transformers only.
 
 Shape legend: T tokens of the row, K gathered keys, N segments, H query heads, G key heads, D head size, n queries and m keys of a block.
 """
 
-import importlib
-import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
 
+from synpref_ray.errors import ConfigError
 from synpref_ray.reward.packing import Segment
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,11 @@ IMPLEMENTATION = "synpref_segments"
 """The name by which transformers knows these ways to attend."""
 BLOCKS, VARLEN, FLEX = "blocks", "varlen", "flex"
 WAYS = (BLOCKS, VARLEN, FLEX)
+HALF = (torch.bfloat16, torch.float16)
 BLOCK_QUERIES = 256  # ours: 128 to 256 measured alike, 64 slower
-MAX_PRODUCT_KEYS = 4096  # ours: with more keys a block's weights take too much memory in training, and the fused kernel is used
-FLEX_TOKENS = 1024  # ours: FlexAttention compiles anew for every length of row
+MAX_KEPT_BYTES = 64 << 20  # ours: what a layer's products may keep of a row for the backward pass; beyond it the fused kernel is used
+FLEX_TOKENS = 1024  # ours, the least: FlexAttention compiles anew for every length of row, so there are few
+FLEX_COMPILES = 64  # ours: beyond its limit torch.compile would silently compute without a kernel; fullgraph makes that an error
 VARLEN_TOLERANCE = 0.03  # greatest difference over greatest value in bfloat16; another alignment gives far more
 
 
@@ -60,11 +62,6 @@ class RowAttention:
         return self.segments[-1].stop
 
     @property
-    def longest_keys(self) -> int:
-        """The most keys that a segment sees."""
-        return max(s.stop - s.start + s.prefix_stop - s.prefix for s in self.segments)
-
-    @property
     def visible_pairs(self) -> int:
         """How many (query, key) pairs attention has to compute, sliding windows aside."""
         return sum((s.stop - s.start) * (s.prefix_stop - s.prefix) + (s.stop - s.start) * (s.stop - s.start + 1) // 2 for s in self.segments)
@@ -73,9 +70,10 @@ class RowAttention:
         """Return what is added to the logits of the last `queries` of `keys` neighbouring positions, shape (n, m): 0, or -inf where unseen."""
         key = (queries, keys, window, dtype)
         if key not in self._biases:
-            distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+            places = torch.arange(keys, device=self._device)
+            distance = places[keys - queries :, None] - places
             hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-            self._biases[key] = torch.zeros(queries, keys, dtype=dtype).masked_fill_(hidden, float("-inf")).to(self._device)
+            self._biases[key] = torch.zeros(queries, keys, dtype=dtype, device=self._device).masked_fill_(hidden, float("-inf"))
         return self._biases[key]
 
     @cached_property
@@ -92,8 +90,13 @@ class RowAttention:
         ends = [torch.from_numpy(np.cumsum([0, *counts]).astype(np.int32)).to(self._device, non_blocking=True) for counts in (queries, keys)]
         return ends[0], ends[1], max(queries), max(keys)
 
+    @property
+    def flex_tokens(self) -> int:
+        """Length of the row that FlexAttention gets: a power of two, FLEX_TOKENS at least."""
+        return max(FLEX_TOKENS, 1 << (self.num_tokens - 1).bit_length())
+
     def block_mask(self, window: int | None) -> Any:
-        """Return FlexAttention's mask of the row, filled up to a multiple of FLEX_TOKENS with tokens that see themselves only."""
+        """Return FlexAttention's mask of the row, filled up to `flex_tokens` with tokens that see themselves only."""
         if window not in self._masks:
             self._masks[window] = self._make_block_mask(window)
         return self._masks[window]
@@ -101,7 +104,7 @@ class RowAttention:
     def _make_block_mask(self, window: int | None) -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        size = -(-self.num_tokens // FLEX_TOKENS) * FLEX_TOKENS
+        size = self.flex_tokens
         segment_of, prefix_of, position_of = (torch.from_numpy(places).to(self._device) for places in self.token_places(size))
 
         def seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -142,10 +145,12 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention interface over a flat row: query (1, H, T, D), key and value (1, G, T, D); returns (1, T, H, D).
 
-    Dropout is not applied: reward models have none in attention.
+    Dropout is not applied; `model.may_share` keeps models that ask for it away.
     """
     if row is None:
         raise ValueError("this model attends over packed rows only; use_attention(model, 'sdpa') makes it plain again")
+    if softcap is not None and row.way != BLOCKS:
+        raise ValueError(f"{row.way} has no soft cap")
     dtype = value.dtype  # under autocast rotary embeddings leave queries and keys in float32
     with torch.autocast(query.device.type, enabled=False):
         queries, keys, values = query[0].to(dtype), key[0].to(dtype), value[0]
@@ -162,7 +167,9 @@ def _blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None, softcap: float | None
 ) -> torch.Tensor:
     """Attend block by block: query (H, T, D), key and value (G, T, D); returns (T, H, D)."""
-    if query.device.type == "cpu" and query.dtype != torch.float32 and softcap is None and row.longest_keys <= MAX_PRODUCT_KEYS:
+    keeps = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    kept_bytes = row.visible_pairs * query.shape[0] * query.element_size() if keeps else 0
+    if query.device.type == "cpu" and query.dtype != torch.float32 and softcap is None and kept_bytes <= MAX_KEPT_BYTES:
         output: torch.Tensor = _Products.apply(query, key, value, row, scaling, window)  # type: ignore[no-untyped-call]
         return output
     sizes = [segment.stop - segment.start for segment in row.segments]
@@ -237,12 +244,14 @@ class _Products(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         query, key, value, *weights = ctx.saved_tensors
         heads, tokens, size = query.shape
         groups = key.shape[0]
         of_query = query.new_empty(tokens, heads, size).transpose(0, 1)
-        of_keys, of_values = (key.new_zeros(tokens, groups, size).transpose(0, 1) for _ in range(2))
+        summed = torch.promote_types(key.dtype, torch.float32)  # a prefix gets a part from every block and reply
+        of_keys, of_values = (key.new_zeros(tokens, groups, size, dtype=summed).transpose(0, 1) for _ in range(2))
         remaining = iter(weights)
         for segment, keys, values in _with_prefix(ctx.row, key, value):
             before = segment.prefix_stop - segment.prefix
@@ -262,7 +271,7 @@ class _Products(torch.autograd.Function):
                     if border:
                         total[:, segment.prefix + first : segment.prefix_stop] += part[:, :border]
                     total[:, segment.start + max(first - before, 0) : segment.start + last - before] += part[:, border:]
-        return of_query, of_keys, of_values, None, None, None
+        return of_query, of_keys.to(key.dtype), of_values.to(key.dtype), None, None, None
 
 
 def _with_prefix(row: RowAttention, key: torch.Tensor, value: torch.Tensor) -> Iterator[tuple[Segment, torch.Tensor, torch.Tensor]]:
@@ -277,67 +286,47 @@ def _with_prefix(row: RowAttention, key: torch.Tensor, value: torch.Tensor) -> I
 
 
 def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None) -> torch.Tensor:
-    kernel = varlen_kernel()
-    if kernel is None:
-        raise ValueError(f"torch {torch.__version__} has no variable-length attention")
     keys, values = (states.transpose(0, 1)[row.key_index] for states in (key, value))
-    return kernel(query.transpose(0, 1).contiguous(), keys, values, row, scaling, window)
-
-
-VarlenKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, RowAttention, float, int | None], torch.Tensor]
-
-
-@cache
-def varlen_kernel() -> VarlenKernel | None:
-    """Return torch's variable-length kernel behind one signature; None where torch has none (before 2.10)."""
-    try:
-        varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):
-        return None
-    known = inspect.signature(varlen_attn).parameters
-
-    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None) -> torch.Tensor:
-        options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)} if "window_size" in known else {"is_causal": True}
-        if window is not None and "window_size" not in known:
-            raise ValueError("this torch's varlen_attn has no sliding window")
-        if "enable_gqa" in known:
-            options["enable_gqa"] = key.shape[1] != query.shape[1]
-        elif key.shape[1] != query.shape[1]:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        if "scale" in known:
-            options["scale"] = scaling
-        elif scaling != query.shape[-1] ** -0.5:
-            raise ValueError(f"this torch's varlen_attn has no scale, and {scaling} is not 1/sqrt({query.shape[-1]})")
-        result: torch.Tensor = varlen_attn(query, key, value, *row.borders, **options)
-        return result
-
-    return kernel
+    sides = (-1 if window is None else window - 1, 0)
+    output = varlen_attn(
+        query.transpose(0, 1).contiguous(), keys, values, *row.borders, scale=scaling, window_size=sides, enable_gqa=len(query) != len(key)
+    )
+    assert isinstance(output, torch.Tensor)  # a tuple only where more is asked for
+    return output
 
 
 @cache
-def check_varlen(device: torch.device) -> float | None:
-    """Compare the kernel with `blocks` on a small shared row, outputs and gradients, in bfloat16.
+def check_varlen(device: torch.device) -> float:
+    """Compare the kernel with `blocks` on a small shared row, without and with a sliding window, outputs and gradients, in bfloat16.
 
     Returns:
-        The greatest difference over the greatest value; None where there is no kernel or no GPU. Up to VARLEN_TOLERANCE is rounding.
+        The greatest difference over the greatest value; up to VARLEN_TOLERANCE is rounding. Infinity where there is no GPU or it has no such kernel.
     """
-    if varlen_kernel() is None or device.type != "cuda":
-        return None
+    if device.type != "cuda":
+        return float("inf")
     segments = [Segment(0, 90, 0, 0), Segment(90, 150, 0, 90), Segment(150, 181, 0, 90), Segment(181, 300, 181, 181)]
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((8, 300, 64), (2, 300, 64), (2, 300, 64))
-    found = []
+    worst = 0.0
     with torch.inference_mode(False), torch.enable_grad():
         query, key, value = (torch.randn(shape, device=device, generator=generator).bfloat16().requires_grad_() for shape in shapes)
-        for way in (VARLEN, BLOCKS):
-            output, _ = attend(nn.Module(), query[None], key[None], value[None], None, scaling=0.125, row=RowAttention(segments, device, way))
-            found.append([output, *torch.autograd.grad(output.float().square().sum(), (query, key, value))])
-    return max(float((one.float() - other.float()).abs().max() / other.float().abs().max()) for one, other in zip(*found, strict=True))
+        for window in (None, 40):
+            found = []
+            for way in (VARLEN, BLOCKS):
+                row = RowAttention(segments, device, way)
+                try:
+                    output, _ = attend(nn.Module(), query[None], key[None], value[None], None, scaling=0.3, row=row, sliding_window=window)
+                except RuntimeError as error:
+                    logger.warning("no variable-length attention on this GPU: %s", error)
+                    return float("inf")
+                found.append([output, *torch.autograd.grad(output.float().square().sum(), (query, key, value))])
+            differences = [float((one.float() - other.float()).abs().max() / other.float().abs().max()) for one, other in zip(*found, strict=True)]
+            worst = max(worst, *differences)
+    return worst
 
 
 def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowAttention, scaling: float, window: int | None) -> torch.Tensor:
-    missing = -row.num_tokens % FLEX_TOKENS
+    missing = row.flex_tokens - row.num_tokens
     filled = (functional.pad(states, (0, 0, 0, missing))[None] for states in (query, key, value))
     output = _flex_kernel(query.is_cuda)(*filled, block_mask=row.block_mask(window), scale=scaling, enable_gqa=query.shape[0] != key.shape[0])
     kept: torch.Tensor = output[0, :, : row.num_tokens].transpose(0, 1)
@@ -348,61 +337,87 @@ def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: RowA
 def _flex_kernel(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    compile_it: Any = torch.compile  # whose type lacks the limit
+    return compile_it(flex_attention, dynamic=False, fullgraph=True, recompile_limit=FLEX_COMPILES) if compiled else flex_attention
 
 
 class AttentionChoice:
-    """Which way a model attends: the one it was given, or on a GPU the fastest one of each length class, measured there once."""
+    """Which way a model attends: the one it was told, or on a GPU the fastest one of each class of rows, measured there once."""
 
     def __init__(self, config: Any, way: str = "auto"):
         self._config = config
         self._way = way
-        self._fastest: dict[int, str] = {}
+        self._checked = False
+        self.fastest: dict[int, str] = {}
+        """By class: keys that a token sees on average, as a power of two."""
 
     def of(self, segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, *, trains: bool) -> str:
-        """Return the way for a row, measuring if this is the first one of its class (powers of two of the mean segment's length)."""
-        if self._way != "auto" or device.type != "cuda":
-            return BLOCKS if self._way == "auto" else self._way
-        length_class = (segments[-1].stop // len(segments)).bit_length()
-        if length_class not in self._fastest:
+        """Return the way for a row, measuring if this is the first one of its class.
+
+        Raises:
+            ConfigError: the model or the device cannot attend in the way that it was told.
+        """
+        if self._way != "auto":
+            self._check(device, dtype)
+            return self._way
+        if device.type != "cuda":
+            return BLOCKS
+        row_class = (RowAttention(segments, device).visible_pairs // segments[-1].stop).bit_length()
+        if row_class not in self.fastest:
             seconds = self.measure(segments, device, dtype, trains=trains)
-            self._fastest[length_class] = min(seconds, key=lambda way: seconds[way])
+            self.fastest[row_class] = min(seconds, key=lambda way: seconds[way])
             measured = ", ".join(f"{way} {value * 1e3:.2f} ms" for way, value in seconds.items())
-            logger.info("attention for segments of about %d tokens: %s (%s a layer)", 1 << length_class, self._fastest[length_class], measured)
-        return self._fastest[length_class]
+            logger.info("attention where a token sees about %d: %s (%s a layer)", 1 << row_class, self.fastest[row_class], measured)
+        return self.fastest[row_class]
+
+    def _check(self, device: torch.device, dtype: torch.dtype) -> None:
+        if self._checked or self._way == BLOCKS:
+            return
+        if getattr(self._config, "attn_logit_softcapping", None):
+            raise ConfigError(f"attention={self._way} cannot cap logits, as this model does; use blocks or auto")
+        if self._way == VARLEN and (dtype not in HALF or check_varlen(device) > VARLEN_TOLERANCE):
+            raise ConfigError(f"attention=varlen needs a GPU with PyTorch's kernel and bfloat16 or float16 (here {device.type}, {dtype}); use auto")
+        self._checked = True
 
     def candidates(self, device: torch.device, dtype: torch.dtype) -> list[str]:
         """Return the ways that can compute this model's attention on a device."""
-        ways = [BLOCKS]
-        if device.type != "cuda" or getattr(self._config, "attn_logit_softcapping", None):
-            return ways
-        error = check_varlen(device) if dtype in (torch.bfloat16, torch.float16) else None
-        if error is not None and error <= VARLEN_TOLERANCE:
-            ways.append(VARLEN)
-        elif error is not None:
-            logger.warning("the variable-length kernel is off by %.3f from its meaning and is not used", error)
-        return [*ways, FLEX] if dtype in (torch.bfloat16, torch.float16) else ways
+        if device.type != "cuda" or dtype not in HALF or getattr(self._config, "attn_logit_softcapping", None):
+            return [BLOCKS]
+        return [BLOCKS, *([VARLEN] if check_varlen(device) <= VARLEN_TOLERANCE else []), FLEX]
 
     def measure(self, segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, *, trains: bool, repeats: int = 3) -> dict[str, float]:
-        """Return the seconds of one layer's attention over a row, by way; forward, and backward if `trains`; the least of `repeats`."""
+        """Return the seconds of one layer's attention over a row, by way; forward, and backward if `trains`; the least of `repeats`.
+
+        A way that does not run here (no kernel for this GPU, no compiler, not enough memory) is left out, with a warning.
+        """
         heads = self._config.num_attention_heads
         size = getattr(self._config, "head_dim", None) or self._config.hidden_size // heads
-        shapes = [(1, count, segments[-1].stop, size) for count in (heads, *[getattr(self._config, "num_key_value_heads", heads)] * 2)]
-        found = {}
+        kinds = getattr(self._config, "layer_types", None) or ["sliding_attention"]
+        window = getattr(self._config, "sliding_window", None) if 2 * kinds.count("sliding_attention") > len(kinds) else None
+        tokens, found = segments[-1].stop, {}
+        counts = (heads, *[getattr(self._config, "num_key_value_heads", heads)] * 2)
+        ways = self.candidates(device, dtype)
         with torch.inference_mode(False), torch.set_grad_enabled(trains):
-            query, key, value = (torch.randn(shape, device=device, dtype=dtype).requires_grad_(trains) for shape in shapes)
-            for way in self.candidates(device, dtype):
+            states = [torch.randn(1, tokens, count, size, device=device, dtype=dtype).requires_grad_(trains) for count in counts]
+            query, key, value = (part.transpose(1, 2) for part in states)  # as models make them
+            for way in ways:
                 row = RowAttention(segments, device, way)
-                seconds = []
-                for _ in range(1 + repeats):  # the first one compiles
-                    _wait_for(device)
-                    start = time.perf_counter()
-                    output, _nothing = attend(nn.Module(), query, key, value, None, scaling=size**-0.5, row=row)
-                    if trains:
-                        torch.autograd.grad(output.float().sum(), (query, key, value))
-                    _wait_for(device)
-                    seconds.append(time.perf_counter() - start)
+                try:
+                    seconds = []
+                    for _ in range(1 + repeats):  # the first one compiles
+                        _wait_for(device)
+                        start = time.perf_counter()
+                        output, _nothing = attend(nn.Module(), query, key, value, None, scaling=size**-0.5, row=row, sliding_window=window)
+                        if trains:
+                            torch.autograd.grad(output.float().sum(), states)
+                        _wait_for(device)
+                        seconds.append(time.perf_counter() - start)
+                except RuntimeError as error:
+                    logger.warning("attention by %s does not run here: %s", way, error)
+                    continue
                 found[way] = min(seconds[1:])
+        if not found:
+            raise RuntimeError(f"no way to attend over a row of {tokens} tokens runs here; see the warnings above")
         return found
 
 
@@ -419,4 +434,3 @@ def use_attention(model: Any, name: str) -> None:
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -21,16 +21,13 @@ from transformers.utils import logging as transformers_logging
 
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.reward.attention import IMPLEMENTATION, AttentionChoice, RowAttention, use_attention
-from synpref_ray.reward.packing import PackedBatch
-from synpref_ray.reward.pair_groups import RowLayout
+from synpref_ray.reward.packing import PackedBatch, RowLayout
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INIT_STD = 0.02  # ours: zero did not learn in a trial, normal 0.02 did (SmolLM2-135M, 2026-11)
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest position in the batch
-
-
 ONE_MASK_MODELS = {"llama", "mistral"}
 MASK_BY_LAYER_TYPE_MODELS = {"qwen2", "qwen3", "gemma2", "gemma3_text"}
 
@@ -46,7 +43,7 @@ def may_share(config: Any) -> bool:
     ropes = [rope] if "rope_type" in rope else [inner for inner in rope.values() if isinstance(inner, dict)]
     if any(inner.get("rope_type", "default") not in STATIC_ROPE for inner in ropes):
         return False
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True) or getattr(config, "attention_dropout", 0.0):
         return False
     known = set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
     return config.model_type in ONE_MASK_MODELS or (config.model_type in MASK_BY_LAYER_TYPE_MODELS and known)
@@ -69,6 +66,11 @@ class RewardModule(nn.Module):
         self._checkpointing_min_tokens = 0
         if self.may_share:
             use_attention(model, IMPLEMENTATION)
+
+    @property
+    def attention_ways(self) -> dict[str, str]:
+        """What a GPU measured to be the fastest way to attend, by how many keys a token sees at most; empty where nothing was to choose."""
+        return {str(1 << row_class): way for row_class, way in sorted(self._attention.fastest.items())}
 
     @property
     def num_linear_weights(self) -> int:
@@ -148,7 +150,6 @@ def load_backbone_with_head(
     head_init_std: float = HEAD_INIT_STD,
     seed: int = 0,
     num_layers: int | None = None,
-    attn_implementation: str | None = None,
 ) -> Any:
     """Load `AutoModelForSequenceClassification` with one label: backbone in `dtype`, head in float32, in eval mode.
 
@@ -157,7 +158,6 @@ def load_backbone_with_head(
         new_head: whether to initialise the head anew (normal, mean 0, std `head_init_std`, from `seed`): never, always, or where the checkpoint
             has none. A new head is logged, as a warning where it takes the place of one.
         num_layers: keep the backbone's first layers only (a smaller model, saved as one); default: all of them.
-        attn_implementation: default: eager for attention with soft-capped logits (sdpa would leave the cap out), sdpa otherwise.
 
     Raises:
         InputError: no such model; its head is absent and `new_head` is false, or of another shape and `new_head` is not true.
@@ -167,7 +167,7 @@ def load_backbone_with_head(
     if num_layers is not None:
         _keep_first_layers(config, num_layers, path)
     torch_dtype = _resolve_dtype(config, dtype)
-    attention = attn_implementation or ("eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa")
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"  # sdpa would leave the cap out
     cls = _with_float32_head(config)
     try:
         with quiet_transformers():

@@ -49,6 +49,16 @@ class Group:
         return max(len(sequence) for sequence in self.sequences)
 
 
+@dataclass(frozen=True)
+class RowLayout:
+    """How rows may be laid out for one model: what decides the plan, and nothing else."""
+
+    may_share: bool
+    """Whether the architecture lets replies share their prompt (see `model.may_share`)."""
+    max_group_tokens: int
+    """No group grows beyond this many tokens, padding included, by merging pairs; a single pair may still exceed it."""
+
+
 class Segment(NamedTuple):
     """Neighbouring tokens `start` to `stop` - 1 of a flat row; each sees tokens `prefix` to `prefix_stop` - 1, and its own segment up to itself.
 
@@ -130,7 +140,7 @@ def batch_tokens(groups: Iterable[Group]) -> int:
 def plan_batches(groups: Sequence[Group], max_tokens: int, *, overhead_tokens: int = BATCH_OVERHEAD_TOKENS) -> list[list[int]]:
     """Cut groups into micro-batches of at most `max_tokens` tokens, padding included.
 
-    Flat rows: as few micro-batches as fit, their tokens about even. Padded rows: sorted by length and cut so that padding, plus
+    Flat rows: about as few micro-batches as fit, their tokens about even. Padded rows: sorted by length and cut so that padding, plus
     `overhead_tokens` a micro-batch, is least. A group is never split; one that exceeds the budget alone is a batch of its own. Ties go to the
     lower index, so the plan depends on the lengths alone.
 
@@ -145,9 +155,14 @@ def plan_batches(groups: Sequence[Group], max_tokens: int, *, overhead_tokens: i
 
 
 def _plan_flat(tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Deal groups, largest first, to the micro-batch with fewest tokens; one more micro-batch where that does not fit."""
+    plan = _deal(tokens, max_tokens, -(-sum(tokens) // max_tokens))
+    even = _deal(tokens, max_tokens, len(plan))  # where the last groups did not fit, one batch more for all from the start
+    return even if len(even) == len(plan) else plan
+
+
+def _deal(tokens: Sequence[int], max_tokens: int, num_batches: int) -> list[list[int]]:
+    """Deal groups, largest first, each to the micro-batch with fewest tokens; one more micro-batch where that does not fit."""
     order = sorted(range(len(tokens)), key=lambda i: (-tokens[i], i))
-    num_batches = -(-sum(tokens) // max_tokens)
     loads = [(0, number) for number in range(num_batches)]
     batches: list[list[int]] = [[] for _ in loads]
     for index in order:

@@ -1,4 +1,4 @@
-"""Which pairs share a row: those of one prompt, their identical replies laid out once. Used by the trainer and the scorer alike.
+"""Which pairs share their prompt's tokens: those of one prompt, their identical replies laid out once. Used by the trainer and the scorer alike.
 
 Sources with several replies to a prompt (UltraFeedback's four, six pairs of them) repeat the prompt in every pair and every reply in several
 pairs. Merged, each text is computed once, and the loss or the margin of every pair is read from the shared rewards. Our choice throughout.
@@ -13,20 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from synpref_ray.reward.packing import Group, Tokens, batch_tokens, make_group
+from synpref_ray.reward.packing import Group, RowLayout, Tokens, batch_tokens, make_group
 from synpref_ray.schema import pair_id
 
 Indices = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class RowLayout:
-    """How rows may be laid out for one model: what decides the plan, and nothing else."""
-
-    may_share: bool
-    """Whether the architecture lets replies share a row (see `model.may_share`)."""
-    max_group_tokens: int
-    """No group grows beyond this many tokens, padding included, by merging pairs; a single pair may still exceed it."""
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ def _run_engine(folder: str, sample: Sample, dtype: str, config: ParityConfig, m
             "max_length_tokens": max_length_tokens,
             "device": config.device,
             "num_threads": config.num_threads,
+            "attention": config.attention,
         }
     )
     scorer = PairScorer.load(folder, settings)

@@ -9,7 +9,7 @@ from synpref_ray.config import Settings
 from synpref_ray.reward.training_record import Record
 
 PARITY_FILE = "parity_record.json"
-PARITY_VERSION = 1
+PARITY_VERSION = 2  # 2: the engine attends over flat rows
 RESOURCE_SETTINGS = frozenset({"num_threads", "max_tokens_per_batch", "kv_cache_bytes", "gpu_memory_share", "vllm_timeout_seconds"})
 
 
@@ -30,6 +30,8 @@ class ParityConfig(Settings):
     float32 rewards. Ours: see `reward/parity.py`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where all sides run; cuda takes one GPU of the cluster for the time of the check."""
+    attention: Literal["auto", "blocks", "varlen", "flex"] = "auto"
+    """How our engine attends (`attention.WAYS`): as it will when it scores."""
     num_threads: PositiveInt = 2
     max_tokens_per_batch: PositiveInt = 2048
     """Tokens of our engine's micro-batches, padding included."""

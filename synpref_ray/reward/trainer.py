@@ -299,6 +299,7 @@ def make_record(run: TrainingRun, seconds: dict[str, float]) -> TrainingRecord:
     data, stats = run.data, run.stats
     return TrainingRecord(
         config=run.config, versions=package_versions(), template_digest=data.template_digest, shares_prefixes=run.module.may_share,
+        attention_ways=run.module.attention_ways,
         num_pairs=data.train.pairs, num_dropped=data.train.dropped, num_shortened=data.train.shortened, num_spelled=data.train.spelled,
         num_gold_pairs=data.chosen_by.pairs, num_gold_dropped=data.chosen_by.dropped, num_gold_shortened=data.chosen_by.shortened,
         num_workers=run.engine.world_size, num_resumes=run.num_resumes, steps=run.steps, evaluations=run.evaluations, chosen_step=run.chosen_step,

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import InputError
 from synpref_ray.reward.batch_store import BatchIndex, Microbatch, decode, open_batches, write_window
-from synpref_ray.reward.pair_groups import RowLayout, group_pairs
+from synpref_ray.reward.packing import RowLayout
+from synpref_ray.reward.pair_groups import group_pairs
 from synpref_ray.reward.render import template_digest
 from synpref_ray.reward.tokenise import TokensInMemory, tokenise_pairs
 from synpref_ray.reward.training_config import TrainConfig

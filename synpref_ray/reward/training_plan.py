@@ -2,8 +2,8 @@
 
 Our choice (the paper gives the batch size only): an epoch takes the shards in an order of its own, and shuffles the pairs inside a window of
 many global batches, so that no pass over all data is needed; small data is one window and shuffled as a whole. The order comes from hashes of
-the seed and of pair ids, so it does not depend on workers or restarts. Lengths are sorted only inside a global batch, so that an optimizer step
-stays a random sample. Every rank runs equally many micro-batches, as each one may be a collective.
+the seed and of pair ids, so it does not depend on workers or restarts. Lengths decide only inside a global batch which pairs share a micro-batch,
+so that an optimizer step stays a random sample. Every rank runs equally many micro-batches, as each one may be a collective.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import InputError
 from synpref_ray.reward.batch_store import PlannedStep
-from synpref_ray.reward.packing import Tokens, plan_batches
-from synpref_ray.reward.pair_groups import PairGroup, RowLayout, group_pairs
+from synpref_ray.reward.packing import RowLayout, Tokens, plan_batches
+from synpref_ray.reward.pair_groups import PairGroup, group_pairs
 from synpref_ray.schema import stable_hash
 
 TOKENS_SCHEMA = pa.schema(

@@ -75,6 +75,8 @@ class TrainingRecord(Record):
     versions: dict[str, str]
     template_digest: str
     shares_prefixes: bool
+    attention_ways: dict[str, str] = {}
+    """What a GPU measured to be the fastest way to attend (`attention.AttentionChoice`), by how many keys a token sees at most."""
     num_pairs: int
     num_dropped: dict[str, int]
     num_shortened: int = 0

@@ -119,7 +119,7 @@ def test_an_unchecked_model_is_refused_and_the_job_that_trained_it_checks_it_wit
     model = bench.train(ParityConfig(enabled=False))
     assert read_parity(model) is None
     require_parity(model, ParityConfig(enabled=False))
-    with pytest.raises(ParityError, match=r"has no parity_record.json of its present weights; run the job"):
+    with pytest.raises(ParityError, match=r"has no parity_record.json of its present weights and this engine; run the job"):
         score_pools(bench.run, "score", [], {"best": model}, ScoreConfig())
     require_parity(bench.train(), CONFIG)
     assert bench.trainings == 1

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig
 
+from synpref_ray.errors import ConfigError
 from synpref_ray.reward import attention
 from synpref_ray.reward.attention import BLOCKS, FLEX, VARLEN, AttentionChoice, RowAttention, attend
 from synpref_ray.reward.model import RewardModule
@@ -66,6 +67,35 @@ def test_blocks_equal_the_dense_mask(dtype: torch.dtype, window: int | None, sof
 
 
 @pytest.mark.parametrize("window", [None, 7])
+def test_gradients_of_the_products_are_exact(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite differences in float64, which takes the same way as bfloat16 on a CPU."""
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 4)
+    segments = pack([make_group([np.arange(12, dtype=np.int32), np.r_[np.arange(9), 20:26].astype(np.int32)]), make_group([np.arange(3)])]).segments
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(1, heads, 21, 2, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    row = RowAttention(segments, CPU)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: attend(nn.Module(), q, k, v, None, scaling=0.3, row=row, sliding_window=window)[0], inputs, fast_mode=False
+    )
+
+
+def test_a_row_whose_weights_would_take_too_much_memory_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = pack(make_groups()).segments
+    inputs = states(segments[-1].stop, torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        return attend(nn.Module(), *inputs, None, scaling=0.3, row=RowAttention(segments, CPU))[0]  # type: ignore[misc]
+
+    by_products = run()
+    monkeypatch.setattr(attention, "MAX_KEPT_BYTES", 0)
+    fused = run()
+    assert not torch.equal(by_products, fused)
+    torch.testing.assert_close(by_products, fused, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        assert torch.equal(run(), by_products)  # nothing is kept, so there is nothing to bound
+
+
+@pytest.mark.parametrize("window", [None, 7])
 def test_flex_equals_the_dense_mask(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "FLEX_TOKENS", 128)
     segments = pack(make_groups()).segments
@@ -79,19 +109,33 @@ def test_flex_equals_the_dense_mask(window: int | None, monkeypatch: pytest.Monk
 def test_what_the_variable_length_kernel_is_asked_equals_the_dense_mask(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel runs on GPUs only, so here its documented meaning does: causal, aligned to the bottom right."""
 
-    def reference(query: Any, key: Any, value: Any, row: RowAttention, scaling: float, left: int | None) -> torch.Tensor:
-        cu_q, cu_k, longest_query, longest_key = row.borders
+    def reference(
+        query: Any,
+        key: Any,
+        value: Any,
+        cu_q: Any,
+        cu_k: Any,
+        longest_query: int,
+        longest_key: int,
+        *,
+        scale: float,
+        window_size: Any,
+        enable_gqa: bool,
+    ) -> torch.Tensor:
         assert (longest_query, longest_key) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+        assert enable_gqa
+        left = window_size[0] + 1
+        assert window_size == ((-1, 0) if window is None else (window - 1, 0))
         pieces = []
         for q0, q1, k0, k1 in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), cu_k[:-1].tolist(), cu_k[1:].tolist(), strict=True):
             distance = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
             allowed = (distance >= 0) & (distance < (left or k1))
             parts = (part.transpose(0, 1)[None] for part in (query[q0:q1], key[k0:k1], value[k0:k1]))
-            piece = functional.scaled_dot_product_attention(*parts, attn_mask=allowed, scale=scaling, enable_gqa=True)
+            piece = functional.scaled_dot_product_attention(*parts, attn_mask=allowed, scale=scale, enable_gqa=True)
             pieces.append(piece[0].transpose(0, 1))
         return torch.cat(pieces)
 
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: reference)
+    monkeypatch.setattr(attention, "varlen_attn", reference)
     segments = pack(make_groups()).segments
     query, key, value = (part.detach() for part in states(segments[-1].stop))
     found, _ = attend(nn.Module(), query, key, value, None, scaling=0.3, row=RowAttention(segments, CPU, VARLEN), sliding_window=window)
@@ -116,12 +160,48 @@ def test_a_cpu_attends_by_blocks_unless_told_otherwise() -> None:
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_every_candidate_is_measured(trains: bool) -> None:
+def test_candidates_are_measured_and_those_that_do_not_run_left_out(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+
+    def no_kernel(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    monkeypatch.setattr(AttentionChoice, "candidates", lambda *_: [BLOCKS, VARLEN])
+    monkeypatch.setattr(attention, "varlen_attn", no_kernel)
     with torch.inference_mode(not trains):
         seconds = AttentionChoice(config).measure(pack(make_groups()).segments, CPU, torch.bfloat16, trains=trains)
     assert list(seconds) == [BLOCKS]
     assert seconds[BLOCKS] > 0
+    monkeypatch.setattr(AttentionChoice, "candidates", lambda *_: [VARLEN])
+    with pytest.raises(RuntimeError, match="no way to attend"):
+        AttentionChoice(config).measure(pack(make_groups()).segments, CPU, torch.bfloat16, trains=trains)
+
+
+def test_a_way_that_cannot_be_gone_is_an_error_and_not_another_result() -> None:
+    segments = [Segment(0, 4, 0, 0)]
+    with pytest.raises(ConfigError, match="varlen needs a GPU"):
+        AttentionChoice(LlamaConfig(), VARLEN).of(segments, CPU, torch.bfloat16, trains=False)
+    capped = tiny_module("gemma2").model.config
+    for way in (VARLEN, FLEX):
+        with pytest.raises(ConfigError, match="cannot cap logits"):
+            AttentionChoice(capped, way).of(segments, CPU, torch.bfloat16, trains=False)
+    assert AttentionChoice(capped, BLOCKS).of(segments, CPU, torch.bfloat16, trains=False) == BLOCKS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", [BLOCKS, VARLEN, FLEX])
+@pytest.mark.parametrize("window", [None, 7])
+def test_every_way_equals_the_dense_mask_on_a_gpu(way: str, window: int | None) -> None:
+    segments = pack(make_groups(longest=300)).segments
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(1, heads, segments[-1].stop, 64, generator=generator).cuda().bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    row = RowAttention(segments, torch.device("cuda"), way)
+    found, _ = attend(nn.Module(), *inputs, None, scaling=0.3, row=row, sliding_window=window)  # type: ignore[misc]
+    expected = dense(*(part.cpu() for part in inputs), segments, window, None).cuda()  # type: ignore[call-arg]
+    weights = torch.randn(expected.shape, generator=generator).cuda()
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+    for one, other in zip(*(torch.autograd.grad((output.float() * weights).sum(), inputs) for output in (found, expected)), strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=0.05, atol=0.05 * float(other.float().abs().max()))
 
 
 def test_a_gpu_takes_the_fastest_way_of_each_length_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +213,7 @@ def test_a_gpu_takes_the_fastest_way_of_each_length_class(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(AttentionChoice, "measure", measure)
     choice, gpu = AttentionChoice(LlamaConfig()), torch.device("cuda")
-    short, alike, long = ([Segment(0, count, 0, 0)] for count in (40, 50, 400))
+    short, alike, long = ([Segment(0, count, 0, 0)] for count in (40, 50, 400))  # a token sees half as many
     ways = [choice.of(segments, gpu, torch.bfloat16, trains=True) for segments in (short, alike, long, long)]
     assert ways == [VARLEN, VARLEN, BLOCKS, BLOCKS]
     assert asked == [short, long]

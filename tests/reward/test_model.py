@@ -154,6 +154,10 @@ def test_which_architectures_share() -> None:
     chunked = tiny_config("qwen3")
     chunked.layer_types = ["full_attention", "chunked_attention"]
     assert not may_share(chunked)
+    for name, value in (("is_causal", False), ("attention_dropout", 0.1)):
+        other = tiny_config("llama")
+        setattr(other, name, value)
+        assert not may_share(other)
     unknown = tiny_config("llama")
     unknown.model_type = "mamba"
     assert not may_share(unknown)

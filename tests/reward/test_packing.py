@@ -94,11 +94,13 @@ def test_plans_hold_every_group_once_within_the_budget(groups: list[Group], max_
         assert stats.padding_fraction == 0.0
 
 
-def test_flat_batches_are_as_few_as_fit_and_even() -> None:
+def test_flat_batches_are_few_and_even() -> None:
     groups = [make_group([tokens(*range(n))]) for n in (9, 2, 7, 3, 6, 3)]
     assert plan_batches(groups, 1000) == [[0, 2, 4, 3, 5, 1]]
     assert plan_batches(groups, 15) == [[0, 3, 5], [2, 4, 1]]  # 9 + 3 + 3 and 7 + 6 + 2
     assert plan_batches(groups, 12) == [[0, 1], [2, 5], [4, 3]]
+    tight = [make_group([tokens(*range(n))]) for n in (5, 5, 4, 4, 2)]  # two of 10 would hold them; dealt largest first, the last one does not fit
+    assert plan_batches(tight, 10) == [[2, 3], [0, 4], [1]]  # 8, 7 and 5, and not 9, 9 and 2
     assert plan_batches([], 10) == []
 
 

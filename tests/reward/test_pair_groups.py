@@ -5,8 +5,8 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import given, settings
 
-from synpref_ray.reward.packing import Tokens, batch_tokens
-from synpref_ray.reward.pair_groups import RowLayout, group_pairs, num_pairs, pair_places, prompt_keys
+from synpref_ray.reward.packing import RowLayout, Tokens, batch_tokens
+from synpref_ray.reward.pair_groups import group_pairs, num_pairs, pair_places, prompt_keys
 
 SHARING = RowLayout(may_share=True, max_group_tokens=1000)
 

@@ -35,7 +35,7 @@ def same_weights(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_eight_pairs_are_learnt_by_heart(tiny_backbone: str, tmp_path: Path, precision: str) -> None:
     pairs = random_pairs(8)
-    config = config_for(tiny_backbone, num_epochs=16, learning_rate=0.02, precision=precision, evaluations_per_epoch=1)
+    config = config_for(tiny_backbone, num_epochs=24, learning_rate=0.006, precision=precision, evaluations_per_epoch=1)
     record = train_in_process(pairs, pairs, config, str(tmp_path / "model"))
     assert record.steps[0].loss == pytest.approx(np.log(2), abs=0.05)
     assert record.steps[-1].loss < 0.1

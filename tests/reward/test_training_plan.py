@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 
-from synpref_ray.reward.pair_groups import RowLayout
+from synpref_ray.reward.packing import RowLayout
 from synpref_ray.reward.training_plan import (
     TOKENS_SCHEMA,
     BatchSpec,
