@@ -47,11 +47,15 @@ VARLEN_TOLERANCE = 0.03  # greatest difference over greatest value in bfloat16; 
 
 
 class RowAttention:
-    """How the tokens of one flat row see each other; made once per micro-batch, used by every layer."""
+    """How the tokens of one flat row see each other; made once per micro-batch, used by every layer.
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device, way: str = BLOCKS):
+    `ends`, (E,) int64, are the tokens whose last hidden states are read; the last layer computes no others where it need not.
+    """
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device, way: str = BLOCKS, ends: torch.Tensor | None = None):
         self.segments = tuple(segments)
         self.way = way
+        self.ends = ends
         self._device = device
         self._biases: dict[tuple[int, int, int | None, torch.dtype], torch.Tensor] = {}
         self._masks: dict[int | None, Any] = {}

@@ -66,6 +66,7 @@ class RewardModule(nn.Module):
         self._checkpointing_min_tokens = 0
         if self.may_share:
             use_attention(model, IMPLEMENTATION)
+            _LastLayerAtEnds.attach(model.base_model.layers[-1])
 
     @property
     def attention_ways(self) -> dict[str, str]:
@@ -95,10 +96,10 @@ class RewardModule(nn.Module):
         enabled = self._autocast_dtype is not None
         with torch.autocast(device_type, dtype=self._autocast_dtype, enabled=enabled):
             hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **self._attention_arguments(batch)).last_hidden_state
-        last = hidden[batch.last_rows, batch.last_columns]  # (S, H)
+        last = hidden[batch.last_rows, batch.last_columns]  # (E, H)
         with torch.autocast(device_type, enabled=False):
             rewards: torch.Tensor = self.model.score(last.float()).squeeze(-1)
-        return rewards
+        return rewards[batch.of_sequence]
 
     def _attention_arguments(self, batch: PackedBatch) -> dict[str, Any]:
         if not batch.segments:
@@ -108,7 +109,43 @@ class RewardModule(nn.Module):
         no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # in the shape that transformers hands on as it is
         config = self.model.config
         masks = no_mask if config.model_type in ONE_MASK_MODELS else dict.fromkeys(config.layer_types, no_mask)
-        return {"attention_mask": masks, "position_ids": batch.positions, "row": RowAttention(batch.segments, device, way)}
+        return {"attention_mask": masks, "position_ids": batch.positions, "row": RowAttention(batch.segments, device, way, batch.last_columns)}
+
+
+class _LastLayerAtEnds:
+    """Lets the last layer's MLP, most of its work, run on the tokens whose hidden states are read; for the others it adds zero.
+
+    The row comes with the layer's own arguments, so that recomputing under gradient checkpointing takes the same tokens.
+    """
+
+    @classmethod
+    def attach(cls, layer: Any) -> None:
+        """Do so once, however many modules are made around one model."""
+        if not hasattr(layer, "at_ends"):
+            layer.at_ends = cls(layer)
+
+    def __init__(self, layer: nn.Module):
+        self._ends: torch.Tensor | None = None
+        self._shape = torch.Size()
+        layer.register_forward_pre_hook(self._begin, with_kwargs=True)
+        mlp: nn.Module = layer.get_submodule("mlp")
+        mlp.register_forward_pre_hook(self._take)
+        mlp.register_forward_hook(self._put)
+
+    def _begin(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        row = kwargs.get("row")
+        self._ends = row.ends if row is not None else None
+
+    def _take(self, mlp: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if self._ends is None:
+            return None
+        self._shape = args[0].shape
+        return (args[0][:, self._ends], *args[1:])
+
+    def _put(self, mlp: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if self._ends is None:
+            return output
+        return output.new_zeros(*self._shape[:-1], output.shape[-1]).index_copy(1, self._ends, output)
 
 
 def read_row_layout(path: str, max_group_tokens: int) -> RowLayout:

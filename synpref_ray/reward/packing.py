@@ -7,7 +7,8 @@ follows, and its own tokens so far, so positions restart after the prefix and ev
 error (`attention` computes that). Architectures that do not let us decide which token sees which get a padded row for every reply. Our choice
 throughout; the paper says nothing about batching.
 
-Shape legend: G groups (one prompt each), S sequences (replies, group after group), B rows of a micro-batch, T tokens of its longest row.
+Shape legend: G groups (one prompt each), S sequences (replies, group after group), E different ends of them, B rows of a micro-batch, T tokens of
+its longest row.
 """
 
 import heapq
@@ -75,20 +76,22 @@ class Segment(NamedTuple):
 class PackedBatch:
     """One micro-batch as tensors.
 
-    `last_rows` and `last_columns` find the last token of every sequence, in the order of the groups and of the replies inside them.
-    `segments` covers a flat row (B = 1) from its first token to its last; it is empty where every row is one sequence, padded on the right.
+    `last_rows` and `last_columns` find the last tokens of sequences, each once; `of_sequence` says which of them ends each sequence, in the order
+    of the groups and of the replies inside them (identical replies end alike). `segments` covers a flat row (B = 1) from its first token to its
+    last; it is empty where every row is one sequence, padded on the right.
     """
 
     input_ids: torch.Tensor  # (B, T) int64
     positions: torch.Tensor  # (B, T) int64
     attention_mask: torch.Tensor  # (B, T) int64, 0 for padding
-    last_rows: torch.Tensor  # (S,) int64
-    last_columns: torch.Tensor  # (S,) int64
+    last_rows: torch.Tensor  # (E,) int64
+    last_columns: torch.Tensor  # (E,) int64
+    of_sequence: torch.Tensor  # (S,) int64, below E
     segments: tuple[Segment, ...]
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on `device`."""
-        names = ("input_ids", "positions", "attention_mask", "last_rows", "last_columns")
+        names = ("input_ids", "positions", "attention_mask", "last_rows", "last_columns", "of_sequence")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -225,12 +228,14 @@ def _pack_flat(groups: Sequence[Group]) -> PackedBatch:
             last.append((segments[-1].stop if len(sequence) > group.prefix_tokens else stop) - 1)
     positions = [np.arange(s.prefix_stop - s.prefix, s.prefix_stop - s.prefix + s.stop - s.start) for s in segments]
     input_ids = torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+    ends, of_sequence = np.unique(np.asarray(last, dtype=np.int64), return_inverse=True)
     return PackedBatch(
         input_ids=input_ids,
         positions=torch.from_numpy(np.concatenate(positions))[None],
         attention_mask=torch.ones_like(input_ids),
-        last_rows=torch.zeros(len(last), dtype=torch.int64),
-        last_columns=torch.tensor(last, dtype=torch.int64),
+        last_rows=torch.zeros(len(ends), dtype=torch.int64),
+        last_columns=torch.from_numpy(ends),
+        of_sequence=torch.from_numpy(of_sequence.astype(np.int64)),
         segments=tuple(segments),
     )
 
@@ -248,6 +253,7 @@ def _pack_padded(groups: Sequence[Group], pad_id: int) -> PackedBatch:
         attention_mask=torch.from_numpy(real.astype(np.int64)),
         last_rows=torch.arange(len(sequences)),
         last_columns=torch.from_numpy(lengths - 1),
+        of_sequence=torch.arange(len(sequences)),
         segments=(),
     )
 

@@ -70,7 +70,7 @@ def test_rows_of_single_sequences_are_padded_on_the_right() -> None:
 
 def test_identical_replies_and_a_reply_that_begins_another() -> None:
     same = pack([make_group([tokens(1, 2), tokens(1, 2)])])
-    assert (same.input_ids.tolist(), same.last_columns.tolist()) == ([[1, 2]], [1, 1])
+    assert (same.input_ids.tolist(), same.last_columns.tolist(), same.of_sequence.tolist()) == ([[1, 2]], [1], [0, 0])
     begins = pack([make_group([tokens(1, 2), tokens(1, 2, 3)])])
     assert (begins.input_ids.tolist(), begins.last_columns.tolist()) == ([[1, 2, 3]], [1, 2])
 
@@ -128,4 +128,4 @@ def test_every_sequence_can_be_read_back_from_its_row(groups: list[Group]) -> No
 
 def _ends(groups: list[Group], batch: PackedBatch) -> list[tuple[Any, int]]:
     sequences = [sequence for group in groups for sequence in group.sequences]
-    return list(zip(sequences, batch.last_columns.tolist(), strict=True))
+    return list(zip(sequences, batch.last_columns[batch.of_sequence].tolist(), strict=True))
