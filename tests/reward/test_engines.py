@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_another_number_of_workers(
 @pytest.mark.ray
 @pytest.mark.engine
 def test_an_error_in_a_worker_comes_back_as_ours(ray: ModuleType, tiny_backbone: str, tmp_path: Path) -> None:
-    config = config_for(tiny_backbone, learning_rate=1e30, max_grad_norm=1e30, zero_stage=0)
+    config = config_for(tiny_backbone, learning_rate=1e38, max_grad_norm=1e30, zero_stage=0)
     with pytest.raises(InputError, match="the loss became nan in optimizer step"):
         train_reward_model(random_pairs(8), None, config, str(tmp_path / "model"), str(tmp_path / "storage"))
     assert not (tmp_path / "model").exists()
