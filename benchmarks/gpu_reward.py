@@ -44,11 +44,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen3C
 from benchmarks import _standalone
 from benchmarks._common import SHARED_DATA, Gate, Measurement, Side, Stopwatch, finish, interleave, machine, parser, table
 from synpref_ray.reward.attention import (
-    BLOCKS,
-    FLEX,
     IMPLEMENTATION,
-    VARLEN,
     VARLEN_TOLERANCE,
+    AttentionWay,
     RowAttention,
     check_varlen,
     use_attention,
@@ -171,7 +169,7 @@ def ways_of(model: Any, autocast: torch.dtype | None, budget: int, padded_pairs:
         groups = [Group(pair, common_prefix_tokens(pair) if share else 0, shared=True) for pair in pairs]
         return [(batch, [groups[i] for i in batch]) for batch in plan_batches(groups, budget)]
 
-    def rewards_by(attention: str) -> Callable[[Sequence[Group]], torch.Tensor]:
+    def rewards_by(attention: AttentionWay) -> Callable[[Sequence[Group]], torch.Tensor]:
         module = RewardModule(model, autocast, attention=attention)
         return lambda groups: module(pack(groups).to(device)).view(-1, 2)
 
@@ -195,9 +193,9 @@ def ways_of(model: Any, autocast: torch.dtype | None, budget: int, padded_pairs:
 
     ways = {
         ENGINE: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by("auto")),
-        ENGINE_BLOCKS: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by(BLOCKS)),
-        ENGINE_VARLEN: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by(VARLEN)),
-        ENGINE_FLEX: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by(FLEX)),
+        ENGINE_BLOCKS: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by("blocks")),
+        ENGINE_VARLEN: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by("varlen")),
+        ENGINE_FLEX: Way(IMPLEMENTATION, partial(plan, share=True), rewards_by("flex")),
         PADDING_FREE: Way(IMPLEMENTATION, partial(plan, share=False), rewards_by("auto")),
         PADDED: Way("sdpa", padded_plan, padded_rewards),
     }

@@ -64,12 +64,11 @@ class TimedEngine(PlainEngine):
 
     def __init__(self, module: RewardModule, config: TrainConfig, stopwatch: Stopwatch):
         super().__init__(module, config)
-        self.module = module
         self.stopwatch = stopwatch
         self.optimizer_stopwatch = Stopwatch()
 
     def forward(self, batch: Any) -> torch.Tensor:
-        return self.stopwatch.around(self.module)(batch)  # type: ignore[no-any-return]
+        return self.stopwatch.around(super().forward)(batch)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.stopwatch.around(super().backward)(loss, last=last)

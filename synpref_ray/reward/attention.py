@@ -1,8 +1,9 @@
 """Attention over flat rows of segments (`packing.Segment`): three ways to compute the same, behind transformers' attention interface.
 
 - blocks: segment by segment in plain torch, 256 queries at a time, with the keys that they may see and no others. Any device, any head shape,
-  sliding windows, soft-capped logits. On CPUs in bfloat16 as matrix products, which measured 1.3 to 2 times as fast there as the fused kernel,
-  forward and backward; in float32, where the products' weights would take too much memory, and on GPUs through `scaled_dot_product_attention`.
+  sliding windows, soft-capped logits. On CPUs in bfloat16 as matrix products (1.3 to 2 times as fast as the fused kernel, forward and backward, in a
+  trial with one layer of SmolLM2 on two AVX-512 cores, 2026-11); in float32, where the products' weights would take too much memory, and on GPUs
+  through `scaled_dot_product_attention`.
 - varlen: PyTorch's variable-length kernel on a GPU. The keys of a segment are its prefix's and then its own, gathered by an index, so prefixes
   are read once per reply, while queries, and everything outside attention, exist once. Causal masks of unequal lengths must be aligned to the
   *bottom right*: FlashAttention does so since 2.1 and PyTorch's kernel is built on it; `check_varlen` tests that on the GPU at hand before the
@@ -19,7 +20,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATION = "synpref_segments"
 """The name by which transformers knows these ways to attend."""
 BLOCKS, VARLEN, FLEX = "blocks", "varlen", "flex"
-WAYS = (BLOCKS, VARLEN, FLEX)
+AttentionWay = Literal["auto", "blocks", "varlen", "flex"]
+"""What a config may ask for; auto is blocks on a CPU, and on a GPU the fastest one, measured there."""
 HALF = (torch.bfloat16, torch.float16)
 BLOCK_QUERIES = 256  # ours: 128 to 256 measured alike, 64 slower
 MAX_KEPT_BYTES = 64 << 20  # ours: what a layer's products may keep of a row for the backward pass; beyond it the fused kernel is used
@@ -348,7 +350,7 @@ def _flex_kernel(compiled: bool) -> Any:
 class AttentionChoice:
     """Which way a model attends: the one it was told, or on a GPU the fastest one of each class of rows, measured there once."""
 
-    def __init__(self, config: Any, way: str = "auto"):
+    def __init__(self, config: Any, way: AttentionWay = "auto"):
         self._config = config
         self._way = way
         self._checked = False

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging as transformers_logging
 
 from synpref_ray.errors import ConfigError, InputError
-from synpref_ray.reward.attention import IMPLEMENTATION, AttentionChoice, RowAttention, use_attention
+from synpref_ray.reward.attention import IMPLEMENTATION, AttentionChoice, AttentionWay, RowAttention, use_attention
 from synpref_ray.reward.packing import PackedBatch, RowLayout
 
 logger = logging.getLogger(__name__)
@@ -53,10 +53,10 @@ class RewardModule(nn.Module):
     """Packed micro-batches in, float32 rewards out: what the trainer and the scorer share.
 
     The model given attends over packed rows from now on, where its architecture allows (`attention.use_attention` makes it plain again), in one
-    of `attention.WAYS`; "auto" is blocks on a CPU and the fastest one on a GPU.
+    of the ways of `attention.AttentionWay`.
     """
 
-    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None, *, attention: str = "auto"):
+    def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None, *, attention: AttentionWay = "auto"):
         super().__init__()
         self.model = model
         self.may_share = may_share(model.config)

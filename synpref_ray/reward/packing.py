@@ -158,7 +158,10 @@ def plan_batches(groups: Sequence[Group], max_tokens: int, *, overhead_tokens: i
 
 
 def _plan_flat(tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
-    plan = _deal(tokens, max_tokens, -(-sum(tokens) // max_tokens))
+    fewest = -(-sum(tokens) // max_tokens)
+    plan = _deal(tokens, max_tokens, fewest)
+    if len(plan) <= fewest:
+        return plan
     even = _deal(tokens, max_tokens, len(plan))  # where the last groups did not fit, one batch more for all from the start
     return even if len(even) == len(plan) else plan
 

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from synpref_ray.config import Settings
+from synpref_ray.reward.attention import AttentionWay
 from synpref_ray.reward.training_record import Record
 
 PARITY_FILE = "parity_record.json"
@@ -30,8 +31,8 @@ class ParityConfig(Settings):
     float32 rewards. Ours: see `reward/parity.py`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where all sides run; cuda takes one GPU of the cluster for the time of the check."""
-    attention: Literal["auto", "blocks", "varlen", "flex"] = "auto"
-    """How our engine attends (`attention.WAYS`): as it will when it scores."""
+    attention: AttentionWay = "auto"
+    """How our engine attends (`attention`): as it will when it scores."""
     num_threads: PositiveInt = 2
     max_tokens_per_batch: PositiveInt = 2048
     """Tokens of our engine's micro-batches, padding included."""

@@ -19,6 +19,7 @@ from pydantic import PositiveInt
 from synpref_ray.bundled import resolve_model
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.reward.attention import AttentionWay
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer
 from synpref_ray.reward.packing import Group, PackingStats, make_group, pack, packing_stats, plan_batches
 from synpref_ray.reward.pair_groups import group_pairs, prompt_keys
@@ -45,8 +46,8 @@ class ScorerConfig(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: PositiveInt = 2
     """CPU threads of this process. Ours: the laptop of the demo."""
-    attention: Literal["auto", "blocks", "varlen", "flex"] = "auto"
-    """How to attend (`attention.WAYS`); auto: blocks on a CPU, the fastest one on a GPU, measured there."""
+    attention: AttentionWay = "auto"
+    """How to attend; auto: blocks on a CPU, the fastest one on a GPU, measured there (`attention`)."""
 
 
 _DEFAULT = ScorerConfig()

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from synpref_ray.config import Settings
+from synpref_ray.reward.attention import AttentionWay
 from synpref_ray.reward.model import HEAD_INIT_STD
 from synpref_ray.reward.render import OverLong
 
@@ -44,8 +45,8 @@ class TrainConfig(Settings):
     gradient_checkpointing: bool = False
     gradient_checkpointing_min_tokens: NonNegativeInt = 0
     """Smaller micro-batches (tokens, padding included) keep their activations. Ours: recomputing them costs a third and saves nothing."""
-    attention: Literal["auto", "blocks", "varlen", "flex"] = "auto"
-    """How to attend (`attention.WAYS`); auto: blocks on a CPU, the fastest one on a GPU, measured there."""
+    attention: AttentionWay = "auto"
+    """How to attend; auto: blocks on a CPU, the fastest one on a GPU, measured there (`attention`)."""
     num_layers: PositiveInt | None = None
     """Keep only the backbone's first layers: a smaller reward model for a CPU. Ours; the paper keeps all."""
     zero_stage: Literal[0, 1, 2, 3] = 1  # App. E
