@@ -15,6 +15,9 @@ from pydantic import Field, model_validator
 from synpref_ray.config import Settings
 from synpref_ray.schema import canonical_json
 
+REFUSED = "refused"
+"""The finish reason of a reply that the model or its provider declined to write; its text is empty or of no use."""
+
 
 class EngineDied(RuntimeError):
     """The engine is gone and never comes back: the process that holds it must be replaced. Takes one string, like all of ours."""
@@ -87,6 +90,14 @@ class Reply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """Which model answers, as its votes record it: `revision` is a digest of the weights' folder, or what the provider calls a version."""
+
+    model: str
+    revision: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineCounts:
     """What one engine did since it started. Replies taken from a journal are not in here: so a resumed run can prove what it saved."""
 
@@ -115,6 +126,10 @@ class Engine(Protocol):
 
     def counts(self) -> EngineCounts:
         """Return the running totals."""
+        ...
+
+    def identity(self) -> ModelIdentity:
+        """Return which model answers."""
         ...
 
 

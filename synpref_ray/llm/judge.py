@@ -7,6 +7,7 @@ merging them is a rule of its own (`rules/votes.py`), and whether the judge may 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
@@ -26,6 +27,9 @@ ADDS = ("votes", "num_exemplars")
 VOTE = pa.struct(
     [
         pa.field("judge", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("revision", pa.string(), nullable=False),
+        pa.field("prompt_version", pa.string(), nullable=False),
         pa.field("order", pa.int8(), nullable=False),  # 0: candidate 1 is the chosen reply; 1: candidate 1 is the rejected one
         pa.field("sample", pa.int8(), nullable=False),
         pa.field("raw", pa.string(), nullable=False),
@@ -96,7 +100,8 @@ def judge_pairs(shard: pa.Table, exemplars: pa.Table, engine: Engine, config: Ju
     plans = [_plan(pair, _exemplars_of(pair, named, config), engine, config) for pair in pairs]
     requests = {request.key: request for plan in plans for request in plan.requests.values()}
     replies = {reply.key: reply for reply in generate_once(list(requests.values()), engine, journal)}
-    rows = [_row(pair["pair_id"], plan, replies, config) for pair, plan in zip(pairs, plans, strict=True)]
+    origin = {"judge": config.judge, **asdict(engine.identity()), "prompt_version": JUDGE_PROMPT_VERSION}
+    rows = [_row(pair["pair_id"], plan, replies, origin) for pair, plan in zip(pairs, plans, strict=True)]
     return pa.Table.from_pylist(rows, schema=VOTES_SCHEMA)
 
 
@@ -171,18 +176,18 @@ def _requests(prompts: Sequence[str], config: JudgeConfig) -> dict[tuple[int, in
     }
 
 
-def _row(pair_id: str, plan: _Plan, replies: Mapping[str, Reply], config: JudgeConfig) -> dict[str, Any]:
+def _row(pair_id: str, plan: _Plan, replies: Mapping[str, Reply], origin: Mapping[str, str]) -> dict[str, Any]:
     if plan.drop_reason is not None:
         return {"pair_id": pair_id, "drop_reason": plan.drop_reason.value}
-    votes = [_vote(order, sample, replies[request.key], config.judge) for (order, sample), request in plan.requests.items()]
+    votes = [_vote(order, sample, replies[request.key], origin) for (order, sample), request in plan.requests.items()]
     if all(vote["verdict"] == Verdict.ABSTAIN for vote in votes):
         unreadable = DropReason.UNPARSABLE_REPLY.value  # counted as a failure; the votes stay, because an unreadable answer is an abstention
         return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars, "drop_reason": unreadable}
     return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars}
 
 
-def _vote(order: int, sample: int, reply: Reply, judge: str) -> dict[str, Any]:
-    vote = {"judge": judge, "order": order, "sample": sample, "raw": reply.text, "verdict": Verdict.ABSTAIN.value, "logprob": None}
+def _vote(order: int, sample: int, reply: Reply, origin: Mapping[str, str]) -> dict[str, Any]:
+    vote: dict[str, Any] = {**origin, "order": order, "sample": sample, "raw": reply.text, "verdict": Verdict.ABSTAIN.value, "logprob": None}
     try:
         choice = parse_choice(reply.text)
     except ReplyParseError:

@@ -26,7 +26,7 @@ from synpref_ray.tables.sidecars import Sidecar, zip_shard
 from synpref_ray.versions import engine_version
 
 TAG_VERSION = 1
-JUDGE_VERSION = 1
+JUDGE_VERSION = 2
 ENGINE_SETTINGS = {"dtype", "max_model_len_tokens", "seed", "seed_requests"}  # of the engine, what changes a reply
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 ATTRIBUTE_COLUMNS = {name: name for name in ATTRIBUTES_SCHEMA.names if name not in ("pair_id", "drop_reason")}

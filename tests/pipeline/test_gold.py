@@ -56,7 +56,8 @@ def labelled_pool(root: Path, verdicts: list[str | None]) -> LabelledPool:
 def vote_table(pool: Pool, verdict: str, name: str = "d") -> Sidecar:
     """Return a sealed votes sidecar in which one judge says `verdict` of every pair, in both orders."""
     ids = pool.read_all(["pair_id"])["pair_id"].to_pylist()
-    votes = [{"judge": "j", "order": order, "sample": 0, "raw": "1", "verdict": verdict, "logprob": -0.1} for order in (0, 1)]
+    origin = {"judge": "j", "model": "m", "revision": "r", "prompt_version": "v"}
+    votes = [{**origin, "order": order, "sample": 0, "raw": "1", "verdict": verdict, "logprob": -0.1} for order in (0, 1)]
     rows = [{"pair_id": i, "votes": votes, "num_exemplars": 0} for i in ids]
     return seal(Sidecar(pool, "votes.j", name * 32), pa.Table.from_pylist(rows, schema=VOTES_SCHEMA))
 
