@@ -151,6 +151,8 @@ ATTRIBUTES_SCHEMA = pa.schema(
         pa.field("drop_reason", pa.string()),
     ]
 )
+TAGS_SCHEMA = ATTRIBUTES_SCHEMA.append(pa.field("raw", pa.string()))
+"""One tagger's attributes; `raw` is the reply of a row that was rejected for it, else null."""
 REWARDS_SCHEMA = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

@@ -7,7 +7,7 @@ must never read a control token (`<|im_end|>`, `<bos>`, …) out of `Request.pro
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
@@ -71,6 +71,14 @@ class Request:
             chat=chat,
             reply_start=reply_start,
         )
+
+    def retry(self, attempt: int, temperature: float) -> "Request":
+        """Return the request for another sample in place of an unreadable reply, at `temperature` or its own if that is higher.
+
+        Its key follows from this one's and `attempt` (1, 2, …), so a resumed run asks for the same retries.
+        """
+        key = hashlib.blake2b(f"{self.key}\x1fretry\x1f{attempt}".encode(), digest_size=16).hexdigest()
+        return replace(self, key=key, temperature=max(temperature, self.temperature))
 
 
 @dataclass(frozen=True, kw_only=True)
