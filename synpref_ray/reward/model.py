@@ -53,7 +53,7 @@ class RewardModule(nn.Module):
     """Packed micro-batches in, float32 rewards out: what the trainer and the scorer share.
 
     The model given attends over packed rows from now on, where its architecture allows (`attention.use_attention` makes it plain again), in one
-    of the ways of `attention.AttentionWay`.
+    of the ways of `attention.AttentionWay`. With `autocast_dtype` its residual stream, too, is of that type wherever autocast is on.
     """
 
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None, *, attention: AttentionWay = "auto"):
@@ -67,6 +67,8 @@ class RewardModule(nn.Module):
         if self.may_share:
             use_attention(model, IMPLEMENTATION)
             _LastLayerAtEnds.attach(model.base_model.layers[-1])
+        if autocast_dtype is not None:
+            _keep_residuals_narrow(model.base_model)
 
     @property
     def attention_ways(self) -> dict[str, str]:
@@ -110,6 +112,23 @@ class RewardModule(nn.Module):
         config = self.model.config
         masks = no_mask if config.model_type in ONE_MASK_MODELS else dict.fromkeys(config.layer_types, no_mask)
         return {"attention_mask": masks, "position_ids": batch.positions, "row": RowAttention(batch.segments, device, way, batch.last_columns)}
+
+
+def _keep_residuals_narrow(backbone: nn.Module) -> None:
+    """Let embeddings and norms hand on what autocast computes in, so that the residual stream is that of a model stored so.
+
+    Autocast itself narrows matrix products only: with float32 weights, embeddings and norms give float32, every addition to the stream does too,
+    and layers move twice the bytes. What a norm does inside stays float32.
+    """
+    for module in backbone.modules():
+        widens = isinstance(module, nn.Embedding) or type(module).__name__.endswith("RMSNorm")
+        if widens and _narrow not in module._forward_hooks.values():
+            module.register_forward_hook(_narrow)
+
+
+def _narrow(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    device_type = output.device.type
+    return output.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else output
 
 
 class _LastLayerAtEnds:

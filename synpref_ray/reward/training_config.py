@@ -37,7 +37,8 @@ class TrainConfig(Settings):
     max_grad_norm: PositiveFloat = 1.0  # ours: not stated
     seed: NonNegativeInt = 0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """What the backbone computes in. Weights, optimizer, head and loss are float32 in both: bfloat16 means autocast."""
+    """What the backbone computes in. Weights, optimizer, head and loss are float32 in both: bfloat16 means autocast, and a bfloat16 residual
+    stream, as the stored model has."""
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the backbone is stored in; the head is always stored in float32. Under bfloat16 autocast its linear layers lose nothing."""
     evaluations_per_epoch: PositiveInt = 4
