@@ -11,6 +11,8 @@ Shape legend: B rows, T tokens of the longest row, S sequences, H hidden size.
 import contextlib
 import copy
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INIT_STD = 0.02  # ours: zero did not learn in a trial, normal 0.02 did (SmolLM2-135M, 2026-11)
+MAX_GRAPHS = 64  # ours: torch.compile's limit of 8 counts norms and MLPs of all models of a process together; a model needs four to ten
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest position in the batch
 ONE_MASK_MODELS = {"llama", "mistral"}
 MASK_BY_LAYER_TYPE_MODELS = {"qwen2", "qwen3", "gemma2", "gemma3_text"}
@@ -90,6 +93,25 @@ class RewardModule(nn.Module):
         self._checkpointed = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
         self._checkpointing_min_tokens = min_tokens
 
+    def compile_layers(self) -> None:
+        """Run norms and MLPs through torch.compile from now on, in place: parameters keep their names.
+
+        Not attention, whose blocks change with every row, nor the last layer's MLP, whose rows are as many as hidden states are read. Row lengths
+        are symbols, so a graph serves all micro-batches and all layers; one more is made for every kind of use (training, scoring).
+
+        Raises:
+            ConfigError: the architecture is not one that shares prefixes, or there is no compiler.
+        """
+        if not self.may_share:
+            raise ConfigError(f"compile_layers does not know the layers of {self.model.config.model_type}; set it to false")
+        compiler = os.environ.get("CXX", "g++")  # as torch.compile finds it
+        if not torch.cuda.is_available() and shutil.which(compiler) is None:
+            raise ConfigError(f"compile_layers needs a C++ compiler, and there is no {compiler} on this machine; install it, or set it to false")
+        backbone = self.model.base_model
+        compile_options: dict[str, Any] = {"dynamic": True, "recompile_limit": MAX_GRAPHS}
+        for module in (*_norms(backbone), *(layer.mlp for layer in backbone.layers[:-1])):
+            module.compile(**compile_options)
+
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Return the reward of every sequence of the batch, shape (S,), float32."""
         for part in self._checkpointed:
@@ -120,10 +142,13 @@ def _keep_residuals_narrow(backbone: nn.Module) -> None:
     Autocast itself narrows matrix products only: with float32 weights, embeddings and norms give float32, every addition to the stream does too,
     and layers move twice the bytes. What a norm does inside stays float32.
     """
-    for module in backbone.modules():
-        widens = isinstance(module, nn.Embedding) or type(module).__name__.endswith("RMSNorm")
-        if widens and _narrow not in module._forward_hooks.values():
+    for module in (*(part for part in backbone.modules() if isinstance(part, nn.Embedding)), *_norms(backbone)):
+        if _narrow not in module._forward_hooks.values():
             module.register_forward_hook(_narrow)
+
+
+def _norms(backbone: nn.Module) -> list[nn.Module]:
+    return [module for module in backbone.modules() if type(module).__name__.endswith("RMSNorm")]
 
 
 def _narrow(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
