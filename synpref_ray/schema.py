@@ -61,6 +61,7 @@ class DropReason(StrEnum):
     TOO_LONG = "too_long"
     SPECIAL_TOKEN_TEXT = "special_token_text"
     UNPARSABLE_REPLY = "unparsable_reply"
+    REFUSED_BY_MODEL = "refused_by_model"
     NOT_SELECTED = "not_selected"
     NON_FINITE_REWARD = "non_finite_reward"
     UNDECIDABLE = "undecidable"
@@ -74,6 +75,7 @@ REJECT_REASONS = frozenset(
         DropReason.TOO_LONG.value,
         DropReason.SPECIAL_TOKEN_TEXT.value,
         DropReason.UNPARSABLE_REPLY.value,
+        DropReason.REFUSED_BY_MODEL.value,
         DropReason.NON_FINITE_REWARD.value,
         DropReason.UNDECIDABLE.value,
     }
@@ -149,6 +151,8 @@ ATTRIBUTES_SCHEMA = pa.schema(
         pa.field("drop_reason", pa.string()),
     ]
 )
+TAGS_SCHEMA = ATTRIBUTES_SCHEMA.append(pa.field("raw", pa.string()))
+"""One tagger's attributes; `raw` is the reply of a row that was rejected for it, else null."""
 REWARDS_SCHEMA = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

@@ -7,13 +7,16 @@ must never read a control token (`<|im_end|>`, `<bos>`, …) out of `Request.pro
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
 from synpref_ray.config import Settings
 from synpref_ray.schema import canonical_json
+
+REFUSED = "refused"
+"""The finish reason of a reply that the model or its provider declined to write; its text is empty or of no use."""
 
 
 class EngineDied(RuntimeError):
@@ -69,6 +72,14 @@ class Request:
             reply_start=reply_start,
         )
 
+    def retry(self, attempt: int, temperature: float) -> "Request":
+        """Return the request for another sample in place of an unreadable reply, at `temperature` or its own if that is higher.
+
+        Its key follows from this one's and `attempt` (1, 2, …), so a resumed run asks for the same retries.
+        """
+        key = hashlib.blake2b(f"{self.key}\x1fretry\x1f{attempt}".encode(), digest_size=16).hexdigest()
+        return replace(self, key=key, temperature=max(temperature, self.temperature))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
@@ -84,6 +95,14 @@ class Reply:
     prompt_tokens: int
     output_tokens: int
     choice_logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """Which model answers, as its votes record it: `revision` is a digest of the weights' folder, or what the provider calls a version."""
+
+    model: str
+    revision: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +134,10 @@ class Engine(Protocol):
 
     def counts(self) -> EngineCounts:
         """Return the running totals."""
+        ...
+
+    def identity(self) -> ModelIdentity:
+        """Return which model answers."""
         ...
 
 

@@ -13,9 +13,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from synpref_ray.llm.engine import Engine, Reply, Request
+from pydantic import Field
+
+from synpref_ray.config import Settings
+from synpref_ray.llm.engine import REFUSED, Engine, Reply, Request
 
 logger = logging.getLogger(__name__)
+
+
+class RetryConfig(Settings):
+    """How often an unreadable reply is asked for again."""
+
+    max_retries: int = Field(default=2, ge=0)  # ours: bounded; a model that fails three times on a prompt rarely manages the fourth
+    retry_temperature: float = Field(default=0.7, gt=0)  # ours: a greedy retry would repeat itself
 
 
 class JournalStorage(Protocol):
@@ -37,7 +47,8 @@ class JournalStorage(Protocol):
 class Journal:
     """The journal of one shard. `find` answers from earlier runs and this one; `append` adds; `flush` writes what is buffered.
 
-    `num_replies_found` and `num_requests_sent` are of this shard alone, where the engine's own counts are of all shards in flight.
+    `num_replies_found`, `num_requests_sent` and `num_retries` (requests, sent or found, that ask again) are of this shard alone, where the
+    engine's own counts are of all shards in flight.
     Our choice: an object every `flush_replies` replies or `flush_seconds` seconds, whichever comes first, seen when a reply arrives.
     """
 
@@ -59,6 +70,7 @@ class Journal:
         self.num_damaged_objects = 0
         self.num_replies_found = 0
         self.num_requests_sent = 0
+        self.num_retries = 0
         self._replies, self._num_objects = self._load()
         self._flushed_at = clock()
 
@@ -125,6 +137,27 @@ def generate_once(requests: Sequence[Request], engine: Engine, journal: Journal 
             journal.flush()  # also when the engine died: what it finished is paid for
     found |= {reply.key: reply for reply in fresh}
     return [found[request.key] for request in requests]
+
+
+def generate_readable(
+    requests: Sequence[Request], engine: Engine, journal: Journal | None, is_readable: Callable[[str], bool], retries: RetryConfig
+) -> dict[str, Reply]:
+    """Return a reply for every request, by the request's key: a readable one, or after `max_retries` more samples the last unreadable one.
+
+    A refusal is an answer: it is not asked again.
+    """
+    replies = {reply.key: reply for reply in generate_once(requests, engine, journal)}
+    unique = {request.key: request for request in requests}
+    for attempt in range(1, retries.max_retries + 1):
+        unreadable = [key for key in unique if replies[key].finish_reason != REFUSED and not is_readable(replies[key].text)]
+        if not unreadable:
+            break
+        if journal is not None:
+            journal.num_retries += len(unreadable)
+        again = [unique[key].retry(attempt, retries.retry_temperature) for key in unreadable]
+        for key, reply in zip(unreadable, generate_once(again, engine, journal), strict=True):
+            replies[key] = dataclasses.replace(reply, key=key)
+    return replies
 
 
 def _parse(line: bytes) -> Reply | None:

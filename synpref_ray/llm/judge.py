@@ -7,17 +7,27 @@ merging them is a rule of its own (`rules/votes.py`), and whether the judge may 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple, Self
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from synpref_ray.config import Settings
 from synpref_ray.errors import ReplyParseError, SchemaError
-from synpref_ray.llm.engine import Engine, Reply, Request
-from synpref_ray.llm.journal import Journal, generate_once
+from synpref_ray.llm.engine import REFUSED, Engine, Reply, Request
+from synpref_ray.llm.guidelines import guideline_for
+from synpref_ray.llm.journal import Journal, RetryConfig, generate_readable
 from synpref_ray.llm.parsing import parse_choice
-from synpref_ray.llm.prompts import JUDGE_CHOICES, JUDGE_GUIDELINES, JUDGE_PROMPT_VERSION, JUDGE_REPLY_START, JudgedExample, judge_prompt
+from synpref_ray.llm.prompts import (
+    JUDGE_CHOICES,
+    JUDGE_GUIDELINES,
+    JUDGE_REPLY_START,
+    JudgedExample,
+    JudgeGuideline,
+    judge_prompt,
+    judge_prompt_version,
+)
+from synpref_ray.llm.tagger import NAME_PATTERN
 from synpref_ray.schema import DropReason, Verdict, stable_hash
 
 REQUIRES = ("pair_id", "prompt", "chosen", "rejected")
@@ -26,6 +36,9 @@ ADDS = ("votes", "num_exemplars")
 VOTE = pa.struct(
     [
         pa.field("judge", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("revision", pa.string(), nullable=False),
+        pa.field("prompt_version", pa.string(), nullable=False),
         pa.field("order", pa.int8(), nullable=False),  # 0: candidate 1 is the chosen reply; 1: candidate 1 is the rejected one
         pa.field("sample", pa.int8(), nullable=False),
         pa.field("raw", pa.string(), nullable=False),
@@ -45,11 +58,14 @@ VOTES_SCHEMA = pa.schema(
 Attribute = Literal["task_category", "objectivity", "controversiality", "desired_attributes", "annotation_guideline"]
 
 
-class JudgeConfig(Settings):
+GUIDELINE_ATTRIBUTES = ("task_category", "objectivity", "controversiality")
+
+
+class JudgeConfig(RetryConfig):
     """How pairs are judged; all of it changes results."""
 
-    judge: str  # the name that its votes carry
-    guideline: Literal["full", "short"] = "full"  # ours: see prompts.py; short is for very small models
+    judge: str = Field(pattern=NAME_PATTERN)  # the name that its votes carry
+    guideline: JudgeGuideline = "full"  # ours: by category, objectivity and controversiality; general and short are for small models
     max_exemplars: int = Field(default=8, ge=0, le=8)  # Sec. 3.2, Step 3
     attributes: tuple[Attribute, ...] = (  # Sec. 3.2, Step 3: the target and the exemplars carry all five
         "task_category",
@@ -94,14 +110,18 @@ def judge_pairs(shard: pa.Table, exemplars: pa.Table, engine: Engine, config: Ju
     named = {row["pair_id"]: row for row in exemplars.to_pylist()}
     pairs = shard.to_pylist()
     plans = [_plan(pair, _exemplars_of(pair, named, config), engine, config) for pair in pairs]
-    requests = {request.key: request for plan in plans for request in plan.requests.values()}
-    replies = {reply.key: reply for reply in generate_once(list(requests.values()), engine, journal)}
-    rows = [_row(pair["pair_id"], plan, replies, config) for pair, plan in zip(pairs, plans, strict=True)]
+    together = sorted(range(len(pairs)), key=lambda row: (_specific_guideline(pairs[row], config) or "", row))  # a prefix cache computes each once
+    requests = {request.key: request for row in together for request in plans[row].requests.values()}
+    replies = generate_readable(list(requests.values()), engine, journal, _is_choice, config)
+    origin = {"judge": config.judge, **asdict(engine.identity()), "prompt_version": judge_prompt_version(config.guideline)}
+    rows = [_row(pair["pair_id"], plan, replies, origin) for pair, plan in zip(pairs, plans, strict=True)]
     return pa.Table.from_pylist(rows, schema=VOTES_SCHEMA)
 
 
 def _require(shard: pa.Table, exemplars: pa.Table, config: JudgeConfig) -> None:
-    needed = {"the shard": (shard, (*REQUIRES, *config.attributes, *(("exemplar_ids",) if config.max_exemplars else ())))}
+    specific = GUIDELINE_ATTRIBUTES if config.guideline == "full" else ()
+    wanted = dict.fromkeys((*REQUIRES, *config.attributes, *specific, *(("exemplar_ids",) if config.max_exemplars else ())))
+    needed = {"the shard": (shard, tuple(wanted))}
     if config.max_exemplars:
         needed["the exemplar table"] = (exemplars, (*REQUIRES, *config.attributes, "human_verdict"))
     for name, (table, columns) in needed.items():
@@ -142,13 +162,25 @@ def _attributes(row: Mapping[str, Any], config: JudgeConfig) -> dict[str, str] |
     return None if None in attributes.values() else attributes
 
 
+def _specific_guideline(pair: Mapping[str, Any], config: JudgeConfig) -> str | None:
+    """Return what the guideline adds for this pair's attributes, "" for a guideline that adds nothing; None: it needs attributes that are null."""
+    if config.guideline != "full":
+        return ""
+    values = [pair[name] for name in GUIDELINE_ATTRIBUTES]
+    return None if None in values else guideline_for(*values) + "\n"
+
+
 def _plan(pair: Mapping[str, Any], exemplars: Sequence[JudgedExample], engine: Engine, config: JudgeConfig) -> _Plan:
     """Fit both orders with as many exemplars as `max_input_tokens` allows, the least similar dropped first; candidates are never cut."""
     if _attributes(pair, config) is None:
         return _Plan({}, 0, DropReason.NO_ATTRIBUTES)
     targets = [_example(pair, config, order=order) for order in (0, 1)]
+    specific = _specific_guideline(pair, config)
+    if specific is None:
+        return _Plan({}, 0, DropReason.NO_ATTRIBUTES)
+    guideline = JUDGE_GUIDELINES[config.guideline] + specific
     for num_exemplars in range(len(exemplars), -1, -1):
-        prompts = [judge_prompt(JUDGE_GUIDELINES[config.guideline], target, exemplars[:num_exemplars]) for target in targets]
+        prompts = [judge_prompt(guideline, target, exemplars[:num_exemplars]) for target in targets]
         if max(engine.count_tokens(prompt + JUDGE_REPLY_START) for prompt in prompts) <= config.max_input_tokens:
             return _Plan(_requests(prompts, config), num_exemplars, None)
     return _Plan({}, 0, DropReason.TOO_LONG)
@@ -158,7 +190,7 @@ def _requests(prompts: Sequence[str], config: JudgeConfig) -> dict[tuple[int, in
     return {
         (order, sample): Request.of(
             prompt,
-            prompt_version=JUDGE_PROMPT_VERSION,
+            prompt_version=judge_prompt_version(config.guideline),
             max_new_tokens=4,
             choices=JUDGE_CHOICES,
             temperature=config.temperature,
@@ -171,18 +203,27 @@ def _requests(prompts: Sequence[str], config: JudgeConfig) -> dict[tuple[int, in
     }
 
 
-def _row(pair_id: str, plan: _Plan, replies: Mapping[str, Reply], config: JudgeConfig) -> dict[str, Any]:
+def _row(pair_id: str, plan: _Plan, replies: Mapping[str, Reply], origin: Mapping[str, str]) -> dict[str, Any]:
     if plan.drop_reason is not None:
         return {"pair_id": pair_id, "drop_reason": plan.drop_reason.value}
-    votes = [_vote(order, sample, replies[request.key], config.judge) for (order, sample), request in plan.requests.items()]
-    if all(vote["verdict"] == Verdict.ABSTAIN for vote in votes):
-        unreadable = DropReason.UNPARSABLE_REPLY.value  # counted as a failure; the votes stay, because an unreadable answer is an abstention
-        return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars, "drop_reason": unreadable}
+    votes = [_vote(order, sample, replies[request.key], origin) for (order, sample), request in plan.requests.items()]
+    if all(vote["verdict"] == Verdict.ABSTAIN for vote in votes):  # counted as a failure; the votes stay, an unreadable answer is an abstention
+        refused = all(replies[request.key].finish_reason == REFUSED for request in plan.requests.values())
+        reason = DropReason.REFUSED_BY_MODEL if refused else DropReason.UNPARSABLE_REPLY
+        return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars, "drop_reason": reason.value}
     return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars}
 
 
-def _vote(order: int, sample: int, reply: Reply, judge: str) -> dict[str, Any]:
-    vote = {"judge": judge, "order": order, "sample": sample, "raw": reply.text, "verdict": Verdict.ABSTAIN.value, "logprob": None}
+def _is_choice(text: str) -> bool:
+    try:
+        parse_choice(text)
+    except ReplyParseError:
+        return False
+    return True
+
+
+def _vote(order: int, sample: int, reply: Reply, origin: Mapping[str, str]) -> dict[str, Any]:
+    vote: dict[str, Any] = {**origin, "order": order, "sample": sample, "raw": reply.text, "verdict": Verdict.ABSTAIN.value, "logprob": None}
     try:
         choice = parse_choice(reply.text)
     except ReplyParseError:

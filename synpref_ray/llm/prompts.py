@@ -9,12 +9,13 @@ prompt's version is part of every request's key: raise it with any change of wor
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from synpref_ray.llm.guidelines import GUIDELINE_VERSION
 from synpref_ray.schema import Controversiality, Message, Objectivity, Role, TaskCategory
 
 TAG_PROMPT_VERSION = "tag-1"
-JUDGE_PROMPT_VERSION = "judge-1"
+_JUDGE_PROMPT_VERSION = "judge-1"
 
 JUDGE_CHOICES = ("1", "2")
 JUDGE_REPLY_START = "The better candidate is Candidate "
@@ -72,8 +73,16 @@ A better reply does what the request asks: it keeps to every instruction about f
 is complete. Length and style count only when the request asks for them.
 {_DATA_RULE}
 """
-JUDGE_GUIDELINES = {"full": _JUDGE_GUIDELINE, "short": _JUDGE_QUESTION}
-"""Our choice: `short` is for tiny models: SmolLM2-135M names Candidate 2 in 93 % of cases under `full`, 53 % under `short` (120 pairs)."""
+JudgeGuideline = Literal["full", "general", "short"]
+JUDGE_GUIDELINES: Mapping[JudgeGuideline, str] = {"full": _JUDGE_GUIDELINE, "general": _JUDGE_GUIDELINE, "short": _JUDGE_QUESTION}
+"""What every judge prompt begins with; under `full` the part for the pair's attributes follows (`guidelines.py`).
+
+Our choice: `short` is for tiny models: SmolLM2-135M names Candidate 2 in 93 % of cases under `general`, 53 % under `short` (120 pairs)."""
+
+
+def judge_prompt_version(guideline: JudgeGuideline) -> str:
+    """Return the name of the wording that a judge reads."""
+    return f"{_JUDGE_PROMPT_VERSION}/{guideline}" + (f"/{GUIDELINE_VERSION}" if guideline == "full" else "")
 
 
 @dataclass(frozen=True, kw_only=True)

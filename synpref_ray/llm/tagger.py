@@ -1,7 +1,8 @@
 """Writes the five attributes of a pair with an LLM. Paper: arXiv:2507.01352, Sec. 3.1; (1)-(3) steer diversity and priority, (4)-(5) the
 verdicts.
 
-Our choice: one model, one reply a pair, schema-guided. A reply that does not parse makes a null row with the reason, never a half row.
+Our choice: one reply a pair and model, schema-guided; several models are merged afterwards (`rules/tags.py`). A reply that does not parse,
+also when asked for again, makes a null row with the reason and the raw reply, never a half row.
 """
 
 from typing import Any, Literal
@@ -9,21 +10,22 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from synpref_ray.config import Settings
 from synpref_ray.errors import ReplyParseError, SchemaError
-from synpref_ray.llm.engine import Engine, Request
-from synpref_ray.llm.journal import Journal, generate_once
+from synpref_ray.llm.engine import REFUSED, Engine, Reply, Request
+from synpref_ray.llm.journal import Journal, RetryConfig, generate_readable
 from synpref_ray.llm.parsing import parse_tag
 from synpref_ray.llm.prompts import TAG_INSTRUCTIONS, TAG_PROMPT_VERSION, TAG_REPLY_START, tag_prompt, tag_schema
-from synpref_ray.schema import ATTRIBUTES_SCHEMA, DropReason, stable_hash
+from synpref_ray.schema import TAGS_SCHEMA, DropReason, stable_hash
 
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"  # it becomes part of a folder's name
 REQUIRES = ("pair_id", "prompt", "chosen", "rejected")
 ADDS = ("task_category", "objectivity", "controversiality", "desired_attributes", "annotation_guideline")
 
 
-class TaggerConfig(Settings):
+class TaggerConfig(RetryConfig):
     """How pairs are tagged; all of it changes results."""
 
+    name: str = Field(default="tagger", pattern=NAME_PATTERN)  # of this tagger's table: attributes.<name>
     instructions: Literal["full", "short"] = "full"  # ours: see prompts.py; short is for very small models
     show_replies: bool = False  # ours: attributes are of the request; two replies triple the prompt on a CPU
     max_input_tokens: int = Field(default=1024, gt=0)  # ours
@@ -35,7 +37,7 @@ class TaggerConfig(Settings):
 
 
 def tag_pairs(shard: pa.Table, engine: Engine, config: TaggerConfig, journal: Journal | None = None) -> pa.Table:
-    """Return the attributes of every pair of the shard, same rows and order (ATTRIBUTES_SCHEMA); failed rows are null with a reason.
+    """Return the attributes of every pair of the shard, same rows and order (TAGS_SCHEMA); failed rows are null with a reason.
 
     Raises:
         SchemaError: a column is missing.
@@ -48,9 +50,9 @@ def tag_pairs(shard: pa.Table, engine: Engine, config: TaggerConfig, journal: Jo
     requests = [_request(pair, config) for pair in pairs]
     fits = [engine.count_tokens(request.prompt) <= config.max_input_tokens for request in requests]
     sent = [request for request, fit in zip(requests, fits, strict=True) if fit]
-    texts = {reply.key: reply.text for reply in generate_once(sent, engine, journal)}
-    rows = [_row(pair["pair_id"], texts.get(request.key)) for pair, request in zip(pairs, requests, strict=True)]
-    return pa.Table.from_pylist(rows, schema=ATTRIBUTES_SCHEMA)
+    replies = generate_readable(sent, engine, journal, _is_tag, config)
+    rows = [_row(pair["pair_id"], replies.get(request.key)) for pair, request in zip(pairs, requests, strict=True)]
+    return pa.Table.from_pylist(rows, schema=TAGS_SCHEMA)
 
 
 def _request(pair: dict[str, Any], config: TaggerConfig) -> Request:
@@ -66,11 +68,21 @@ def _request(pair: dict[str, Any], config: TaggerConfig) -> Request:
     )
 
 
-def _row(pair_id: str, text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {"pair_id": pair_id, "drop_reason": DropReason.TOO_LONG.value}
+def _is_tag(text: str) -> bool:
     try:
-        tag = parse_tag(text)
+        parse_tag(text)
     except ReplyParseError:
-        return {"pair_id": pair_id, "drop_reason": DropReason.UNPARSABLE_REPLY.value}
+        return False
+    return True
+
+
+def _row(pair_id: str, reply: Reply | None) -> dict[str, Any]:
+    if reply is None:
+        return {"pair_id": pair_id, "drop_reason": DropReason.TOO_LONG.value}
+    if reply.finish_reason == REFUSED:
+        return {"pair_id": pair_id, "drop_reason": DropReason.REFUSED_BY_MODEL.value, "raw": reply.text}
+    try:
+        tag = parse_tag(reply.text)
+    except ReplyParseError:
+        return {"pair_id": pair_id, "drop_reason": DropReason.UNPARSABLE_REPLY.value, "raw": reply.text}
     return {"pair_id": pair_id, **{name: str(getattr(tag, name)) for name in ADDS}}

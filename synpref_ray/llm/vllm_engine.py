@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from synpref_ray.bundled import resolve_model
+from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.errors import ConfigError
-from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, Reply, Request, engine_environment
+from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment
 from synpref_ray.llm.tokens import PlainEncoder
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,10 @@ class VllmEngine:
         """Return the totals since the start, from all threads."""
         with self._lock:
             return self._counts
+
+    def identity(self) -> ModelIdentity:
+        """Return the configured model and the digest of its folder."""
+        return ModelIdentity(model=self._config.model, revision=digest_folder(self._model_dir))
 
     def close(self) -> None:
         """End the engine and its child processes, if any; whoever still waits gets `EngineDied`. May be called twice."""

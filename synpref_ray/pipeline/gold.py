@@ -18,7 +18,7 @@ from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepIn
 from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_split
 from synpref_ray.rules.judges import JudgeTrust, TrustConfig, judge_trust
 from synpref_ray.rules.labels import LABEL_SCHEMA, label_shard
-from synpref_ray.rules.verdicts import VERDICT_SCHEMA, add_verdicts, agreement_records
+from synpref_ray.rules.verdicts import VERDICT_SCHEMA, MergeConfig, add_verdicts, agreement_records
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA, LabelSource
 from synpref_ray.tables.pools import Pool, content_digest
 from synpref_ray.tables.selection import Piece
@@ -95,18 +95,19 @@ def _gold_votes(gold: GoldTables, votes: Sidecar) -> pa.Table:
 class MergeWorker:
     """Merges the votes of all judges that may decide."""
 
-    def __init__(self, trust: Mapping[str, JudgeTrust], num_judges: int):
+    def __init__(self, trust: Mapping[str, JudgeTrust], num_judges: int, config: MergeConfig):
         self._trust = trust
+        self._config = config
         self._names = [f"{VOTE_COLUMN}.{number}" for number in range(num_judges)]
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         cells = zip(*(shard[name].to_pylist() for name in self._names), strict=True)
         together = [[vote for votes in cell for vote in votes or []] for cell in cells]
         merged = pa.array(together, shard.schema.field(self._names[0]).type)
-        return add_verdicts(shard.drop_columns(self._names).append_column(VOTE_COLUMN, merged), self._trust), {}
+        return add_verdicts(shard.drop_columns(self._names).append_column(VOTE_COLUMN, merged), self._trust, self._config), {}
 
 
-def merge_pool_votes(pool: Pool, attributes: Sidecar, votes: Sequence[Sidecar], trust: Mapping[str, JudgeTrust]) -> Sidecar:
+def merge_pool_votes(pool: Pool, attributes: Sidecar, votes: Sequence[Sidecar], trust: Mapping[str, JudgeTrust], config: MergeConfig) -> Sidecar:
     """Make the sidecar `verdict`: what the judges that may decide say together."""
     report = {judge: measured.report() for judge, measured in trust.items()}
     step = Step(
@@ -114,8 +115,8 @@ def merge_pool_votes(pool: Pool, attributes: Sidecar, votes: Sequence[Sidecar], 
         version=RULES_VERSION,
         worker=MergeWorker,
         outputs=(Output("verdict", VERDICT_SCHEMA),),
-        settings={"trust": content_digest(report)},
-        worker_arguments=lambda _: {"trust": dict(trust), "num_judges": len(votes)},
+        settings={"trust": content_digest(report), **config.model_dump(mode="json")},
+        worker_arguments=lambda _: {"trust": dict(trust), "num_judges": len(votes), "config": config},
         resources=Resources(),
         max_failed_fraction=1.0,
     )

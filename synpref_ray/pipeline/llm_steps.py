@@ -3,31 +3,37 @@
 Paper: Sec. 3.1 (attributes) and Sec. 3.2, Step 3 (preference-aware labelling with gold exemplars in the prompt).
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import AfterValidator, Field
 
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.config import Settings
-from synpref_ray.llm.engine import EngineConfig, engine_environment
+from synpref_ray.llm.engine import Engine, EngineConfig, engine_environment
 from synpref_ray.llm.journal import Journal
 from synpref_ray.llm.judge import VOTES_SCHEMA, JudgeConfig, judge_pairs
-from synpref_ray.llm.prompts import JUDGE_PROMPT_VERSION, TAG_PROMPT_VERSION
+from synpref_ray.llm.prompts import TAG_PROMPT_VERSION, judge_prompt_version
 from synpref_ray.llm.tagger import TaggerConfig, tag_pairs
 from synpref_ray.llm.vllm_engine import VllmEngine
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import check_exemplars
-from synpref_ray.schema import ATTRIBUTES_SCHEMA, DropReason
+from synpref_ray.rules.tags import merge_tag_shard
+from synpref_ray.schema import ATTRIBUTES_SCHEMA, TAGS_SCHEMA, DropReason
 from synpref_ray.tables.pools import Pool, content_digest
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
 from synpref_ray.versions import engine_version
 
-TAG_VERSION = 1
-JUDGE_VERSION = 1
+TAG_VERSION = 2
+MERGE_VERSION = 1
+JUDGE_VERSION = 2
 ENGINE_SETTINGS = {"dtype", "max_model_len_tokens", "seed", "seed_requests"}  # of the engine, what changes a reply
+METERED = ("prompt_tokens", "cached_prompt_tokens", "output_tokens")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 ATTRIBUTE_COLUMNS = {name: name for name in ATTRIBUTES_SCHEMA.names if name not in ("pair_id", "drop_reason")}
 
@@ -59,9 +65,20 @@ class LLMStepConfig(Settings):
 
 
 class TagStepConfig(LLMStepConfig):
-    """The tagger and its engine."""
+    """One tagger and its engine; `tagger.name` is its name in tables and reports."""
 
     tagger: TaggerConfig = TaggerConfig()
+
+
+def _names_differ(taggers: tuple[TagStepConfig, ...]) -> tuple[TagStepConfig, ...]:
+    names = [step.tagger.name for step in taggers]
+    if len(set(names)) != len(names):
+        raise ValueError(f"every tagger needs a name of its own, found {', '.join(names)}")
+    return taggers
+
+
+Taggers = Annotated[tuple[TagStepConfig, ...], Field(min_length=1), AfterValidator(_names_differ)]
+"""The taggers of a job, the best first: ties go to it (`rules/tags.py`)."""
 
 
 class JudgeStepConfig(LLMStepConfig):
@@ -107,11 +124,12 @@ class TagWorker:
         self._config = config
         self._tables = tables
         self._engine = VllmEngine(config.engine)
+        self._meter = EngineMeter(self._engine)
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         journal = open_journal(self._tables, key)
         table = tag_pairs(shard, self._engine, self._config.tagger, journal)
-        return table, _counters(journal)
+        return table, {**_counters(journal), **self._meter.take()}
 
 
 class JudgeWorker:
@@ -123,6 +141,7 @@ class JudgeWorker:
         self._gold = gold.read()
         self._groups = frozenset(self._gold["prompt_group"].to_pylist())
         self._engine = VllmEngine(config.engine)
+        self._meter = EngineMeter(self._engine)
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         check_exemplars(shard, self._gold)
@@ -132,12 +151,35 @@ class JudgeWorker:
             free = pc.fill_null(pc.equal(shard["human_drop_reason"], DropReason.NOT_SELECTED.value), False)
             asked = pc.and_(free, pc.invert(pc.is_in(shard["prompt_group"], value_set=pa.array(sorted(self._groups), pa.string()))))
         votes = judge_pairs(shard.filter(asked), self._gold, self._engine, self._config.judge, journal)
-        return spread_rows(shard["pair_id"], asked, votes), {"judged": float(votes.num_rows), **_counters(journal)}
+        return spread_rows(shard["pair_id"], asked, votes), {"judged": float(votes.num_rows), **_counters(journal), **self._meter.take()}
 
 
 def _counters(journal: Journal) -> dict[str, float]:
     """Return what a shard asked of the engine in this run, and what an earlier run had paid for; equal requests count once."""
-    return {"requests_sent": float(journal.num_requests_sent), "from_journal": float(journal.num_replies_found)}
+    return {
+        "requests_sent": float(journal.num_requests_sent),
+        "from_journal": float(journal.num_replies_found),
+        "asked_again": float(journal.num_retries),
+    }
+
+
+class EngineMeter:
+    """Shares out what one engine counts among the shards that it serves at once: `take` returns what came since the last call, so that the
+    sums over a run's shards are the engine's own (what one shard gets may be another's).
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._taken = dict.fromkeys(METERED, 0.0)
+
+    def take(self) -> dict[str, float]:
+        """Return the tokens since the last call, by name."""
+        with self._lock:
+            now = {name: float(getattr(self._engine.counts(), name)) for name in METERED}
+            news = {name: now[name] - self._taken[name] for name in METERED}
+            self._taken = now
+            return news
 
 
 def open_journal(tables: list[Sidecar], key: ShardKey) -> Journal:
@@ -163,14 +205,47 @@ def spread_rows(pair_ids: pa.ChunkedArray, selected: pa.Array | pa.ChunkedArray,
     return pa.table(columns, schema=rows.schema)
 
 
-def tag_pools(run: Run, name: str, pools: Sequence[Pool], config: TagStepConfig) -> list[Sidecar]:
-    """Make the sidecar `attributes` of every pool, in one pass with the same engines."""
+class MergeTagsWorker:
+    """Merges what several taggers wrote."""
+
+    def __init__(self, num_taggers: int):
+        self._num_taggers = num_taggers
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        return merge_tag_shard(shard, self._num_taggers), {}
+
+
+def tag_pools(run: Run, name: str, pools: Sequence[Pool], taggers: Sequence[TagStepConfig]) -> list[Sidecar]:
+    """Make the sidecar `attributes.<tagger>` of every pool for each tagger, and of these `attributes`, merged by `rules/tags.py`.
+
+    A tagger that is added later tags alone; what the others wrote stays.
+    """
+    tags = [_tag_pools(run, f"{name} ({config.tagger.name})", pools, config) for config in taggers]
+    merge = Step(
+        name="merge tags",
+        title=f"{name}, merge",
+        version=MERGE_VERSION,
+        worker=MergeTagsWorker,
+        outputs=(Output("attributes", ATTRIBUTES_SCHEMA),),
+        settings={"taggers": [config.tagger.name for config in taggers]},  # in order: ties go to the first
+        worker_arguments=lambda _: {"num_taggers": len(taggers)},
+        max_failed_fraction=max(config.max_failed_fraction for config in taggers),
+    )
+    inputs = []
+    for index, pool in enumerate(pools):
+        columns = [name for name in ATTRIBUTES_SCHEMA.names if name != "pair_id"]
+        beside = tuple((tables[index], {column: f"{n}.{column}" for column in columns}) for n, tables in enumerate(tags))
+        inputs.append(StepInput(pool, (), beside))
+    return [sidecars[0] for sidecars in run_step(merge, inputs).sidecars]
+
+
+def _tag_pools(run: Run, name: str, pools: Sequence[Pool], config: TagStepConfig) -> list[Sidecar]:
     step = Step(
         name="tag",
         title=name,
         version=TAG_VERSION,
         worker=TagWorker,
-        outputs=(Output("attributes", ATTRIBUTES_SCHEMA),),
+        outputs=(Output(f"attributes.{config.tagger.name}", TAGS_SCHEMA),),
         settings={**config.settings, "tagger": config.tagger.model_dump(mode="json"), "prompt": TAG_PROMPT_VERSION},
         digests={"model": config.model_digest},
         worker_arguments=lambda tables: {"config": config, "tables": tables},
@@ -189,7 +264,7 @@ def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTabl
         version=JUDGE_VERSION,
         worker=JudgeWorker,
         outputs=(Output(f"votes.{config.judge.judge}", VOTES_SCHEMA),),
-        settings={**config.settings, "judge": config.judge.model_dump(mode="json"), "prompt": JUDGE_PROMPT_VERSION},
+        settings={**config.settings, "judge": config.judge.model_dump(mode="json"), "prompt": judge_prompt_version(config.judge.guideline)},
         digests={"model": config.model_digest, "gold": exemplars},
         worker_arguments=lambda tables: {"config": config, "gold": gold, "tables": tables},
         resources=config.resources,

@@ -21,7 +21,7 @@ from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
 from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, TagStepConfig, judge_pools, tag_pools
+from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars, select_for_errors
 from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
 from synpref_ray.pipeline.training import train_model
@@ -36,6 +36,7 @@ from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_best_rm_training, check_gold_rm_training, check_silver
 from synpref_ray.rules.judges import JudgeTrust, TrustConfig, describe_trust
 from synpref_ray.rules.stop import StopConfig, stop_reason
+from synpref_ray.rules.verdicts import MergeConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, Verdict
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool, open_pool
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 class Stage1Config(JobConfig):
     """Everything Stage 1 needs."""
 
-    tag: TagStepConfig
+    taggers: Taggers
     judges: tuple[JudgeStepConfig, ...] = Field(min_length=1)
     train: TrainConfig
     gold_train: TrainConfig
@@ -62,6 +63,7 @@ class Stage1Config(JobConfig):
     card: CardConfig = CardConfig()
     gold: GoldConfig = GoldConfig()
     trust: TrustConfig = TrustConfig()
+    merge: MergeConfig = MergeConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     stop: StopConfig = StopConfig()
     max_pairs_per_round: int = Field(default=250_000, ge=1)  # ours: about a million pairs in eight rounds would be 125,000 each
@@ -81,10 +83,10 @@ def check_stage1(config: Stage1Config) -> None:
     storage = config.storage
     for name in ("seed", "unverified"):
         open_pool(storage, name)
-    for model in (config.tag.engine.model, config.train.backbone, config.gold_train.backbone, config.embed.embedder.model):
+    for model in (config.train.backbone, config.gold_train.backbone, config.embed.embedder.model):
         resolve_model(model)
-    for judge in config.judges:
-        resolve_model(judge.engine.model)
+    for step in (*config.taggers, *config.judges):
+        resolve_model(step.engine.model)
     _check_annotator(config)
 
 
@@ -146,7 +148,7 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
     storage = config.storage
     seed, unverified = open_pool(storage, "seed"), open_pool(storage, "unverified")
     report_verdict_file(config.annotator, run, [seed, unverified])
-    attributes = tag_pools(run, "tag", [seed, unverified], config.tag)
+    attributes = tag_pools(run, "tag", [seed, unverified], config.taggers)
     embeddings = embed_pools(run, "embed", [(seed, attributes[0]), (unverified, attributes[1])], config.embed)
     labels = _label(config, run, 0, [], seed, attributes[0], embeddings[0], config.annotator.seed_pairs)
     rounds: list[dict[str, Any]] = [_record(config, run, 0, None, labels, _Training())]
@@ -202,7 +204,7 @@ def _label(
         new_votes.append(votes[1])
     trust, audit = measure_judges(gold, gold_votes, config.trust)
     pools = [*earlier, new.judged(new_votes)]
-    labels = [label_pool(p, merge_pool_votes(p.pool, p.attributes, p.votes, trust), gold) for p in pools]
+    labels = [label_pool(p, merge_pool_votes(p.pool, p.attributes, p.votes, trust, config.merge), gold) for p in pools]
     sets = save_label_sets(config.storage, suffix, labels)
     return _Labels(gold, pools, sets, trust, audit)
 

@@ -17,7 +17,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars, scatter_sidecar
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, TagStepConfig, judge_pools, tag_pools
+from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
 from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
@@ -29,7 +29,7 @@ from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.rules.gate import DECISION_SCHEMA, GateConfig, decide_shard, select_for_judge
 from synpref_ray.rules.judges import JudgeTrust, TrustConfig, describe_trust
-from synpref_ray.rules.verdicts import VERDICT_SCHEMA
+from synpref_ray.rules.verdicts import VERDICT_SCHEMA, MergeConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, Decision
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool, open_pool
@@ -46,7 +46,7 @@ class Stage2Config(JobConfig):
     """Everything Stage 2 needs; reward models and gold come from Stage 1's record in the workspace."""
 
     pool: str = "wild"
-    tag: TagStepConfig
+    taggers: Taggers
     judges: tuple[JudgeStepConfig, ...] = Field(min_length=1)
     tag_scope: Literal["mismatches", "all"] = "mismatches"  # Sec. 3.3: attributes only for what a judge sees
     embed: EmbedStepConfig = EmbedStepConfig()
@@ -54,6 +54,7 @@ class Stage2Config(JobConfig):
     score: ScoreConfig = ScoreConfig()
     parity: ParityConfig = ParityConfig()  # what both reward models must have passed
     trust: TrustConfig = TrustConfig()
+    merge: MergeConfig = MergeConfig()
     gate: GateConfig = GateConfig()
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
 
@@ -90,7 +91,7 @@ def check_stage2(config: Stage2Config) -> None:
     before = load_stage1(config)
     for stored in (before.best, before.gold_rm):
         require_parity(stored, config.parity)
-    for model in (config.tag.engine.model, config.embed.embedder.model, *(judge.engine.model for judge in config.judges)):
+    for model in (config.embed.embedder.model, *(step.engine.model for step in (*config.taggers, *config.judges))):
         resolve_model(model)
 
 
@@ -176,10 +177,10 @@ def _judge(
 ) -> tuple[Sidecar, dict[str, JudgeTrust], dict[str, JudgeTrust]]:
     """Tag, embed, find exemplars and judge the mismatches; judges are measured on gold as in Stage 1 (its stored votes, if they are the same)."""
     if config.tag_scope == "all":
-        whole = tag_pools(run, "tag", [pool], config.tag)[0]
+        whole = tag_pools(run, "tag", [pool], config.taggers)[0]
         attributes = gather_sidecars("attributes", ATTRIBUTES_SCHEMA, [(mismatches, {pool.name: whole})])[0]
     else:
-        attributes = tag_pools(run, "tag mismatches", [mismatches], config.tag)[0]
+        attributes = tag_pools(run, "tag mismatches", [mismatches], config.taggers)[0]
     embeddings = embed_pools(run, "embed mismatches", [(mismatches, attributes)], config.embed)[0]
     gold_votes, votes = [], []
     for judge in config.judges:
@@ -190,7 +191,7 @@ def _judge(
         gold_votes.append(both[0])
         votes.append(both[1])
     trust, audit = measure_judges(gold, gold_votes, config.trust)
-    return merge_pool_votes(mismatches, attributes, votes, trust), trust, audit
+    return merge_pool_votes(mismatches, attributes, votes, trust, config.merge), trust, audit
 
 
 class _NothingAsked:

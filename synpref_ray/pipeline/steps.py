@@ -29,6 +29,8 @@ _TABLE = "_table"
 _SHARD = "_shard"
 _ROWS = "_rows"
 _COUNTERS = "_counters"
+RAW_COLUMNS = ("raw", "votes")
+"""What a step's worker got back for a row; kept with the row where it was refused."""
 INLINE_ROWS = 20_000  # ours: a rule over so few rows takes well under a second, and starting a Ray Data plan several
 
 
@@ -280,7 +282,9 @@ class _ShardWriter:
         if not pc.any(refused).as_py():
             return
         pool = sidecar.pool
-        rows = pool.read(number).filter(refused).append_column("drop_reason", table["drop_reason"].filter(refused))
+        rows = pool.read(number).filter(refused)
+        for name in [name for name in ("drop_reason", *RAW_COLUMNS) if name in table.column_names]:
+            rows = rows.append_column(name, table[name].filter(refused))
         folder = f"rejects/{self.step}/{pool.name}-{sidecar.name}-{sidecar.fingerprint[:8]}"
         pool.storage.write_table(shard_path(folder, number), with_shard_number(rows, number))
 

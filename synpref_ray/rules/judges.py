@@ -9,6 +9,7 @@ Chance is 0.5 whatever share of the source labels is right: a judge sees two can
 guesses agrees with gold half of the time.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,12 +48,15 @@ class AgreementRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class Agreement:
-    """A judge's record on some gold pairs. `lower_bound` is 0 without a verdict; it counts every prompt with a verdict once."""
+    """A judge's record on some gold pairs. `lower_bound` is 0 without a verdict; it counts every prompt with a verdict once, and
+    `num_prompts_agreed` is the sum of the shares of each prompt's verdicts that agree.
+    """
 
     num_pairs: int
     num_verdicts: int
     num_prompts: int
     num_agreed: int
+    num_prompts_agreed: float
     num_source_agreed: int
     num_choices: int
     num_first_choices: int
@@ -95,6 +99,16 @@ class JudgeTrust:
         passes = [self._beats_chance, *([self._beats_source_label] if self.config.must_beat_source_label else [])]
         return all(test(agreement) for test in passes for agreement in (self.overall, self.by_category[category]))
 
+    @property
+    def weight(self) -> float:
+        """What its verdicts weigh in a merge by agreement: the log-odds of being right on a prompt of working gold, at least 0.
+
+        Our choice: log-odds make the weighted majority of independent judges the most likely verdict (Nitzan and Paroush 1982); one prompt
+        right and one wrong are added, so that few verdicts weigh little.
+        """
+        right, wrong = self.overall.num_prompts_agreed + 1, self.overall.num_prompts - self.overall.num_prompts_agreed + 1
+        return max(0.0, math.log(right / wrong))
+
     def report(self) -> dict[str, Any]:
         """Return plain values for metrics and reports: the overall record, one per category, and which categories it decides."""
         categories = sorted(self.by_category)
@@ -105,6 +119,7 @@ class JudgeTrust:
             "beats_chance_in": [category for category in categories if self._beats_chance(self.by_category[category])],
             "must_beat_source_label": self.config.must_beat_source_label,
             "beats_source_label_overall": self._beats_source_label(self.overall),
+            "weight": self.weight,
             "decides": [category for category in categories if self.decides(category)],
             "overall": _figures(self.overall),
             "by_category": {category: _figures(self.by_category[category]) for category in categories},
@@ -162,6 +177,7 @@ def _measure(records: list[AgreementRecord], config: TrustConfig) -> Agreement:
         num_verdicts=len(verdicts),
         num_prompts=len(by_prompt),
         num_agreed=agreed,
+        num_prompts_agreed=prompts_agreed,
         num_source_agreed=sum(record.gold_verdict is Verdict.CHOSEN for record in records),
         num_choices=sum(record.num_choices for record in records),
         num_first_choices=sum(record.num_first_choices for record in records),

@@ -4,10 +4,11 @@ They read stored votes only, so a new trust measurement or a new merge rule is a
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
+from synpref_ray.config import Settings
 from synpref_ray.rules.columns import require_columns
 from synpref_ray.rules.judges import AgreementRecord, JudgeTrust, agreement_record
 from synpref_ray.rules.votes import VoteReason, VoteRecord, merge_votes
@@ -25,7 +26,13 @@ VERDICT_SCHEMA = pa.schema(
 )
 
 
-def add_verdicts(shard: pa.Table, trust: Mapping[str, JudgeTrust]) -> pa.Table:
+class MergeConfig(Settings):
+    """How the verdicts of several judges become one."""
+
+    weights: Literal["equal", "agreement"] = "equal"  # ours: the paper says no more than "merge"; agreement: JudgeTrust.weight
+
+
+def add_verdicts(shard: pa.Table, trust: Mapping[str, JudgeTrust], config: MergeConfig | None = None) -> pa.Table:
     """Merge each pair's votes into the verdict of the judges that may decide its category.
 
     Args:
@@ -34,16 +41,18 @@ def add_verdicts(shard: pa.Table, trust: Mapping[str, JudgeTrust]) -> pa.Table:
 
     Returns:
         `VERDICT_SCHEMA`: `judge_verdict` is null where no judge may decide or none was asked, and then the stated fallback applies;
-        `all_judges_verdict` is what every vote together says, for reports.
+        `all_judges_verdict` is what every judge together says, each with the same weight, for reports.
     """
     require_columns(shard, ("pair_id", "votes", "task_category"), rule="add_verdicts")
     reasons = shard.column("drop_reason").to_pylist() if "drop_reason" in shard.column_names else [None] * shard.num_rows
+    by_agreement = config is not None and config.weights == "agreement"
+    weights = {judge: measured.weight for judge, measured in trust.items()} if by_agreement else None
     rows = []
     columns = (shard.column(name).to_pylist() for name in ("pair_id", "votes", "task_category"))
     for pair_id, stored, category, drop_reason in zip(*columns, reasons, strict=True):
         votes = read_votes(stored)
         allowed = {judge for judge in {vote.judge for vote in votes} if judge in trust and trust[judge].decides(category)}
-        merged = merge_votes(vote for vote in votes if vote.judge in allowed)
+        merged = merge_votes((vote for vote in votes if vote.judge in allowed), weights)
         rows.append(
             {
                 "pair_id": pair_id,

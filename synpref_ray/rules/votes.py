@@ -4,7 +4,7 @@ Paper: Sec. 3.2, Step 3: self-consistency within each model first, then a merge 
 number of samples, no merge rule and no rule for ties.
 """
 
-from collections import Counter
+import math
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import NamedTuple
@@ -43,25 +43,34 @@ class MergedVerdict(NamedTuple):
     reason: VoteReason
 
 
-def merge_votes(votes: Iterable[VoteRecord]) -> MergedVerdict:
+def merge_votes(votes: Iterable[VoteRecord], weights: Mapping[str, float] | None = None) -> MergedVerdict:
     """Merge the votes about one pair: within each judge, then across judges; the order of the votes does not matter.
 
-    Our choice: one judge, one vote; abstaining judges do not count, the majority of the others wins, a tie abstains. No weights: the
-    judges' measured agreement already decides who may vote at all (`rules/judges.py`).
+    Our choice: abstaining judges do not count, the side with the greater weight wins, a tie abstains. Without `weights` every judge weighs
+    the same; their measured agreement already decides who may vote at all (`rules/judges.py`, which also gives weights by agreement).
+
+    Args:
+        votes: in any order.
+        weights: by judge, 0 or more; a judge of weight 0 does not count. Every judge among the votes needs one.
 
     Raises:
-        ValueError: two votes share judge, order and sample, or an order is neither 0 nor 1.
+        ValueError: two votes share judge, order and sample, an order is neither 0 nor 1, or a judge has no weight.
     """
     by_judge = _group_votes(votes)
     if not by_judge:
         return MergedVerdict(None, VoteReason.NO_VOTES)
-    merged = [_merge_judge(answers) for answers in by_judge.values()]
-    count = Counter(verdict.verdict for verdict in merged)
-    chosen, rejected = count[Verdict.CHOSEN], count[Verdict.REJECTED]
+    if weights is not None and (unknown := by_judge.keys() - weights.keys()):
+        raise ValueError(f"no weight for judge {', '.join(sorted(unknown))}")
+    merged = {judge: _merge_judge(answers) for judge, answers in by_judge.items()}
+    # fsum is exact before it rounds, so the order of the judges cannot move a sum
+    chosen, rejected = (
+        math.fsum(1.0 if weights is None else weights[judge] for judge, found in merged.items() if found.verdict is side)
+        for side in (Verdict.CHOSEN, Verdict.REJECTED)
+    )
     if chosen == rejected == 0:
-        split = any(verdict.reason is VoteReason.ORDERS_DISAGREE for verdict in merged)
+        split = any(verdict.reason is VoteReason.ORDERS_DISAGREE for verdict in merged.values())
         return MergedVerdict(Verdict.ABSTAIN, VoteReason.ORDERS_DISAGREE if split else VoteReason.NO_CONSISTENT_ANSWER)
-    if chosen == rejected:
+    if math.isclose(chosen, rejected, rel_tol=1e-9):
         return MergedVerdict(Verdict.ABSTAIN, VoteReason.JUDGES_TIED)
     verdict = Verdict.CHOSEN if chosen > rejected else Verdict.REJECTED
     return MergedVerdict(verdict, VoteReason.MAJORITY if min(chosen, rejected) else VoteReason.AGREED)

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 
-from synpref_ray.llm.engine import EngineCounts, EngineDied, Reply, Request
+from synpref_ray.llm.engine import EngineCounts, EngineDied, ModelIdentity, Reply, Request
 
 GOOD_TAG = (
     '{"task_category":"math","objectivity":"objective","controversiality":"low",'
@@ -53,6 +53,10 @@ class ScriptedEngine:
             output_tokens=sum(reply.output_tokens for reply in self._replies),
             start_seconds=0.0,
         )
+
+    def identity(self) -> ModelIdentity:
+        """Be the model "scripted"."""
+        return ModelIdentity(model="scripted", revision="r1")
 
     def _reply(self, request: Request) -> Reply:
         answer = self._answer(request)

@@ -8,9 +8,12 @@ import pytest
 from pydantic import ValidationError
 
 from synpref_ray.errors import SchemaError
-from synpref_ray.llm.engine import Reply, Request
+from synpref_ray.llm.engine import REFUSED, Reply, Request
+from synpref_ray.llm.guidelines import BY_CATEGORY, BY_OBJECTIVITY
 from synpref_ray.llm.judge import VOTES_SCHEMA, JudgeConfig, judge_pairs
+from synpref_ray.llm.prompts import judge_prompt_version
 from synpref_ray.llm.tagger import ADDS as ATTRIBUTES
+from synpref_ray.schema import Objectivity, TaskCategory
 from tests.builders import make_pairs
 from tests.llm.fakes import ScriptedEngine
 
@@ -18,7 +21,7 @@ NO_EXEMPLARS = make_pairs(0)
 
 
 def config(**settings: object) -> JudgeConfig:
-    return JudgeConfig(**{"judge": "j", "max_exemplars": 0, "max_input_tokens": 10_000, **settings})
+    return JudgeConfig(**{"judge": "j", "max_exemplars": 0, "max_input_tokens": 10_000, "guideline": "general", **settings})
 
 
 def tagged(count: int, topic: str = "tea") -> pa.Table:
@@ -178,3 +181,56 @@ def test_wrong_input_is_one_line() -> None:
 def test_an_empty_shard() -> None:
     table = judge_pairs(tagged(0), NO_EXEMPLARS, ScriptedEngine(lambda request: "1"), config())
     assert (table.num_rows, table.schema) == (0, VOTES_SCHEMA)
+
+
+def with_enums(categories: list[str]) -> pa.Table:
+    shard = tagged(len(categories))
+    values = {"task_category": categories, "objectivity": ["objective"] * len(categories), "controversiality": ["low"] * len(categories)}
+    for name, column in values.items():
+        shard = shard.set_column(shard.column_names.index(name), name, pa.array(column))
+    return shard
+
+
+def test_the_guideline_is_of_the_pairs_category_and_pairs_of_one_are_sent_together() -> None:
+    engine = ScriptedEngine(lambda request: "1")
+    table = judge_pairs(with_enums(["math", "editing", "math", "editing"]), NO_EXEMPLARS, engine, config(guideline="full"))
+    assert table["drop_reason"].to_pylist() == [None] * 4
+    asked = ["math" if BY_CATEGORY[TaskCategory.MATH] in request.prompt else "editing" for request in engine.sent]
+    assert asked == ["editing"] * 4 + ["math"] * 4
+    for request in engine.sent:
+        assert request.prompt.index(BY_OBJECTIVITY[Objectivity.OBJECTIVE]) < request.prompt.index("Request: ")
+    versions = {vote["prompt_version"] for votes in table["votes"].to_pylist() for vote in votes}
+    assert versions == {judge_prompt_version("full")}
+
+
+def test_the_full_guideline_needs_its_attributes_even_if_none_are_shown() -> None:
+    shard = with_enums(["math", "editing"])
+    shard = shard.set_column(shard.column_names.index("objectivity"), "objectivity", pa.array([None, "objective"]))
+    table = judge_pairs(shard, NO_EXEMPLARS, ScriptedEngine(lambda request: "1"), config(guideline="full", attributes=()))
+    assert table["drop_reason"].to_pylist() == ["no_attributes", None]
+    with pytest.raises(SchemaError, match="the shard lacks objectivity"):
+        judge_pairs(shard.drop_columns(["objectivity"]), NO_EXEMPLARS, ScriptedEngine(str), config(guideline="full", attributes=()))
+
+
+def test_an_unreadable_reply_is_asked_for_again_with_temperature() -> None:
+    engine = ScriptedEngine(lambda request: "1" if request.temperature > 0 else "neither")
+    table = judge_pairs(tagged(1), NO_EXEMPLARS, engine, config())
+    assert [vote["raw"] for vote in table["votes"].to_pylist()[0]] == ["1", "1"]
+    assert [request.temperature for request in engine.sent] == [0.0, 0.0, 0.7, 0.7]
+
+
+def test_a_refusal_is_an_abstention_with_a_reason_of_its_own_and_not_asked_again() -> None:
+    def refuse(request: Request) -> Reply:
+        return Reply(key=request.key, text="", finish_reason=REFUSED, prompt_tokens=1, output_tokens=0)
+
+    engine = ScriptedEngine(refuse)
+    table = judge_pairs(tagged(1), NO_EXEMPLARS, engine, config())
+    assert table["drop_reason"].to_pylist() == ["refused_by_model"]
+    assert [vote["verdict"] for vote in table["votes"].to_pylist()[0]] == ["abstain", "abstain"]
+    assert engine.counts().requests_sent == 2
+
+
+def test_votes_say_where_they_come_from() -> None:
+    [votes] = judge_pairs(tagged(1), NO_EXEMPLARS, ScriptedEngine(lambda request: "1"), config())["votes"].to_pylist()
+    origins = {(vote["model"], vote["revision"], vote["prompt_version"]) for vote in votes}
+    assert origins == {("scripted", "r1", judge_prompt_version("general"))}

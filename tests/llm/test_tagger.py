@@ -4,10 +4,10 @@ import pyarrow as pa
 import pytest
 
 from synpref_ray.errors import SchemaError
-from synpref_ray.llm.engine import Request
+from synpref_ray.llm.engine import REFUSED, Reply, Request
 from synpref_ray.llm.journal import Journal
 from synpref_ray.llm.tagger import TaggerConfig, tag_pairs
-from synpref_ray.schema import ATTRIBUTES_SCHEMA, POOL_SCHEMA
+from synpref_ray.schema import POOL_SCHEMA, TAGS_SCHEMA
 from tests.builders import make_pairs
 from tests.llm.fakes import GOOD_TAG, MemoryStorage, ScriptedEngine
 
@@ -20,7 +20,7 @@ def test_every_row_gets_its_tag_in_order() -> None:
 
     shard = make_pairs(5)
     table = tag_pairs(shard, ScriptedEngine(answer), CONFIG)
-    assert table.schema == ATTRIBUTES_SCHEMA
+    assert table.schema == TAGS_SCHEMA
     assert table["pair_id"].to_pylist() == shard["pair_id"].to_pylist()
     assert table["desired_attributes"].to_pylist() == [f"number {number}" for number in range(5)]
     assert table["task_category"].to_pylist() == ["math"] * 5
@@ -75,10 +75,42 @@ def test_pairs_of_one_prompt_are_tagged_once_and_a_resumed_shard_not_at_all() ->
 def test_an_empty_shard() -> None:
     engine = ScriptedEngine(lambda request: GOOD_TAG)
     table = tag_pairs(make_pairs(0), engine, CONFIG)
-    assert (table.num_rows, table.schema) == (0, ATTRIBUTES_SCHEMA)
+    assert (table.num_rows, table.schema) == (0, TAGS_SCHEMA)
     assert engine.counts().requests_sent == 0
 
 
 def test_a_missing_column_names_itself() -> None:
     with pytest.raises(SchemaError, match="lacks chosen"):
         tag_pairs(make_pairs(1).drop_columns(["chosen"]), ScriptedEngine(lambda request: GOOD_TAG), CONFIG)
+
+
+def test_an_unreadable_reply_is_asked_for_again_a_bounded_number_of_times_and_kept_raw() -> None:
+    def answer(request: Request) -> str:
+        if "number 0." in request.prompt:
+            return GOOD_TAG if request.temperature > 0 else "{"
+        return "no" if "number 1." in request.prompt else GOOD_TAG
+
+    engine = ScriptedEngine(answer)
+    table = tag_pairs(make_pairs(3), engine, CONFIG)
+    assert table["drop_reason"].to_pylist() == [None, "unparsable_reply", None]
+    assert table["raw"].to_pylist() == [None, "no", None]
+    assert engine.counts().requests_sent == 3 + 2 + 1
+    assert len({request.key for request in engine.sent}) == 6
+
+
+def test_retries_are_journaled_like_any_request() -> None:
+    storage = MemoryStorage()
+    first = tag_pairs(make_pairs(2), ScriptedEngine(lambda request: GOOD_TAG if request.temperature else "{"), CONFIG, Journal(storage, "journal/0"))
+    idle, journal = ScriptedEngine(lambda request: "never asked"), Journal(storage, "journal/0")
+    assert tag_pairs(make_pairs(2), idle, CONFIG, journal).equals(first)
+    assert (idle.counts().requests_sent, journal.num_retries) == (0, 2)
+
+
+def test_a_refusal_is_a_null_row_with_a_reason_of_its_own() -> None:
+    def refuse(request: Request) -> Reply:
+        return Reply(key=request.key, text="I cannot.", finish_reason=REFUSED, prompt_tokens=1, output_tokens=2)
+
+    engine = ScriptedEngine(refuse)
+    table = tag_pairs(make_pairs(1), engine, CONFIG)
+    assert (table["drop_reason"].to_pylist(), table["raw"].to_pylist()) == (["refused_by_model"], ["I cannot."])
+    assert engine.counts().requests_sent == 1

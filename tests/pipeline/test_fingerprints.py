@@ -61,7 +61,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict
         nobody: Run = None  # type: ignore[assignment]  # nothing is run, so nothing is reported
         match step:
             case "tag":
-                llm_steps.tag_pools(nobody, "tag", [pool], TagStepConfig.model_validate({"engine": engine, **settings}))
+                llm_steps.tag_pools(nobody, "tag", [pool], [TagStepConfig.model_validate({"engine": engine, **settings})])
             case "judge":
                 judge = {"judge": "small", **settings.pop("judge", {})}
                 config = JudgeStepConfig.model_validate({"engine": engine, "judge": judge, **settings})

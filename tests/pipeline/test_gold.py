@@ -12,6 +12,7 @@ from synpref_ray.pipeline.llm_steps import spread_rows
 from synpref_ray.retrieval.embedder import embeddings_schema
 from synpref_ray.rules.gold import GoldConfig, check_best_rm_training, check_silver, split_gold
 from synpref_ray.rules.judges import TrustConfig
+from synpref_ray.rules.verdicts import MergeConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA
 from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
 from synpref_ray.tables.sidecars import Sidecar
@@ -56,7 +57,8 @@ def labelled_pool(root: Path, verdicts: list[str | None]) -> LabelledPool:
 def vote_table(pool: Pool, verdict: str, name: str = "d") -> Sidecar:
     """Return a sealed votes sidecar in which one judge says `verdict` of every pair, in both orders."""
     ids = pool.read_all(["pair_id"])["pair_id"].to_pylist()
-    votes = [{"judge": "j", "order": order, "sample": 0, "raw": "1", "verdict": verdict, "logprob": -0.1} for order in (0, 1)]
+    origin = {"judge": "j", "model": "m", "revision": "r", "prompt_version": "v"}
+    votes = [{**origin, "order": order, "sample": 0, "raw": "1", "verdict": verdict, "logprob": -0.1} for order in (0, 1)]
     rows = [{"pair_id": i, "votes": votes, "num_exemplars": 0} for i in ids]
     return seal(Sidecar(pool, "votes.j", name * 32), pa.Table.from_pylist(rows, schema=VOTES_SCHEMA))
 
@@ -81,7 +83,7 @@ def test_a_judge_that_agrees_with_gold_decides_and_one_that_does_not_falls_back(
         trust, audit = measure_judges(gold, [vote_table(gold.pool, gold_says, name)], TrustConfig())
         assert trust["j"].decides("math") is (gold_says == "chosen")
         assert trust["j"].overall.num_pairs + audit["j"].overall.num_pairs == 24
-        verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, pool_says)], trust)
+        verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, pool_says)], trust, MergeConfig())
         labels = label_pool(labelled, verdict, gold).read(0).to_pylist()
         assert [row["label_source"] for row in labels] == ["gold"] * 24 + ["silver"] * 3
         assert {row["label_reason"] for row in labels[24:]} == {reason}
@@ -92,7 +94,7 @@ def test_the_sets_hold_what_they_say_and_a_leak_is_refused(tmp_path: Path) -> No
     labelled = labelled_pool(tmp_path, ["chosen", "rejected", "chosen", None, None])
     gold = gather_gold(labelled.pool.storage, "gold-r00", [labelled], GOLD, EMBEDDINGS)
     trust, _ = measure_judges(gold, [vote_table(gold.pool, "chosen")], TrustConfig())
-    verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, "chosen")], trust)
+    verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, "chosen")], trust, MergeConfig())
     sets = save_label_sets(labelled.pool.storage, "r00", [label_pool(labelled, verdict, gold)])
     silver, everything = sets["silver"].read(), gold.read()
     assert silver.num_rows == 2

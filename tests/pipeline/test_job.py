@@ -72,7 +72,7 @@ def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str], tmp_pat
 
 def test_stages_need_what_comes_before_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     judge = f"judges=[{{engine: {ENGINE}, judge: {{judge: small}}}}]"
-    common = [f"workspace={tmp_path}", f"tag.engine={ENGINE}", judge]
+    common = [f"workspace={tmp_path}", f"taggers=[{{engine: {ENGINE}}}]", judge]
     code, error = run(capsys, stage1.main, *common, "train.backbone=b", "gold_train.backbone=b")
     assert code == 2
     assert "pool 'seed' does not exist" in error

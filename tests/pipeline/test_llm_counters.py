@@ -1,15 +1,16 @@
 """What the LLM workers say they asked of the engine: equal requests once, and nothing that an earlier run had paid for."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from synpref_ray.llm.engine import EngineConfig
+from synpref_ray.llm.engine import EngineConfig, Request
 from synpref_ray.llm.judge import JudgeConfig
 from synpref_ray.llm.tagger import TaggerConfig
 from synpref_ray.pipeline import llm_steps
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgeStepConfig, JudgeWorker, TagStepConfig, TagWorker
+from synpref_ray.pipeline.llm_steps import METERED, EngineMeter, GoldTables, JudgeStepConfig, JudgeWorker, TagStepConfig, TagWorker
 from synpref_ray.pipeline.steps import ShardKey
 from synpref_ray.schema import POOL_SCHEMA
 from synpref_ray.tables.pools import commit_pool, write_pool_shard
@@ -30,18 +31,36 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sidecar:
     return Sidecar(commit_pool(storage, "seed", "f" * 32, [write_pool_shard(storage, "seed", 0, make_pairs(3))], {}), "attributes", "a" * 32)
 
 
+def asked(counters: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in counters.items() if name not in METERED}
+
+
 def test_the_tagger_counts_what_it_sends(table: Sidecar) -> None:
     config = TagStepConfig(engine=ENGINE, tagger=TaggerConfig(max_input_tokens=5000))
     shard = pa.concat_tables([make_pairs(3), make_pairs(3)])
-    assert TagWorker(config, [table])(shard, KEY)[1] == {"requests_sent": 3, "from_journal": 0}
-    assert TagWorker(config, [table])(shard, KEY)[1] == {"requests_sent": 0, "from_journal": 3}
+    assert asked(TagWorker(config, [table])(shard, KEY)[1]) == {"requests_sent": 3, "from_journal": 0, "asked_again": 0}
+    assert asked(TagWorker(config, [table])(shard, KEY)[1]) == {"requests_sent": 0, "from_journal": 3, "asked_again": 0}
 
 
 def test_the_judge_counts_what_it_sends(table: Sidecar, monkeypatch: pytest.MonkeyPatch) -> None:
     gold = POOL_SCHEMA.empty_table()
     monkeypatch.setattr(GoldTables, "read", lambda _: gold)
     monkeypatch.setattr(llm_steps, "check_exemplars", lambda *_: None)
-    config = JudgeStepConfig(engine=ENGINE, judge=JudgeConfig(judge="small", max_exemplars=0, attributes=(), max_input_tokens=5000))
+    config = JudgeStepConfig(
+        engine=ENGINE, judge=JudgeConfig(judge="small", guideline="short", max_exemplars=0, attributes=(), max_input_tokens=5000)
+    )
     worker = JudgeWorker(config, GoldTables(table.pool, table, table, table), [table])
-    assert worker(make_pairs(3), KEY)[1] == {"judged": 3, "requests_sent": 6, "from_journal": 0}
-    assert worker(make_pairs(3), KEY)[1] == {"judged": 3, "requests_sent": 0, "from_journal": 6}
+    assert asked(worker(make_pairs(3), KEY)[1]) == {"judged": 3, "requests_sent": 6, "from_journal": 0, "asked_again": 0}
+    assert asked(worker(make_pairs(3), KEY)[1]) == {"judged": 3, "requests_sent": 0, "from_journal": 6, "asked_again": 0}
+
+
+def test_what_the_engine_counts_is_shared_out_among_the_shards_once() -> None:
+    engine = ScriptedEngine(lambda request: "1")
+    meter = EngineMeter(engine)
+    for prompts in (["one", "three"], [], ["four"]):
+        engine.generate([Request.of(prompt, prompt_version="v", max_new_tokens=1) for prompt in prompts])
+        assert meter.take() == {
+            "prompt_tokens": sum(map(len, prompts)),
+            "cached_prompt_tokens": 0,
+            "output_tokens": len(prompts),
+        }

@@ -156,3 +156,11 @@ def test_a_deciding_judge_has_really_beaten_chance(rows):
             for kept in (rows, [row for row in rows if row[0] == category]):
                 verdicts = [judge is gold for _, judge, gold in kept if judge is not A]
                 assert sum(verdicts) > len(verdicts) / 2
+
+
+def test_the_weight_is_the_log_odds_of_being_right_with_one_prompt_added_to_each_side():
+    assert judge_trust(records("math", right=8, wrong=2)).weight == pytest.approx(math.log(9 / 3))
+    assert judge_trust(records("math", right=2, wrong=8)).weight == 0.0
+    assert judge_trust([]).weight == 0.0
+    together = [AgreementRecord("math", verdict, C, prompt_group="one") for verdict in (C, C, C, R)]  # a prompt counts once: 0.75 right
+    assert judge_trust(together).weight == pytest.approx(math.log(1.75 / 1.25))

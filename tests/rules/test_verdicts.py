@@ -7,6 +7,7 @@ from synpref_ray.errors import SchemaError
 from synpref_ray.rules.judges import AgreementRecord, judge_trust
 from synpref_ray.rules.verdicts import (
     VERDICT_SCHEMA,
+    MergeConfig,
     add_verdicts,
     agreement_records,
 )
@@ -83,3 +84,15 @@ def test_records_by_judge():
     gold = shard([(both("a", "chosen") + both("b", "rejected"), "math"), (None, "math"), (both("a", "chosen"), "math")])
     gold = gold.append_column("human_verdict", pa.array(["rejected", "chosen", "abstain"])).append_column("prompt_group", pa.array(["g", "g", "h"]))
     assert agreement_records(gold) == {"a": [AgreementRecord("math", C, R, 1, 2, "g")], "b": [AgreementRecord("math", R, R, 1, 2, "g")]}
+
+
+def test_judges_weigh_as_they_agreed_if_that_is_asked_for():
+    better = judge_trust([AgreementRecord("math", C, C)] * 60)
+    usual = judge_trust([AgreementRecord("math", C, C)] * 17 + [AgreementRecord("math", R, C)] * 3)
+    table = shard([(both("better", "chosen") + both("b", "rejected") + both("c", "rejected"), "math")])
+    trust = {"better": better, "b": usual, "c": usual}
+    assert better.weight > 2 * usual.weight
+    for weights, verdict in (("equal", "rejected"), ("agreement", "chosen")):
+        merged = add_verdicts(table, trust, MergeConfig(weights=weights))
+        assert merged["judge_verdict"].to_pylist() == [verdict]
+        assert merged["all_judges_verdict"].to_pylist() == ["rejected"]

@@ -89,3 +89,31 @@ def test_a_verdict_needs_a_judge_that_gives_it_in_both_orders(votes):
 def test_bad_votes_are_refused(votes):
     with pytest.raises(ValueError, match="one vote per judge"):
         merge_votes(votes)
+
+
+@pytest.mark.parametrize(
+    ("weights", "verdict", "reason"),
+    [
+        ({"a": 1.0, "b": 1.0, "c": 1.0}, R, VoteReason.MAJORITY),
+        ({"a": 3.0, "b": 1.0, "c": 1.0}, C, VoteReason.MAJORITY),  # one good judge outweighs two poor ones
+        ({"a": 2.0, "b": 1.0, "c": 1.0}, A, VoteReason.JUDGES_TIED),
+        ({"a": 0.3, "b": 0.1, "c": 0.2}, A, VoteReason.JUDGES_TIED),  # up to rounding
+        ({"a": 0.0, "b": 1.0, "c": 1.0}, R, VoteReason.AGREED),  # a judge of weight 0 does not count
+    ],
+)
+def test_weights(weights, verdict, reason):
+    votes = [*judge([C], [C], "a"), *judge([R], [R], "b"), *judge([R], [R], "c")]
+    assert merge_votes(votes, weights) == (verdict, reason)
+
+
+def test_a_judge_without_a_weight_is_an_error():
+    with pytest.raises(ValueError, match="no weight for judge b"):
+        merge_votes([*judge([C], [C], "a"), *judge([C], [C], "b")], {"a": 1.0})
+
+
+@given(st.permutations("abcde"), st.lists(st.floats(0, 10), min_size=5, max_size=5))
+def test_weighted_votes_merge_the_same_in_any_order(order, values):
+    weights = dict(zip("abcde", values, strict=True))
+    sides = {name: C if name in "ace" else R for name in "abcde"}
+    merged = {merge_votes([vote for name in names for vote in judge([sides[name]], [sides[name]], name)], weights) for names in (order, "abcde")}
+    assert len(merged) == 1
