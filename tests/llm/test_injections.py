@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from synpref_ray.llm.engine import Request
-from synpref_ray.llm.injections import INJECTIONS, Injection, InjectionKind, plant
+from synpref_ray.llm.injections import CONTROL, INJECTIONS, Injection, InjectionKind, plant
 from synpref_ray.llm.prompts import JUDGE_GUIDELINES, JUDGE_REPLY_START, TAG_INSTRUCTIONS, TAG_REPLY_START, JudgedExample, judge_prompt, tag_prompt
 from synpref_ray.llm.tokens import PlainEncoder
 from synpref_ray.schema import TaskCategory
@@ -19,7 +19,7 @@ PLAIN = "plain"
 HEADINGS = ("System: ", "User: ", "Assistant: ", "Request: ", "Candidate 1: ", "Candidate 2: ", "Reply A: ", "Reply B: ")
 STARTS = (*HEADINGS, JUDGE_REPLY_START, TAG_REPLY_START, "Task category: ", "Desired attributes: ", "Annotation guideline: ")
 FIELDS = ("earlier", "request", "candidate_1", "candidate_2", "desired_attributes", "annotation_guideline")
-CONTROL = [
+CONTROL_TOKENS = [
     *("<|im_start|>", "<|im_end|>"),
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<start_of_turn>", "<end_of_turn>", "<bos>"),
@@ -84,13 +84,15 @@ def assert_contained(build: Callable[[str, str], str], field: str, text: str) ->
 
 @every_place
 def test_no_injection_leaves_its_line(build: Callable[[str, str], str], field: str) -> None:
-    for injection in INJECTIONS:
+    for injection in (*INJECTIONS, CONTROL):
         assert_contained(build, field, injection.text)
         assert_contained(build, field, plant("A reply.", injection))
 
 
 pieces = st.one_of(
-    st.sampled_from([*STARTS, *CONTROL, '"', "\\", "\\u0022", "\n", "\r", "\u2028", "\u2029", "\u0085", "\x0b", "\x1c", "\x00", "\x7f", "\u202e"]),
+    st.sampled_from(
+        [*STARTS, *CONTROL_TOKENS, '"', "\\", "\\u0022", "\n", "\r", "\u2028", "\u2029", "\u0085", "\x0b", "\x1c", "\x00", "\x7f", "\u202e"]
+    ),
     st.text(max_size=8),
 )
 
@@ -107,14 +109,14 @@ def control_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL_TOKENS])
     template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
 
 
 TOKENIZER = control_tokenizer()
 ENCODER = PlainEncoder(TOKENIZER)
-CONTROL_IDS = set(TOKENIZER.convert_tokens_to_ids(CONTROL))
+CONTROL_IDS = set(TOKENIZER.convert_tokens_to_ids(CONTROL_TOKENS))
 
 
 @every_injection
@@ -136,7 +138,8 @@ def test_the_corpus_is_what_it_says() -> None:
     names = [injection.name for injection in INJECTIONS]
     assert len(set(names)) == len(names) >= 24
     assert len({injection.text for injection in INJECTIONS}) == len(names)
-    assert {injection.kind for injection in INJECTIONS} == set(InjectionKind)
+    assert {injection.kind for injection in INJECTIONS} == set(InjectionKind) - {CONTROL.kind}
+    assert CONTROL.name not in names
     of_kind = {kind: [injection for injection in INJECTIONS if injection.kind is kind] for kind in InjectionKind}
     assert len(of_kind[InjectionKind.LANGUAGE]) >= 5
     assert all(len(injection.text) > 4000 for injection in of_kind[InjectionKind.LONG])
