@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from synpref_ray.llm.engine import Engine, Reply, Request
+from synpref_ray.llm.engine import REFUSED, Engine, Reply, Request
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,10 @@ class Journal:
         return reply
 
     def append(self, reply: Reply) -> None:
-        """Remember a finished reply, and write the buffer when it is full or old enough."""
-        self._replies[reply.key] = reply
-        self._buffer.append(reply)
+        """Remember a finished reply, and write the buffer when it is full or old enough. A refused one is not kept: the next run asks again."""
+        if reply.finish_reason != REFUSED:
+            self._replies[reply.key] = reply
+            self._buffer.append(reply)
         if len(self._buffer) >= self._flush_replies or self._clock() - self._flushed_at >= self._flush_seconds:
             self.flush()
 
