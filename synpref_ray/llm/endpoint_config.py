@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, WrapValidator, model_validator
-from pydantic_core import PydanticCustomError
 
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.config import Settings
@@ -126,7 +125,7 @@ def _pick(value: Any, handler: Any) -> Any:
     if isinstance(value, EndpointConfig | EngineConfig):
         return value
     if not isinstance(value, Mapping):
-        raise PydanticCustomError("engine", "expected the settings of an engine: base_url and model of an endpoint, or model of a vLLM engine")
+        raise ValueError("expected the settings of an engine: base_url and model of an endpoint, or model of a vLLM engine")
     return (EndpointConfig if "base_url" in value else EngineConfig).model_validate(dict(value))
 
 

@@ -74,6 +74,7 @@ class LocalServer:
         self._lock = threading.Lock()
         self.stopping = threading.Event()  # ends stalled answers
         self.seen: list[Seen] = []
+        self.answered: list[Seen] = []  # with status 200 and no fault
         self.num_open = 0
         self.max_open = 0
         self._server = _Listener(("127.0.0.1", 0), _handler_of(self))
@@ -111,10 +112,12 @@ class LocalServer:
             self.max_open = max(self.max_open, self.num_open)
             return len(self.seen) - 1
 
-    def leave(self) -> None:
+    def leave(self, seen: Seen, answer: Answer | None) -> None:
         """Record that a request is about to be answered."""
         with self._lock:
             self.num_open -= 1
+            if answer is not None and answer.status == 200 and answer.fault is None:
+                self.answered.append(seen)
 
     def answer(self, seen: Seen, number: int) -> Answer:
         """Ask the script, or the server behind."""
@@ -127,7 +130,7 @@ class LocalServer:
             connection.request("POST", seen.path, json.dumps(seen.body), {"Content-Type": "application/json"})
             response = connection.getresponse()
             return Answer(response.read(), response.status)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return Answer(fault="reset")
         finally:
             connection.close()
@@ -142,10 +145,11 @@ def _handler_of(server: LocalServer) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen = Seen(self.path, body, {name.lower(): value for name, value in self.headers.items()})
             number = server.arrive(seen)
+            answer = None
             try:
                 answer = server.answer(seen, number)
             finally:
-                server.leave()
+                server.leave(seen, answer)
             try:
                 self._send(answer)
             except (BrokenPipeError, ConnectionResetError):

@@ -170,7 +170,9 @@ def test_rates_are_kept() -> None:
 
 def test_an_endpoint_that_stays_away_ends_the_engine_with_one_line() -> None:
     with serve(lambda seen, number: error(503, "down"), give_up_seconds=0.2) as (server, engine):
-        with pytest.raises(EndpointError, match=r"m at http://127.0.0.1:\d+/v1 gave no reply within give_up_seconds=0.2; the last failure: HTTP 503: down"):
+        with pytest.raises(
+            EndpointError, match=r"m at http://127.0.0.1:\d+/v1 gave no reply within give_up_seconds=0.2; the last failure: HTTP 503: down"
+        ):
             engine.generate([request(f"p{number}") for number in range(5)])
         before = server.num_seen()
         with pytest.raises(EndpointError, match="gave no reply"):
@@ -204,7 +206,11 @@ FATAL = {
     "key": (error(401, "Incorrect API key", code="invalid_api_key"), ConfigError, "the key was not accepted"),
     "forbidden": (error(403, "Not allowed"), ConfigError, "the key was not accepted"),
     "model": (error(404, "The model `m` does not exist.", code="model_not_found"), ConfigError, "check model and base_url"),
-    "quota": (error(429, "You exceeded your current quota", code="insufficient_quota", kind="insufficient_quota"), EndpointError, "no credit or quota"),
+    "quota": (
+        error(429, "You exceeded your current quota", code="insufficient_quota", kind="insufficient_quota"),
+        EndpointError,
+        "no credit or quota",
+    ),
     "credit": (error(402, "Insufficient credits"), EndpointError, "no credit or quota"),
     "context": (error(400, "This model's maximum context length is 512 tokens. However, …"), ConfigError, "lower the step's max_input_tokens"),
     "field": (error(400, "Unrecognized request argument: structured_outputs"), ConfigError, "does not accept our requests"),
@@ -331,16 +337,19 @@ def test_the_limit_holds_with_many_in_flight_and_finished_replies_are_kept() -> 
 
     def run(limit: float) -> tuple[int, LocalBudget, bool]:
         budget = LocalBudget(limit, record)
-        with LocalServer(echo) as server, EndpointEngine(config(server, **PRICES, spending_limit=limit, max_concurrent_requests=16), budget) as engine:
+        with (
+            LocalServer(echo) as server,
+            EndpointEngine(config(server, **PRICES, spending_limit=limit, max_concurrent_requests=16), budget) as engine,
+        ):
+            told = ""
             try:
                 generate_once(requests, engine, Journal(storage, "journal/00000"))
-                stopped = False
-            except SpendingLimitError as stop:
-                assert f"the spending limit of {limit:g} is reached" in str(stop)
-                stopped = True
+            except SpendingLimitError as error:
+                told = str(error)
+            assert not told or f"the spending limit of {limit:g} is reached" in told
             budget.save()
             assert engine.counts().cost <= limit
-            return server.num_seen(), budget, stopped
+            return server.num_seen(), budget, bool(told)
 
     sent, budget, stopped = run(0.3)
     assert stopped
