@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from synpref_ray.bundled import resolve_model
 from synpref_ray.config import Settings
 from synpref_ray.errors import InputError
 from synpref_ray.evaluation.shares import INTERVAL, share
@@ -105,7 +104,7 @@ def check_attack(config: AttackConfig) -> None:
     """Check Stage 1's record and the judges' models, without loading one."""
     load_stage1(config)
     for judge in config.judges:
-        resolve_model(judge.engine.model)
+        judge.check()
 
 
 def plant_pairs(gold: pa.Table, config: PlantConfig) -> pa.Table:

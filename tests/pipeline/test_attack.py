@@ -143,7 +143,16 @@ def judged(pool: Pool, attributes: Sidecar, exemplars: Sidecar, gold: GoldTables
     beside = [(attributes, {"task_category": "task_category"}), (exemplars, {"exemplar_ids": "exemplar_ids"})]
     shard = zip_shard(pool, 0, ["prompt", "chosen", "rejected", "prompt_group"], beside)
     check_exemplars(shard, gold.read())
-    config = JudgeConfig(**{"judge": answer.__name__, "max_exemplars": 2, "attributes": ("task_category",), "max_input_tokens": 100_000, **settings})
+    config = JudgeConfig(
+        **{
+            "judge": answer.__name__,
+            "guideline": "general",
+            "max_exemplars": 2,
+            "attributes": ("task_category",),
+            "max_input_tokens": 100_000,
+            **settings,
+        }
+    )
     return seal(Sidecar(pool, f"votes.{answer.__name__}", "8" * 32), judge_pairs(shard, gold.read(), ScriptedEngine(answer), config))
 
 
