@@ -219,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--max-length", type=int, default=4096, help="pairs with a longer conversation are left out")
     made.add_argument("--trl-batches", default="2,4,8,16,32", help="per-device batches of TRL's sweep, in pairs; each must divide the global batch")
     made.add_argument("--trl-orders", default="random,group_by_length,sorted", help="orders of TRL's sweep")
+    made.add_argument("--compile-layers", action="store_true", help="let the engine compile its norms and MLPs")
     made.add_argument("--without-trl", action="store_true", help="leave TRL out, where it is not installed")
     made.add_argument("--threads", type=int, default=2)
     arguments = made.parse_args(argv)
@@ -257,6 +258,7 @@ def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, argu
         max_length_tokens=arguments.max_length,
         checkpoint_every_steps=0,
         num_threads=arguments.threads,
+        compile_layers=arguments.compile_layers,
     )
     stopwatch = Stopwatch()
     module = build_module(config)
