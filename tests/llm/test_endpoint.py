@@ -98,15 +98,23 @@ def test_on_finished_runs_in_the_callers_thread_and_callers_get_their_own() -> N
 
 
 def test_a_caller_that_leaves_stops_its_own_requests_only() -> None:
-    with serve(echo, max_concurrent_requests=1) as (server, engine):
+    left = threading.Event()
+
+    def script(seen: Seen, number: int) -> Answer:
+        if number == 5:
+            left.wait(60)
+        return echo(seen)
+
+    with serve(script, max_concurrent_requests=1) as (server, engine):
 
         def leave(reply: Reply) -> None:
             raise RuntimeError("the disk is full")
 
         with pytest.raises(RuntimeError, match="disk is full"):
             engine.generate([request(f"p{number}") for number in range(200)], leave)
+        left.set()
         assert engine.generate([request("last")])[0].text == "LAST"
-        assert server.num_seen() < 200
+        assert server.num_seen() <= 7
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "503"])
@@ -116,14 +124,15 @@ def test_a_failure_that_passes_is_tried_again(fault: Any) -> None:
             return echo(seen)
         return error(503, "overloaded") if fault == "503" else Answer(echo(seen).body, fault=fault)
 
-    slow = fault in SLOW_FAULTS
-    with serve(script, timeout_seconds=0.4 if slow else 30.0) as (server, engine):
+    with serve(script, timeout_seconds=0.4 if fault in SLOW_FAULTS else 30.0) as (server, engine):
         [reply] = engine.generate([request("p")])
         assert reply.text == "P"
-        # A machine under load may make a good answer late too.
-        assert server.num_seen() >= 3 if slow else server.num_seen() == 3
         counts = engine.counts()
-        assert (counts.requests_sent, counts.retries, counts.replies) == (1, server.num_seen() - 1, 1)
+        assert (counts.requests_sent, counts.replies) == (1, 1)
+        if fault in SLOW_FAULTS:  # with so short a timeout, a machine under load makes good answers late, too, or never sends an attempt
+            assert counts.retries >= 2
+        else:
+            assert (counts.retries, server.num_seen()) == (2, 3)
 
 
 def test_every_third_answer_is_a_fault_and_all_replies_are_right() -> None:
@@ -180,9 +189,10 @@ def test_an_endpoint_that_stays_away_ends_the_engine_with_one_line() -> None:
         assert server.num_seen() == before
 
 
-def test_waiting_longer_than_we_would_is_giving_up() -> None:
-    with serve(lambda seen, number: error(429, "come back tomorrow", **{"Retry-After": "86400"})) as (server, engine):
-        with pytest.raises(EndpointError, match="asks to wait 86400 s"):
+@pytest.mark.parametrize("header", [("Retry-After", "86400"), ("retry-after-ms", "86400000"), ("Retry-After", "Fri, 01 Jan 2100 00:00:00 GMT")])
+def test_waiting_longer_than_we_would_is_giving_up(header: tuple[str, str]) -> None:
+    with serve(lambda seen, number: error(429, "come back later", **dict([header]))) as (server, engine):
+        with pytest.raises(EndpointError, match=r"asks to wait (86400|\d{9,}) s"):
             engine.generate([request("p")])
         assert server.num_seen() == 1
 

@@ -123,13 +123,16 @@ def test_faults_on_the_way_change_nothing(server: VllmServer, expected: dict[str
 @pytest.mark.slow
 @pytest.mark.engine
 def test_a_server_that_dies_and_comes_back_costs_nothing_but_time(server: VllmServer, expected: dict[str, Any]) -> None:
-    def deadly(seen: Seen, number: int) -> None:
-        if number == 3:  # two have been answered, two are on their way
-            server.kill()
-            server.start()
+    def deadly(seen: Seen, number: int) -> Answer | None:
+        if number != 3:  # two have been answered, two are on their way
+            return None
+        server.kill()
+        server.start()
+        return Answer(fault="reset")
 
     storage = MemoryStorage()
-    with LocalServer(deadly, ("127.0.0.1", server.port)) as proxy, EndpointEngine(config(proxy.url, max_concurrent_requests=2)) as engine:
+    patient = {"max_concurrent_requests": 2, "timeout_seconds": 600.0, "give_up_seconds": 1200.0}
+    with LocalServer(deadly, ("127.0.0.1", server.port)) as proxy, EndpointEngine(config(proxy.url, **patient)) as engine:
         check(work(engine, storage), expected)
         assert engine.counts().retries >= 1
         answered = Counter(json.dumps(seen.body) for seen in proxy.answered)

@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synpref_ray.errors import InputError, SpendingLimitError
@@ -45,6 +45,7 @@ def test_a_dead_workers_money_is_spent_and_a_late_one_is_corrected() -> None:
     assert ledger.spent == 1.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0.0001, 3.0), st.floats(0.0, 1.0), st.booleans()), max_size=60))
 def test_the_limit_is_never_passed_and_the_record_is_never_behind(steps: list[tuple[float, float, bool]]) -> None:
     storage = MemoryStorage()
@@ -129,6 +130,7 @@ def test_a_hold_only_grows() -> None:
     assert pacer.held_seconds() == pytest.approx(6.0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.0, 20.0), min_size=1, max_size=80), st.integers(1, 120))
 def test_no_minute_sees_more_requests_than_allowed(gaps: list[float], per_minute: int) -> None:
     now = [0.0]

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synpref_ray.config import Settings, describe_settings, load_config
@@ -156,6 +156,7 @@ def test_other_text_is_left_alone(text: str) -> None:
     assert break_control_text(text) == text
 
 
+@settings(deadline=None)
 @given(*[st.lists(st.sampled_from([*CONTROL_TEXT, "<", "[", "|>", " ", "a", ">", "]"]), max_size=5).map("".join)] * 2)
 def test_two_texts_never_become_one(first: str, second: str) -> None:
     assert (break_control_text(first) == break_control_text(second)) == (first == second)
