@@ -5,6 +5,7 @@ A prompt is stored as what every side can use: token ids from `PlainEncoder` (th
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ from synpref_ray.tables.storage import Storage
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS, GOLD = "targets", "gold"
-TASKS = ("tag", "judge")
+REQUESTS_OF_PAIR = {"tag": 1, "judge": 2}  # the judge asks in both orders
+TASKS = tuple(REQUESTS_OF_PAIR)
 NUM_GOLD, NUM_EXEMPLARS = 48, 4
 MAX_TARGET_CHARS, MAX_GOLD_CHARS = 2000, 600  # so that a target and four exemplars fit 1,536 tokens, and nothing is dropped
 ATTRIBUTES = {
@@ -99,17 +101,19 @@ def first_reply(request: Request) -> str:
     return json.dumps({name: rule["enum"][0] if "enum" in rule else "x" for name, rule in properties.items()})
 
 
-def make_setup(concurrent_shards: int, threads: int) -> Setup:
+def make_setup(pairs_per_shard: float, threads: int) -> Setup:
     """Return the steps of the laptop configs, with `NUM_EXEMPLARS` and all attributes for the judge.
 
-    No unreadable reply is asked again: all sides have the same requests. Engines are full with twice `max_num_seqs` requests in flight.
+    No unreadable reply is asked again: all sides have the same requests. So many shards are in flight that twice as many requests wait as the engine
+    serves at once, as two of the pipeline's own shards (64 to 512 pairs) would give; a shard here is small so that there are many borders.
     """
     engine = EngineConfig(model=MODEL, num_threads=threads)
     tagger = TaggerConfig(instructions="short", max_attributes_chars=40, max_guideline_chars=60, max_new_tokens=96, max_retries=0)
     judge = JudgeConfig(judge="smollm2-135m", guideline="short", max_exemplars=NUM_EXEMPLARS, max_retries=0)
+    in_flight = {task: max(2, math.ceil(2 * engine.max_num_seqs / (requests * pairs_per_shard))) for task, requests in REQUESTS_OF_PAIR.items()}
     return Setup(
-        tag=TagStepConfig(engine=engine, tagger=tagger, concurrent_shards=concurrent_shards, max_failed_fraction=1.0),
-        judge=JudgeStepConfig(engine=engine, judge=judge, concurrent_shards=concurrent_shards, max_failed_fraction=1.0),
+        tag=TagStepConfig(engine=engine, tagger=tagger, concurrent_shards=in_flight["tag"], max_failed_fraction=1.0),
+        judge=JudgeStepConfig(engine=engine, judge=judge, concurrent_shards=in_flight["judge"], max_failed_fraction=1.0),
     )
 
 

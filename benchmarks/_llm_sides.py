@@ -4,6 +4,7 @@ Every side notes when its first request went out, where that happens, and when i
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -146,7 +147,7 @@ def run_bare_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
     config, prompts = setup.engine(task), load_prompts(folder, task)
     torch.set_num_threads(config.num_threads)
     began = time.time()
-    llm = LLM(resolve_model(config.model), **engine_arguments(config))
+    llm: Any = LLM(resolve_model(config.model), **engine_arguments(config))
     started = time.time() - began
     sampling = []
     for prompt in prompts:
@@ -173,7 +174,7 @@ def run_ray_data_side(task: str, folder: Path, setup: Setup, batch_size: int, co
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
     from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
-    class NotedUDF(vLLMEngineStageUDF):  # type: ignore[misc, no-any-unimported]
+    class NotedUDF(vLLMEngineStageUDF):
         def __init__(self, *args: Any, **kwargs: Any):
             began = time.time()
             super().__init__(*args, **kwargs)
@@ -188,7 +189,7 @@ def run_ray_data_side(task: str, folder: Path, setup: Setup, batch_size: int, co
     environment = {name: value for name, value in engine_environment(config).items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with tempfile.TemporaryDirectory() as scratch:
         os.environ[NOTES] = f"{scratch}/notes.jsonl"
-        ray.init(address="local", num_cpus=RayConfig().num_cpus, include_dashboard=False, logging_level="WARNING")
+        ray.init(address="local", num_cpus=RayConfig().num_cpus, include_dashboard=False, logging_level=logging.WARNING)
         processor_config = vLLMEngineProcessorConfig(
             model_source=resolve_model(config.model),
             engine_kwargs=engine_arguments(config),

@@ -194,7 +194,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--threads", type=int, default=2, help="of every engine")
     made.add_argument("--tasks", default=",".join(TASKS), help="tag, judge or both")
-    made.add_argument("--concurrent-shards", type=int, default=4, help="in flight per worker; small shards need more than the default of 2")
     made.add_argument("--sweep", default="16x8,32x8,64x4", help="ray.data.llm's batch sizes x concurrent batches, by comma")
     made.add_argument("--without-ray-data", action="store_true", help="leave ray.data.llm out")
     made.add_argument("--one", help="run one side in this process; what the benchmark runs for each")
@@ -206,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.shards < LEAST_SHARDS or arguments.pairs < arguments.shards:
         made.error(f"--shards must be at least {LEAST_SHARDS}, and --pairs at least as many")
     described = machine()
-    setup = make_setup(arguments.concurrent_shards, arguments.threads)
+    setup = make_setup(arguments.pairs / arguments.shards, arguments.threads)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         try:

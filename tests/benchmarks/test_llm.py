@@ -41,7 +41,7 @@ def inputs(pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("benchmarks._llm.load_encoder", lambda: PlainEncoder(family("qwen3").tokenizer))
     folder = tmp_path / "inputs"
     folder.mkdir()
-    return folder, make_llm_inputs(folder, pairs_file, make_setup(4, 2), NUM_PAIRS, NUM_SHARDS)
+    return folder, make_llm_inputs(folder, pairs_file, make_setup(NUM_PAIRS / NUM_SHARDS, 2), NUM_PAIRS, NUM_SHARDS)
 
 
 def test_the_prompts_are_those_that_the_steps_send(inputs: tuple[Path, dict[str, list[list[Prompt]]]]) -> None:
@@ -55,7 +55,7 @@ def test_the_prompts_are_those_that_the_steps_send(inputs: tuple[Path, dict[str,
     choices = [family("qwen3").tokenizer.convert_tokens_to_ids(letter) for letter in "12"]
     assert judge.sampling == {"temperature": 0.0, "max_tokens": 1, "structured_outputs": {"choice": ["1", "2"]}, "logprob_token_ids": choices}
     assert family("qwen3").decode(judge.tokens).count("Candidate 1:") == NUM_EXEMPLARS + 1
-    assert Setup.model_validate_json((folder / "setup.json").read_text()) == make_setup(4, 2)
+    assert Setup.model_validate_json((folder / "setup.json").read_text()) == make_setup(NUM_PAIRS / NUM_SHARDS, 2)
 
 
 def test_no_pair_that_is_judged_shares_a_prompt_with_gold(pairs_file: Path) -> None:
@@ -66,8 +66,14 @@ def test_no_pair_that_is_judged_shares_a_prompt_with_gold(pairs_file: Path) -> N
 
 def test_too_few_pairs_and_a_missing_file_are_one_line(pairs_file: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{NUM_PAIRS} to label"):
-        make_llm_inputs(tmp_path, pairs_file, make_setup(2, 2), NUM_PAIRS + 1, NUM_SHARDS)
+        make_llm_inputs(tmp_path, pairs_file, make_setup(1, 2), NUM_PAIRS + 1, NUM_SHARDS)
     assert main(["--data", str(tmp_path / "nowhere")]) == 2
+
+
+def test_shards_in_flight_keep_the_engine_full() -> None:
+    small, large = make_setup(2, 2), make_setup(512, 2)
+    assert (small.tag.concurrent_shards, small.judge.concurrent_shards) == (32, 16)  # 64 requests, twice max_num_seqs
+    assert (large.tag.concurrent_shards, large.judge.concurrent_shards) == (2, 2)
 
 
 def test_a_recorder_answers_what_the_request_allows() -> None:
