@@ -5,6 +5,7 @@ Our choice: one reply a pair and model, schema-guided; several models are merged
 also when asked for again, makes a null row with the reason and the raw reply, never a half row.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -47,7 +48,7 @@ def tag_pairs(shard: pa.Table, engine: Engine, config: TaggerConfig, journal: Jo
     if missing:
         raise SchemaError(f"tag: the shard lacks {', '.join(missing)}; found {', '.join(shard.column_names)}")
     pairs = shard.select(list(REQUIRES)).to_pylist()
-    requests = [_request(pair, config) for pair in pairs]
+    requests = tag_requests(pairs, config)
     fits = [engine.count_tokens(request.prompt) <= config.max_input_tokens for request in requests]
     sent = [request for request, fit in zip(requests, fits, strict=True) if fit]
     replies = generate_readable(sent, engine, journal, _is_tag, config)
@@ -55,7 +56,12 @@ def tag_pairs(shard: pa.Table, engine: Engine, config: TaggerConfig, journal: Jo
     return pa.Table.from_pylist(rows, schema=TAGS_SCHEMA)
 
 
-def _request(pair: dict[str, Any], config: TaggerConfig) -> Request:
+def tag_requests(pairs: Sequence[Mapping[str, Any]], config: TaggerConfig) -> list[Request]:
+    """Return the request of each pair; pairs of one prompt may share one (its key says so)."""
+    return [_request(pair, config) for pair in pairs]
+
+
+def _request(pair: Mapping[str, Any], config: TaggerConfig) -> Request:
     # The tag must not carry the label, so which reply comes first has nothing to do with it.
     replies = sorted((pair["chosen"], pair["rejected"]), key=lambda reply: stable_hash(config.seed, reply, "tag-order"))
     return Request.of(

@@ -242,12 +242,20 @@ class MergeTagsWorker:
         return merge_tag_shard(shard, self._num_taggers), {}
 
 
-def tag_pools(run: Run, name: str, pools: Sequence[Pool], taggers: Sequence[TagStepConfig]) -> list[Sidecar]:
+@dataclass(frozen=True)
+class TaggedPools:
+    """The attributes of some pools, in their order: merged, and as each tagger wrote them."""
+
+    merged: list[Sidecar]
+    by_tagger: Mapping[str, list[Sidecar]]
+
+
+def tag_pools(run: Run, name: str, pools: Sequence[Pool], taggers: Sequence[TagStepConfig]) -> TaggedPools:
     """Make the sidecar `attributes.<tagger>` of every pool for each tagger, and of these `attributes`, merged by `rules/tags.py`.
 
     A tagger that is added later tags alone; what the others wrote stays.
     """
-    tags = [_tag_pools(run, f"{name} ({config.tagger.name})", pools, config) for config in taggers]
+    tags = {config.tagger.name: _tag_pools(run, f"{name} ({config.tagger.name})", pools, config) for config in taggers}
     merge = Step(
         name="merge tags",
         title=f"{name}, merge",
@@ -261,9 +269,9 @@ def tag_pools(run: Run, name: str, pools: Sequence[Pool], taggers: Sequence[TagS
     inputs = []
     for index, pool in enumerate(pools):
         columns = [name for name in ATTRIBUTES_SCHEMA.names if name != "pair_id"]
-        beside = tuple((tables[index], {column: f"{n}.{column}" for column in columns}) for n, tables in enumerate(tags))
+        beside = tuple((tables[index], {column: f"{n}.{column}" for column in columns}) for n, tables in enumerate(tags.values()))
         inputs.append(StepInput(pool, (), beside))
-    return [sidecars[0] for sidecars in run_step(merge, inputs).sidecars]
+    return TaggedPools([sidecars[0] for sidecars in run_step(merge, inputs).sidecars], tags)
 
 
 def _tag_pools(run: Run, name: str, pools: Sequence[Pool], config: TagStepConfig) -> list[Sidecar]:

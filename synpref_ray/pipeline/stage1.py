@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import InputError
 from synpref_ray.evaluation.accuracy import bootstrap_accuracy, is_correct
+from synpref_ray.evaluation.tag_report import read_human_tags
 from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
 from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, report_judges, save_label_sets
@@ -24,6 +25,7 @@ from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars, select_for_errors
 from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
+from synpref_ray.pipeline.tag_reports import report_taggers
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
 from synpref_ray.reporting.run import Run
@@ -52,6 +54,7 @@ class Stage1Config(JobConfig):
     """Everything Stage 1 needs."""
 
     taggers: Taggers
+    human_tags: str = ""  # a file of attributes that people edited, to report each tagger's quality by
     judges: tuple[JudgeStepConfig, ...] = Field(min_length=1)
     train: TrainConfig
     gold_train: TrainConfig
@@ -87,6 +90,8 @@ def check_stage1(config: Stage1Config) -> None:
         resolve_model(model)
     for step in (*config.taggers, *config.judges):
         step.check()
+    if config.human_tags:
+        read_human_tags(config.human_tags)
     _check_annotator(config)
 
 
@@ -149,7 +154,9 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
     storage = config.storage
     seed, unverified = open_pool(storage, "seed"), open_pool(storage, "unverified")
     report_verdict_file(config.annotator, run, [seed, unverified])
-    attributes = tag_pools(run, "tag", [seed, unverified], config.taggers)
+    tagged = tag_pools(run, "tag", [seed, unverified], config.taggers)
+    run.metrics["tag_report"] = report_taggers([seed, unverified], tagged, config.human_tags)
+    attributes = tagged.merged
     embeddings = embed_pools(run, "embed", [(seed, attributes[0]), (unverified, attributes[1])], config.embed)
     labels = _label(config, run, 0, [], seed, attributes[0], embeddings[0], config.annotator.seed_pairs)
     rounds: list[dict[str, Any]] = [_record(config, run, 0, None, labels, _Training())]

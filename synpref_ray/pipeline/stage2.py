@@ -184,10 +184,10 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list
 def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: GoldTables) -> tuple[Sidecar, _Judges]:
     """Tag, embed, find exemplars and judge the mismatches; judges are measured on gold as in Stage 1 (its stored votes, if they are the same)."""
     if config.tag_scope == "all":
-        whole = tag_pools(run, "tag", [pool], config.taggers)[0]
+        whole = tag_pools(run, "tag", [pool], config.taggers).merged[0]
         attributes = gather_sidecars("attributes", ATTRIBUTES_SCHEMA, [(mismatches, {pool.name: whole})])[0]
     else:
-        attributes = tag_pools(run, "tag mismatches", [mismatches], config.taggers)[0]
+        attributes = tag_pools(run, "tag mismatches", [mismatches], config.taggers).merged[0]
     embeddings = embed_pools(run, "embed mismatches", [(mismatches, attributes)], config.embed)[0]
     gold_votes, votes = [], []
     for judge in config.judges:

@@ -25,11 +25,11 @@ def files(workspace: Path, pattern: str) -> list[Path]:
 
 
 MOMENTS: dict[str, tuple[str, Callable[[Path], bool]]] = {
-    "stage1-tagging": ("stage1", lambda ws: len(files(ws, "pools/*/attributes/*/shard-*.parquet")) >= 2),
+    "stage1-tagging": ("stage1", lambda ws: len(files(ws, "pools/*/attributes.tagger/*/shard-*.parquet")) >= 2),
     "stage1-training": ("stage1", lambda ws: bool(files(ws, "models/.lease-best-r01*.json"))),
     "stage1-judging": ("stage1", lambda ws: bool(files(ws, "pools/round-01-selected-*/votes.small/*/journal/*/*.jsonl"))),
     "stage2-scoring": ("stage2", lambda ws: bool(files(ws, "pools/wild/rewards.best/*/shard-*.parquet"))),
-    "stage2-tagging": ("stage2", lambda ws: bool(files(ws, "pools/wild-mismatches-*/attributes/*/journal/*/*.jsonl"))),
+    "stage2-tagging": ("stage2", lambda ws: bool(files(ws, "pools/wild-mismatches-*/attributes.tagger/*/journal/*/*.jsonl"))),
     "stage2-judging": ("stage2", lambda ws: bool(files(ws, "pools/wild-mismatches-*/votes.small/*/journal/*/*.jsonl"))),
 }
 
@@ -70,7 +70,7 @@ def check_model_tables(workspace: Path, wanted: Path) -> None:
 
     Texts show in what rules make of them.
     """
-    tables = [f"pools/*/{name}/*/shard-*.parquet" for name in ("attributes", "embeddings", "rewards.*", "votes.*")]
+    tables = [f"pools/*/{name}/*/shard-*.parquet" for name in ("attributes", "attributes.*", "embeddings", "rewards.*", "votes.*")]
     paths = [path.relative_to(wanted) for pattern in tables for path in files(wanted, pattern)]
     assert paths == [path.relative_to(workspace) for pattern in tables for path in files(workspace, pattern)]
     for path in paths:
