@@ -5,7 +5,8 @@
 For each size a fresh process makes a workspace with a pool of synthetic conversations, as long as those of hh_rlhf, and a random two-layer reward
 model with SmolLM2's tokenizer, starts a local Ray and runs the pipeline's own scoring step over the pool with one worker; then, in another fresh
 process, tokenises and packs a set of the pool's pairs and trains on it for an epoch with one worker, as jobs/train.py does. Measured is the greatest
-resident memory of the worker's process, of the driver's, and of the processes that tokenise and pack, as the kernel records it. Of this, "shared" is
+resident memory of the worker's process, of the driver's, and of the processes that tokenise and pack, as the kernel records it (small sets are
+tokenised and packed in the driver, and have no such processes). Of this, "shared" is
 what is mapped from Ray's object store, which has a fixed size and is counted once in each process that has touched it; the gates are on the whole.
 
 The model is tiny because its weights are not the question; the figures say nothing about speed.
@@ -31,6 +32,7 @@ from benchmarks._common import Gate, finish, machine, mib, parser, status_bytes,
 from synpref_ray.bundled import resolve_model
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
+from synpref_ray.pipeline.steps import INLINE_ROWS
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.model import load_tokenizer, save_reward_model
@@ -43,10 +45,11 @@ from synpref_ray.tables.sets import Member, PairSet
 from synpref_ray.tables.sidecars import open_sidecar
 from synpref_ray.tables.storage import Storage
 
+PACKING = "tokenising and packing"
 POOL, LABELS, FINGERPRINT = "synthetic", "decision", "0" * 32
 PROCESSES: dict[str, dict[str, tuple[str, ...]]] = {
     "score": {"worker": ("ray::MapWorker",), "driver": ("driver",)},
-    "train": {"worker": ("ray::RayTrainWorker",), "driver": ("driver",), "tokenising and packing": ("ray::MapWorker", "ray::Map(", "ray::_map")},
+    "train": {"worker": ("ray::RayTrainWorker",), "driver": ("driver",), PACKING: ("ray::MapWorker", "ray::Map(", "ray::_map")},
 }
 TOKENIZER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 POLL_SECONDS = 0.25
@@ -181,10 +184,15 @@ def train_on_pool(storage: Storage, model: str, threads: int) -> int:
     return sum(step.num_pairs for step in record.steps)
 
 
+def in_driver(process: str, num_pairs: int) -> bool:
+    """Whether the driver does this work itself with so few pairs, so that there is no process of its own to be found."""
+    return process == PACKING and num_pairs <= INLINE_ROWS
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; see the module's text."""
     made = parser(__doc__.splitlines()[0] if __doc__ else None)
-    made.add_argument("--pairs", default="10000,200000", help="sizes of the pool, by comma; the last is compared with the first")
+    made.add_argument("--pairs", default="25000,200000", help="sizes of the pool, by comma; the last is compared with the first")
     made.add_argument("--pairs-per-shard", type=int, default=2048, help="so that the smallest pool, too, has more shards than are in flight")
     made.add_argument("--threads", type=int, default=1, help="torch threads of the worker")
     made.add_argument("--what", default="score,train", help="score, train or both")
@@ -209,11 +217,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for what, measured in results.items():
         for one in measured:
             for process, peaks in one["peaks"].items():
+                if in_driver(process, one["num_pairs"]):
+                    rows.append([what, str(one["num_pairs"]), process, *["in the driver"] * 3, f"{one['seconds']:.0f}"])
+                    continue
                 figures = [mib(peaks[name]) for name in ("VmHWM", "RssShmem", "RssAnon")]
                 rows.append([what, str(one["num_pairs"]), process, *figures, f"{one['seconds']:.0f}"])
             if one["missing_pairs"]:
                 wrong.append(f"{what}: {one['missing_pairs']} of {one['num_pairs']} pairs are missing")
         for process in PROCESSES[what]:
+            if in_driver(process, measured[0]["num_pairs"]):
+                continue  # nothing to compare with
             first, last = measured[0]["peaks"][process]["VmHWM"], measured[-1]["peaks"][process]["VmHWM"]
             if not first or not last:
                 wrong.append(f"{what}: the {process}'s process was not found among this process's descendants")

@@ -68,7 +68,7 @@ Scorer = Callable[[Sequence[Item]], Scores]
 class Models:
     """One set of weights behind two faces: the engine's module, and the plain classification model that the peers and the limit call."""
 
-    def __init__(self, folder: str, dtype: str, pad_id: int):
+    def __init__(self, folder: str, dtype: str, pad_id: int, *, compile_layers: bool):
         torch_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
         plain, loaded = (load_backbone_with_head(folder, dtype, new_head=True) for _ in range(2))
         with torch.no_grad():
@@ -76,6 +76,8 @@ class Models:
         plain.score.to(torch_dtype)
         plain.config.pad_token_id = pad_id
         self.engine = RewardModule(loaded).eval()
+        if compile_layers:
+            self.engine.compile_layers()
         self.plain: Any = plain.eval()
         self.backbone: Any = plain.model
 
@@ -338,6 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--check-prompts", type=int, default=4, help="prompts of each set on which every side is checked in float32")
     made.add_argument("--max-tokens", type=int, default=2048, help="the engine's budget of tokens a micro-batch; every side with a budget gets it")
     made.add_argument("--max-length", type=int, default=4096, help="pairs with a longer conversation are left out")
+    made.add_argument("--compile-layers", action="store_true", help="let the engine compile its norms and MLPs")
     made.add_argument("--threads", type=int, default=2)
     arguments = made.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -351,10 +354,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SynprefError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    exact = Models(folder, "float32", pad_id)
+    exact = Models(folder, "float32", pad_id, compile_layers=arguments.compile_layers)
     errors = {name: float32_errors(exact, items[: arguments.check_prompts], pad_id, arguments.max_tokens) for name, items in sets.items()}
     del exact
-    models, stopwatch = Models(folder, "bfloat16", pad_id), Stopwatch()
+    models, stopwatch = Models(folder, "bfloat16", pad_id, compile_layers=arguments.compile_layers), Stopwatch()
     for module in (models.engine, models.plain):
         stopwatch.attach(module)
     results: dict[str, Any] = {}

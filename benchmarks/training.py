@@ -8,10 +8,12 @@ backward, optimizer, the metrics that the loop always takes. Not timed: tokenisi
 
 Sides:
 - engine: `TrainingRun.run` with `PlainEngine`;
-- TRL: the released `RewardTrainer` with its own collator, sampler and loop (from `on_train_begin` to `on_train_end`). Gradient checkpointing,
-  logging, evaluation and saving are off, the optimizer is its default (fused AdamW). Per-device batch (the rest is gradient accumulation)
-  and order of the pairs come from a sweep, which the output records: `random` is its default, `group_by_length` its option, and `sorted`
-  trains the pairs sorted by length over the whole sample, which is the most that `group_by_length` can do;
+- TRL: the released `RewardTrainer` with its own collator, sampler and loop (from `on_train_begin` to `on_train_end`). Logging, evaluation and saving
+  are off, the optimizer is its default (fused AdamW), every forward pass is checked to run in bfloat16 autocast. Its settings are the fastest of a
+  sweep, which the output records: as shipped (8 pairs a device batch, random order, gradient checkpointing, which is off in all others); then each
+  per-device batch (the rest is gradient accumulation) in each order, where `random` is its default, `group_by_length` its option, and `sorted`
+  trains the pairs sorted by length over the whole sample, which is the most that `group_by_length` can do; then the fastest of these with
+  `torch_compile`, an epoch to compile in and a second one timed;
 - without sharing: the engine's loop with prefix sharing off, rows still without padding: what padding-free training does;
 - limit, one row / limit, short rows: forward and backward of full rows, nothing masked or padded, as many tokens as the optimizer step has unique
   ones, and the engine's own optimizer step; one row of the budget, or of a pair's mean of unique tokens. The faster is the limit.
@@ -23,11 +25,9 @@ import copy
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks._common import SHARED_DATA, Gate, Measurement, Side, Stopwatch, finish, interleave, machine, mib, parser, table
 from benchmarks._data import load_rendered, take_pairs
+from benchmarks._trl import TrlSetting, TrlSide, sweep_trl
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, SynprefError
 from synpref_ray.reward.attention import IMPLEMENTATION, use_attention
 from synpref_ray.reward.batch_store import PlannedStep, write_window
 from synpref_ray.reward.checkpoints import TrainingFolder
 from synpref_ray.reward.engine import PlainEngine
-from synpref_ray.reward.model import RewardModule, load_tokenizer
+from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer
 from synpref_ray.reward.packing import make_group, packing_stats, plan_batches
 from synpref_ray.reward.render import RenderedPairs, choose_pad_token
 from synpref_ray.reward.tokenise import TokensInMemory, token_table
@@ -129,100 +130,6 @@ def dense_steps(pairs: RenderedPairs, row_tokens: int, unique_tokens: int, num_s
     rows = torch.from_numpy(np.resize(pairs.tokens.astype(np.int64), num_rows * row_tokens).reshape(num_rows, row_tokens))
     size = max(1, max_tokens // row_tokens)
     return [[part[start : start + size] for start in range(0, len(part), size)] for part in rows.tensor_split(num_steps)]
-
-
-class TrlSide:
-    """TRL's trainer over tokenised pairs: one model and one optimizer for all rounds, a fresh trainer for each."""
-
-    def __init__(self, model: Any, tokenizer: Any, global_batch_pairs: int, stopwatch: Stopwatch, folder: str):
-        self.model = model
-        self._tokenizer = tokenizer
-        self._global_batch_pairs = global_batch_pairs
-        self._stopwatch = stopwatch
-        self._folder = folder
-        self._optimizer: Any = None
-        stopwatch.attach(model)
-
-    def train(self, pairs: RenderedPairs, batch_pairs: int, order: str) -> Mapping[str, float]:
-        """Train on the pairs once; return the seconds of the loop, and loss and gradient norm of the first step."""
-        from datasets import Dataset
-        from transformers import PrinterCallback, TrainerCallback
-
-        peer: Any = import_module("trl")
-
-        class Clock(TrainerCallback):
-            started = seconds = 0.0
-
-            def on_train_begin(self, *arguments: Any, **named: Any) -> None:
-                self.started = time.perf_counter()
-
-            def on_train_end(self, *arguments: Any, **named: Any) -> None:
-                self.seconds = time.perf_counter() - self.started
-
-        sequences = [pairs.sequences(pair) for pair in range(len(pairs))]
-        if order == "sorted":
-            sequences.sort(key=lambda pair: -max(len(sequence) for sequence in pair))
-        columns = {
-            "chosen_ids": [chosen.tolist() for chosen, _ in sequences],
-            "rejected_ids": [rejected.tolist() for _, rejected in sequences],
-            "length": [max(len(chosen), len(rejected)) for chosen, rejected in sequences],
-        }
-        settings = peer.RewardConfig(
-            output_dir=self._folder,
-            per_device_train_batch_size=batch_pairs,
-            gradient_accumulation_steps=self._global_batch_pairs // batch_pairs,
-            train_sampling_strategy="sequential" if order == "sorted" else order,
-            length_column_name="length",
-            remove_unused_columns=False,  # the sampler reads the column of lengths; the collator takes what it needs
-            num_train_epochs=1,
-            learning_rate=1e-6,
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
-            bf16=True,
-            gradient_checkpointing=False,
-            max_length=None,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            logging_steps=1 if len(pairs) == self._global_batch_pairs else 10**9,
-            save_strategy="no",
-            eval_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-        )
-        clock = Clock()
-        trainer = peer.RewardTrainer(
-            model=self.model,
-            args=settings,
-            train_dataset=Dataset.from_dict(columns),
-            processing_class=self._tokenizer,
-            optimizers=(self._optimizer, None),
-            callbacks=[clock],
-        )
-        trainer.remove_callback(PrinterCallback)
-        if self._optimizer is None:
-            self._optimizer = trainer.create_optimizer()
-            self._optimizer.step = self._stopwatch.around(self._optimizer.step)
-        accelerator = trainer.accelerator
-        accelerator.backward = self._stopwatch.around(accelerator.backward)
-        accelerator.clip_grad_norm_ = self._stopwatch.around(accelerator.clip_grad_norm_)
-        self._stopwatch.take()
-        trainer.train()
-        for patched in ("forward", "_original_forward"):  # accelerate's autocast wrapper, which the next trainer puts on again
-            self.model.__dict__.pop(patched, None)
-        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        first = {"loss": logs[0]["loss"], "grad_norm": logs[0]["grad_norm"]} if logs else {}
-        return {"seconds": clock.seconds, **first}
-
-
-def sweep_trl(trl: TrlSide, pairs: RenderedPairs, batches: Sequence[int], orders: Sequence[str], steps: int) -> list[dict[str, Any]]:
-    """Train each setting on the same pairs once and return what each took, the fastest first."""
-    found = []
-    for batch in batches:
-        for order in orders:
-            seconds = trl.train(pairs, batch, order)["seconds"]
-            found.append({"batch_pairs": batch, "order": order, "seconds": seconds, "pairs_per_second": len(pairs) / seconds})
-            print(f"sweep: TRL, {batch} pairs a device batch, {order}: {len(pairs) / seconds:.3f} pairs/s over {steps} steps", flush=True)
-    return sorted(found, key=lambda one: -one["pairs_per_second"])
 
 
 def figures(rounds: Sequence[Mapping[str, Measurement]], num_pairs: int, sequence_tokens: int, unique_tokens: int) -> dict[str, Any]:
@@ -312,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--max-length", type=int, default=4096, help="pairs with a longer conversation are left out")
     made.add_argument("--trl-batches", default="2,4,8,16,32", help="per-device batches of TRL's sweep, in pairs; each must divide the global batch")
     made.add_argument("--trl-orders", default="random,group_by_length,sorted", help="orders of TRL's sweep")
+    made.add_argument("--compile-layers", action="store_true", help="let the engine compile its norms and MLPs")
     made.add_argument("--without-trl", action="store_true", help="leave TRL out, where it is not installed")
     made.add_argument("--threads", type=int, default=2)
     arguments = made.parse_args(argv)
@@ -350,6 +258,7 @@ def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, argu
         max_length_tokens=arguments.max_length,
         checkpoint_every_steps=0,
         num_threads=arguments.threads,
+        compile_layers=arguments.compile_layers,
     )
     stopwatch = Stopwatch()
     module = build_module(config)
@@ -362,14 +271,15 @@ def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, argu
     with tempfile.TemporaryDirectory() as scratch:
         trl, sweep = None, []
         if not arguments.without_trl:
-            model = copy.deepcopy(module.model)
-            use_attention(model, "sdpa")
+            # Loaded anew, since a copy of the engine's model would bring the engine's hooks along.
+            model = load_backbone_with_head(folder, "float32", new_head=config.new_head, head_init_std=config.head_init_std, seed=config.seed)
+            model.load_state_dict(start_weights)
             model.config.pad_token_id = pad_id
             trl = TrlSide(model, tokenizer, arguments.global_batch_pairs, stopwatch, scratch)
             batches, orders = [int(batch) for batch in arguments.trl_batches.split(",")], arguments.trl_orders.split(",")
-            seen = trl.train(first, batches[0], "sorted")
+            seen = trl.train(first, TrlSetting(batches[0], "sorted"))
             first_step[TRL] = (seen["loss"], seen["grad_norm"])
-            sweep = sweep_trl(trl, pairs, batches, orders, arguments.steps)
+            sweep = sweep_trl(trl, pairs, batches, orders)
         del start_weights
         engine = TimedEngine(module, config, stopwatch)
         groups = [make_group(pairs.sequences(i), may_share=module.may_share) for i in range(len(pairs))]
@@ -383,7 +293,7 @@ def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, argu
             run_limit(module, engine, [steps[0][:1]])
         sides: dict[str, Side] = {
             ENGINE: partial(_engine_round, module, engine, pairs, config, share=True),
-            **({TRL: partial(trl.train, pairs, sweep[0]["batch_pairs"], sweep[0]["order"])} if trl is not None else {}),
+            **({TRL: partial(trl.train, pairs, sweep[0][0])} if trl is not None else {}),
             ROWS: partial(_engine_round, module, engine, pairs, config, share=False),
             **{side: partial(run_limit, module, engine, steps) for side, steps in dense.items()},
         }
@@ -393,7 +303,7 @@ def measure(folder: str, tokenizer: Any, pad_id: int, pairs: RenderedPairs, argu
         "sequence_tokens": stats.sequence_tokens,
         "unique_tokens": stats.unique_tokens,
         "limit_row_tokens": {LIMIT_ROW: arguments.max_tokens, LIMIT_ROWS: short},
-        "trl_sweep": sweep,
+        "trl_sweep": [measured for _, measured in sweep],
         "first_step": first_step,
         "sides": figures(rounds, len(pairs), stats.sequence_tokens, stats.unique_tokens),
     }

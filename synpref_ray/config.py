@@ -7,7 +7,7 @@ own settings are laid over those of its base, section by section.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -118,24 +118,28 @@ def _index(values: list[Any], text: str, override: str) -> int:
 
 def describe_settings(cls: type[BaseModel], prefix: str = "") -> list[str]:
     """Return a line `section.key = default` for every setting of a config, in order, for `--help`; lists of sections show their first entry."""
-    lines = []
+    lines: list[str] = []
     for name, field in cls.model_fields.items():
         key = f"{prefix}{name}"
-        model = _model_in(field.annotation)
-        if model is not None and not (isinstance(field.default, tuple) and field.default):
-            many = "" if field.annotation is model or type(None) in get_args(field.annotation) else "0."
-            lines += describe_settings(model, f"{key}.{many}")
+        models = _models_in(field.annotation)
+        if models and not (isinstance(field.default, tuple) and field.default):
+            many = "0." if get_origin(field.annotation) is tuple else ""
+            of_all = [line for model in models for line in describe_settings(model, f"{key}.{many}")]
+            first: dict[str, str] = {}
+            for line in of_all:
+                first.setdefault(line.partition(" = ")[0], line)
+            lines += first.values()
             continue
         default = field.get_default(call_default_factory=True) if not field.is_required() else "REQUIRED"
         lines.append(f"{key} = {getattr(default, 'value', default)}")
     return lines
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Return the model that an annotation is, or holds (a tuple of models, an optional model)."""
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the model that an annotation is, or those it holds (a tuple of models, an optional model, one of several kinds)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for inner in get_args(annotation) if (found := _model_in(inner)) is not None), None)
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
 def _one_line(error: ValidationError, file: str | None) -> str:

@@ -17,6 +17,14 @@ class InputError(SynprefError):
     """A file, folder or model that the user named is missing, unreadable or not what it should be."""
 
 
+class EndpointError(InputError):
+    """A model's HTTP endpoint does not answer, or answers with nothing of use."""
+
+
+class SpendingLimitError(SynprefError):
+    """The next request to a paid endpoint could cost more than the spending limit leaves."""
+
+
 class NonFiniteLossError(InputError):
     """A training loss became NaN or infinite; every rank of a run raises it in the same optimizer step."""
 

@@ -1,1 +1,1 @@
-"""Measuring reward models and labels: accuracies with their uncertainty. Numpy only."""
+"""Measuring reward models, labels, judges and taggers: shares with their uncertainty. Numpy and scikit-learn only."""

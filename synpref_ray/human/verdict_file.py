@@ -4,21 +4,17 @@ Paper: Sec. 3.2, Step 1: each pair is verified by people; how several opinions b
 and pair (a later line replaces an earlier one of the same annotator), more than half of the votes decide, anything else is undecidable.
 """
 
-import csv
-import io
-import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from synpref_ray.config import Settings
-from synpref_ray.errors import InputError, SchemaError
+from synpref_ray.errors import InputError
 from synpref_ray.human.verdicts import Answer, answers_table, require_pair_ids
 from synpref_ray.schema import DropReason, Verdict
+from synpref_ray.tables.row_file import read_rows
 
 COLUMNS = ("pair_id", "verdict", "annotator")
 _VERDICTS = {Verdict.CHOSEN.value: Verdict.CHOSEN, Verdict.REJECTED.value: Verdict.REJECTED, DropReason.UNDECIDABLE.value: Verdict.ABSTAIN}
@@ -78,7 +74,7 @@ def import_verdicts(path: str) -> ImportedVerdicts:
     """
     votes: dict[str, dict[str, Verdict]] = {}
     num_lines = 0
-    for line, row in _read_rows(path):
+    for line, row in read_rows(path, what="verdict file", required=COLUMNS):
         num_lines += 1
         pair_id, verdict, annotator = (_text(row, name, path, line) for name in COLUMNS)
         if verdict not in _VERDICTS:
@@ -99,65 +95,3 @@ def _text(row: Mapping[str, object], name: str, path: str, line: int) -> str:
         found = "nothing" if value is None else "an empty one" if isinstance(value, str) else type(value).__name__
         raise InputError(f"{path}, row {line}: expected a text in {name}, found {found}")
     return value.strip()
-
-
-def _read_rows(path: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """Yield the rows of a verdict file, numbered from 1; all rows have the needed columns, or an error says which are missing."""
-    try:
-        with fsspec.open(path, "rb") as stream:
-            raw = stream.read()
-    except FileNotFoundError:
-        raise InputError(f"there is no verdict file {path}") from None
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot read the verdict file {path}: {' '.join(str(error).split())}") from None
-    if path.lower().endswith(".parquet"):
-        return enumerate(_parquet_rows(raw, path), start=1)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"the verdict file {path} is not UTF-8") from None
-    if path.lower().endswith((".jsonl", ".ndjson")):
-        return _jsonl_rows(text, path)
-    if path.lower().endswith(".csv"):
-        return _csv_rows(text, path)
-    raise InputError(f"cannot tell the format of {path}: expected a name ending in .parquet, .jsonl or .csv")
-
-
-def _check_columns(found: Iterable[str], path: str) -> None:
-    names = set(found)
-    missing = [name for name in COLUMNS if name not in names]
-    if missing:
-        raise SchemaError(f"the verdict file {path} lacks the column {', '.join(missing)}; found: {', '.join(sorted(names)) or 'none'}")
-
-
-def _parquet_rows(raw: bytes, path: str) -> list[dict[str, object]]:
-    try:
-        table = pq.read_table(pa.BufferReader(raw))
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"the verdict file {path} is not a complete Parquet file: {' '.join(str(error).split())}") from None
-    _check_columns(table.column_names, path)
-    rows: list[dict[str, object]] = table.select(list(COLUMNS)).to_pylist()
-    return rows
-
-
-def _jsonl_rows(text: str, path: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{path}, row {number}: not a line of JSON") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, row {number}: expected an object, found {type(row).__name__}")
-        _check_columns(row, f"{path}, row {number},")
-        yield number, row
-
-
-def _csv_rows(text: str, path: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        _check_columns(reader.fieldnames or (), path)
-        yield from enumerate(reader, start=1)
-    except csv.Error as error:
-        raise InputError(f"the verdict file {path} is not readable CSV near line {reader.line_num}: {error}") from None

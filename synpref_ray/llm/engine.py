@@ -86,7 +86,7 @@ class Reply:
     """What came back for the request of the same key.
 
     `choice_logprobs` are in the order of `Request.choices` and normalised among them (their exponentials sum to 1); None when the engine
-    cannot tell.
+    cannot tell. `cost` is what all attempts at the request cost, in the unit of the endpoint's prices; 0 for an engine of our own.
     """
 
     key: str
@@ -95,6 +95,7 @@ class Reply:
     prompt_tokens: int
     output_tokens: int
     choice_logprobs: tuple[float, ...] | None = None
+    cost: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,10 @@ class ModelIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCounts:
-    """What one engine did since it started. Replies taken from a journal are not in here: so a resumed run can prove what it saved."""
+    """What one engine did since it started. Replies taken from a journal are not in here: so a resumed run can prove what it saved.
+
+    `retries` are attempts beyond the first of each request, and `cost` is what all attempts cost, refused and lost ones included (endpoints).
+    """
 
     requests_sent: int
     replies: int
@@ -115,6 +119,8 @@ class EngineCounts:
     cached_prompt_tokens: int
     output_tokens: int
     start_seconds: float
+    retries: int = 0
+    cost: float = 0.0
 
 
 class Engine(Protocol):

@@ -81,9 +81,10 @@ class Journal:
         return reply
 
     def append(self, reply: Reply) -> None:
-        """Remember a finished reply, and write the buffer when it is full or old enough."""
-        self._replies[reply.key] = reply
-        self._buffer.append(reply)
+        """Remember a finished reply, and write the buffer when it is full or old enough. A refused one is not kept: the next run asks again."""
+        if reply.finish_reason != REFUSED:
+            self._replies[reply.key] = reply
+            self._buffer.append(reply)
         if len(self._buffer) >= self._flush_replies or self._clock() - self._flushed_at >= self._flush_seconds:
             self.flush()
 

@@ -4,6 +4,7 @@ Paper: Sec. 3.2, Step 4 (human labels join gold, LLM labels join silver). Our ch
 votes, so a new rule needs no model; the checks of `rules/gold.py` are made where a set comes into being.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpref_ray.errors import InputError
+from synpref_ray.evaluation.judge_report import judge_report
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
 from synpref_ray.pipeline.llm_steps import GoldTables
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
@@ -92,6 +94,37 @@ def _gold_votes(gold: GoldTables, votes: Sidecar) -> pa.Table:
     return pa.concat_tables([zip_shard(gold.pool, shard.number, ["prompt_group"], beside) for shard in gold.pool.shards])
 
 
+def report_judges(gold: GoldTables, votes: Sequence[Sidecar], *, confidence: float = 0.95) -> dict[str, dict[str, Any]]:
+    """Return the judges' report (`evaluation/judge_report.py`) on working gold and on audit gold, by the split's name.
+
+    Args:
+        votes: one sidecar a judge, of the gold pool.
+    """
+    beside: list[tuple[Sidecar, Mapping[str, str]]] = [
+        (gold.attributes, {name: name for name in ("task_category", "objectivity", "controversiality")}),
+        (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
+    ]
+    numbers = range(len(votes))
+    beside += [(sidecar, {"votes": f"{VOTE_COLUMN}.{number}", "drop_reason": f"drop_reason.{number}"}) for number, sidecar in enumerate(votes)]
+    table = pa.concat_tables([zip_shard(gold.pool, shard.number, ["prompt_group"], beside) for shard in gold.pool.shards])
+    table = table.append_column(VOTE_COLUMN, _together(table, [f"{VOTE_COLUMN}.{number}" for number in numbers]))
+    reports = {}
+    for split in GoldSplit:
+        part = table.filter(pc.equal(table["gold_split"], split.value))
+        reasons = {
+            sidecar.name.removeprefix("votes."): dict(Counter(reason for reason in part[f"drop_reason.{number}"].to_pylist() if reason is not None))
+            for number, sidecar in enumerate(votes)
+        }
+        reports[split.value] = judge_report(part, reasons, confidence=confidence)
+    return reports
+
+
+def _together(table: pa.Table, names: Sequence[str]) -> pa.Array:
+    """Return, for every row, the votes of all these columns in one list."""
+    cells = zip(*(table[name].to_pylist() for name in names), strict=True)
+    return pa.array([[vote for votes in cell for vote in votes or []] for cell in cells], table.schema.field(names[0]).type)
+
+
 class MergeWorker:
     """Merges the votes of all judges that may decide."""
 
@@ -101,9 +134,7 @@ class MergeWorker:
         self._names = [f"{VOTE_COLUMN}.{number}" for number in range(num_judges)]
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        cells = zip(*(shard[name].to_pylist() for name in self._names), strict=True)
-        together = [[vote for votes in cell for vote in votes or []] for cell in cells]
-        merged = pa.array(together, shard.schema.field(self._names[0]).type)
+        merged = _together(shard, self._names)
         return add_verdicts(shard.drop_columns(self._names).append_column(VOTE_COLUMN, merged), self._trust, self._config), {}
 
 

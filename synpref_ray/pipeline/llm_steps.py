@@ -5,7 +5,7 @@ Paper: Sec. 3.1 (attributes) and Sec. 3.2, Step 3 (preference-aware labelling wi
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import pyarrow as pa
@@ -14,13 +14,17 @@ from pydantic import AfterValidator, Field
 
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.config import Settings
+from synpref_ray.llm.endpoint import EndpointEngine, open_engine
+from synpref_ray.llm.endpoint_config import FLUSH_REPLIES, FLUSH_SECONDS, AnyEngineConfig, EndpointConfig
 from synpref_ray.llm.engine import Engine, EngineConfig, engine_environment
 from synpref_ray.llm.journal import Journal
 from synpref_ray.llm.judge import VOTES_SCHEMA, JudgeConfig, judge_pairs
 from synpref_ray.llm.prompts import TAG_PROMPT_VERSION, judge_prompt_version
+from synpref_ray.llm.spending import Budget, SpendingRecord
 from synpref_ray.llm.tagger import TaggerConfig, tag_pairs
 from synpref_ray.llm.vllm_engine import VllmEngine
-from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, run_step
+from synpref_ray.pipeline.shared_budget import SharedBudget
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, plan_sidecars, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import check_exemplars
 from synpref_ray.rules.tags import merge_tag_shard
@@ -33,7 +37,7 @@ TAG_VERSION = 2
 MERGE_VERSION = 1
 JUDGE_VERSION = 2
 ENGINE_SETTINGS = {"dtype", "max_model_len_tokens", "seed", "seed_requests"}  # of the engine, what changes a reply
-METERED = ("prompt_tokens", "cached_prompt_tokens", "output_tokens")
+METERED = ("prompt_tokens", "cached_prompt_tokens", "output_tokens", "retries", "cost")
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 ATTRIBUTE_COLUMNS = {name: name for name in ATTRIBUTES_SCHEMA.names if name not in ("pair_id", "drop_reason")}
 
@@ -41,8 +45,8 @@ ATTRIBUTE_COLUMNS = {name: name for name in ATTRIBUTES_SCHEMA.names if name not 
 class LLMStepConfig(Settings):
     """What the LLM steps of a job share."""
 
-    engine: EngineConfig
-    num_workers: int = 1  # ours: engines; one per GPU (or per tensor-parallel group)
+    engine: AnyEngineConfig
+    num_workers: int = 1  # ours: engines; one per GPU (or per tensor-parallel group), or one client of an endpoint each
     num_gpus_per_worker: float = 0.0
     concurrent_shards: int = 2  # ours: while one shard's last replies come in, the next one keeps the engine full
     max_failed_fraction: float = 0.5  # ours: more failures than replies means a wrong model or prompt
@@ -50,18 +54,38 @@ class LLMStepConfig(Settings):
     @property
     def resources(self) -> Resources:
         """What Ray is asked for."""
-        environment = tuple(sorted(engine_environment(self.engine).items()))
+        environment = () if isinstance(self.engine, EndpointConfig) else tuple(sorted(engine_environment(self.engine).items()))
         return Resources(self.num_workers, 1.0, self.num_gpus_per_worker, self.concurrent_shards, environment)
 
     @property
     def settings(self) -> dict[str, object]:
         """What changes replies."""
+        if isinstance(self.engine, EndpointConfig):
+            return self.engine.settings()
         return {**self.engine.model_dump(mode="json", include=ENGINE_SETTINGS), "engine": engine_version()}
 
     @property
-    def model_digest(self) -> str:
-        """Digest of the engine's model."""
-        return digest_folder(resolve_model(self.engine.model))
+    def digests(self) -> dict[str, str]:
+        """Digest of the engine's model; of one behind an endpoint nothing is known but its name, which is among the settings."""
+        return {} if isinstance(self.engine, EndpointConfig) else {"model": digest_folder(resolve_model(self.engine.model))}
+
+    def check(self) -> None:
+        """Check that the model can be found, or the endpoint's key and tokenizer, without loading or asking anything.
+
+        Raises:
+            InputError, ConfigError: one of them is missing.
+        """
+        if isinstance(self.engine, EndpointConfig):
+            self.engine.api_key()
+            if self.engine.tokenizer:
+                resolve_model(self.engine.tokenizer)
+        else:
+            resolve_model(self.engine.model)
+
+    def open_engine(self, budget: Budget | None) -> VllmEngine | EndpointEngine:
+        """Start one worker's engine."""
+        engine = self.engine.share(self.num_workers) if isinstance(self.engine, EndpointConfig) else self.engine
+        return open_engine(engine, budget)
 
 
 class TagStepConfig(LLMStepConfig):
@@ -120,14 +144,14 @@ class GoldTables:
 class TagWorker:
     """Holds one engine."""
 
-    def __init__(self, config: TagStepConfig, tables: list[Sidecar]):
+    def __init__(self, config: TagStepConfig, tables: list[Sidecar], budget: Budget | None = None):
         self._config = config
         self._tables = tables
-        self._engine = VllmEngine(config.engine)
+        self._engine = config.open_engine(budget)
         self._meter = EngineMeter(self._engine)
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        journal = open_journal(self._tables, key)
+        journal = open_journal(self._tables, key, self._config.engine)
         table = tag_pairs(shard, self._engine, self._config.tagger, journal)
         return table, {**_counters(journal), **self._meter.take()}
 
@@ -135,17 +159,17 @@ class TagWorker:
 class JudgeWorker:
     """Holds one engine and the gold exemplars."""
 
-    def __init__(self, config: JudgeStepConfig, gold: GoldTables, tables: list[Sidecar]):
+    def __init__(self, config: JudgeStepConfig, gold: GoldTables, tables: list[Sidecar], budget: Budget | None = None):
         self._config = config
         self._tables = tables
         self._gold = gold.read()
         self._groups = frozenset(self._gold["prompt_group"].to_pylist())
-        self._engine = VllmEngine(config.engine)
+        self._engine = config.open_engine(budget)
         self._meter = EngineMeter(self._engine)
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         check_exemplars(shard, self._gold)
-        journal = open_journal(self._tables, key)
+        journal = open_journal(self._tables, key, self._config.engine)
         asked = pa.array([True] * shard.num_rows)
         if "human_drop_reason" in shard.column_names:
             free = pc.fill_null(pc.equal(shard["human_drop_reason"], DropReason.NOT_SELECTED.value), False)
@@ -174,7 +198,7 @@ class EngineMeter:
         self._taken = dict.fromkeys(METERED, 0.0)
 
     def take(self) -> dict[str, float]:
-        """Return the tokens since the last call, by name."""
+        """Return what came since the last call, by name: tokens, attempts beyond the first of each request, and their cost."""
         with self._lock:
             now = {name: float(getattr(self._engine.counts(), name)) for name in METERED}
             news = {name: now[name] - self._taken[name] for name in METERED}
@@ -182,10 +206,13 @@ class EngineMeter:
             return news
 
 
-def open_journal(tables: list[Sidecar], key: ShardKey) -> Journal:
-    """Open the journal of one shard, beside the table that it feeds."""
+def open_journal(tables: list[Sidecar], key: ShardKey, engine: EngineConfig | EndpointConfig) -> Journal:
+    """Open the journal of one shard, beside the table that it feeds; replies that cost money are written sooner."""
     sidecar = tables[key.table]
-    return Journal(sidecar.pool.storage, f"{sidecar.folder}/journal/{key.number:05d}")
+    folder = f"{sidecar.folder}/journal/{key.number:05d}"
+    if isinstance(engine, EndpointConfig):
+        return Journal(sidecar.pool.storage, folder, flush_replies=FLUSH_REPLIES, flush_seconds=FLUSH_SECONDS)
+    return Journal(sidecar.pool.storage, folder)
 
 
 def spread_rows(pair_ids: pa.ChunkedArray, selected: pa.Array | pa.ChunkedArray, rows: pa.Table) -> pa.Table:
@@ -247,12 +274,12 @@ def _tag_pools(run: Run, name: str, pools: Sequence[Pool], config: TagStepConfig
         worker=TagWorker,
         outputs=(Output(f"attributes.{config.tagger.name}", TAGS_SCHEMA),),
         settings={**config.settings, "tagger": config.tagger.model_dump(mode="json"), "prompt": TAG_PROMPT_VERSION},
-        digests={"model": config.model_digest},
+        digests=config.digests,
         worker_arguments=lambda tables: {"config": config, "tables": tables},
         resources=config.resources,
         max_failed_fraction=config.max_failed_fraction,
     )
-    return [sidecars[0] for sidecars in _report(run, run_step(step, [StepInput(pool, PAIR_COLUMNS) for pool in pools]), name).sidecars]
+    return [sidecars[0] for sidecars in _run(run, name, step, [StepInput(pool, PAIR_COLUMNS) for pool in pools], config)]
 
 
 def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTables, config: JudgeStepConfig) -> list[Sidecar]:
@@ -265,7 +292,7 @@ def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTabl
         worker=JudgeWorker,
         outputs=(Output(f"votes.{config.judge.judge}", VOTES_SCHEMA),),
         settings={**config.settings, "judge": config.judge.model_dump(mode="json"), "prompt": judge_prompt_version(config.judge.guideline)},
-        digests={"model": config.model_digest, "gold": exemplars},
+        digests={**config.digests, "gold": exemplars},
         worker_arguments=lambda tables: {"config": config, "gold": gold, "tables": tables},
         resources=config.resources,
         max_failed_fraction=config.max_failed_fraction,
@@ -279,11 +306,24 @@ def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTabl
         if judged.human is not None:
             beside.append((judged.human, {"drop_reason": "human_drop_reason"}))
         inputs.append(StepInput(judged.pool, (*PAIR_COLUMNS, "prompt_group"), tuple(beside)))
-    return [sidecars[0] for sidecars in _report(run, run_step(step, inputs), name).sidecars]
+    return [sidecars[0] for sidecars in _run(run, name, step, inputs, config)]
+
+
+def _run(run: Run, name: str, step: Step, inputs: Sequence[StepInput], config: LLMStepConfig) -> list[list[Sidecar]]:
+    """Run a step of engines, under one budget for all workers and all runs of it if its endpoint has a spending limit."""
+    engine = config.engine
+    if not (isinstance(engine, EndpointConfig) and engine.spending_limit):
+        return _report(run, run_step(step, inputs), name).sidecars
+    first = plan_sidecars(step, inputs)[0][0]
+    record = SpendingRecord(first.pool.storage, f"{first.folder}/spending")
+    with SharedBudget.start(engine.spending_limit, record, engine.reservation_seconds) as budget:
+        arguments = step.worker_arguments
+        limited = replace(step, worker_arguments=lambda tables: {**arguments(tables), "budget": budget})
+        return _report(run, run_step(limited, inputs), name).sidecars
 
 
 def _report(run: Run, result: StepResult, name: str) -> StepResult:
     rejected = {reason: count for reason, count in result.rejected.items() if reason != DropReason.NOT_SELECTED}
-    notes = {key: int(value) for key, value in result.counters.items()}
+    notes = {key: int(value) if value == int(value) else round(value, 6) for key, value in result.counters.items()}
     run.step(name, rows=result.rows, computed=result.rows_computed, rejected=rejected, seconds=result.seconds, **notes)
     return result

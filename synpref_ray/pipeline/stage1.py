@@ -19,7 +19,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.evaluation.accuracy import bootstrap_accuracy, is_correct
 from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
-from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
+from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, report_judges, save_label_sets
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars, select_for_errors
@@ -86,7 +86,7 @@ def check_stage1(config: Stage1Config) -> None:
     for model in (config.train.backbone, config.gold_train.backbone, config.embed.embedder.model):
         resolve_model(model)
     for step in (*config.taggers, *config.judges):
-        resolve_model(step.engine.model)
+        step.check()
     _check_annotator(config)
 
 
@@ -103,13 +103,14 @@ def _check_annotator(config: Stage1Config) -> None:
 
 @dataclass(frozen=True)
 class _Labels:
-    """What labelling a round's pairs gave: all gold, the labelled pools, the round's sets and the judges' measure."""
+    """What labelling a round's pairs gave: all gold, the labelled pools, the round's sets, the judges' measure and their report by gold split."""
 
     gold: GoldTables
     pools: list[LabelledPool]
     sets: dict[str, PairSet]
     trust: Mapping[str, JudgeTrust]
     audit: Mapping[str, JudgeTrust]
+    judge_report: Mapping[str, Any]
 
 
 class _GoldMargin(NamedTuple):
@@ -206,7 +207,7 @@ def _label(
     pools = [*earlier, new.judged(new_votes)]
     labels = [label_pool(p, merge_pool_votes(p.pool, p.attributes, p.votes, trust, config.merge), gold) for p in pools]
     sets = save_label_sets(config.storage, suffix, labels)
-    return _Labels(gold, pools, sets, trust, audit)
+    return _Labels(gold, pools, sets, trust, audit, report_judges(gold, gold_votes))
 
 
 def _train_best(config: Stage1Config, run: Run, number: int, labels: _Labels) -> tuple[StoredModel, dict[str, Any]]:
@@ -269,6 +270,7 @@ def _record(config: Stage1Config, run: Run, number: int, before: _Labels | None,
         "simulated_gold": config.annotator.kind == "simulated",
         "judges_on_working_gold": {judge: trust.report() for judge, trust in labels.trust.items()},
         "judges_on_audit_gold": {judge: trust.report() for judge, trust in labels.audit.items()},
+        "judge_report": dict(labels.judge_report),
         "training": dict(training.summary) if training.summary else None,
         "working_gold_accuracy": working.get("accuracy", 0.0),
         "best_rm_on_working_gold": working,

@@ -15,7 +15,7 @@ from pydantic import Field
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars, scatter_sidecar
-from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes
+from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, report_judges
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.parity import require_parity
@@ -85,14 +85,24 @@ def load_stage1(config: JobConfig) -> Stage1Result:
     return Stage1Result(best, gold_rm, GoldTables(pool, *sidecars), bool(record["simulated_gold"]))
 
 
+@dataclass(frozen=True)
+class _Judges:
+    """How the judges of the mismatches did on gold: by judge on working and on audit gold, and their report by gold split."""
+
+    working: Mapping[str, JudgeTrust]
+    audit: Mapping[str, JudgeTrust]
+    report: Mapping[str, Any]
+
+
 def check_stage2(config: Stage2Config) -> None:
     """Check the pool, Stage 1's record and the models' names, without loading a model."""
     open_pool(config.storage, config.pool)
     before = load_stage1(config)
     for stored in (before.best, before.gold_rm):
         require_parity(stored, config.parity)
-    for model in (config.embed.embedder.model, *(step.engine.model for step in (*config.taggers, *config.judges))):
-        resolve_model(model)
+    resolve_model(config.embed.embedder.model)
+    for step in (*config.taggers, *config.judges):
+        step.check()
 
 
 class SelectWorker:
@@ -125,10 +135,9 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     rewards = score_pools(run, "score, both RMs", [pool], models, config.score, config.parity).sidecars[0]
     margins: list[tuple[Sidecar, Mapping[str, str]]] = [(rewards[0], {"margin": "margin_best"}), (rewards[1], {"margin": "margin_gold"})]
     mismatches = _gather_mismatches(config, run, pool, margins)
-    trust: dict[str, JudgeTrust] = {}
-    audit: dict[str, JudgeTrust] = {}
+    judges = _Judges({}, {}, {})
     if mismatches.num_rows:
-        verdict, trust, audit = _judge(config, run, pool, mismatches, before.gold)
+        verdict, judges = _judge(config, run, pool, mismatches, before.gold)
         verdicts = scatter_sidecar(pool, mismatches, verdict, "judge_verdict", VERDICT_SCHEMA)
     else:
         verdicts = _no_verdicts(pool)
@@ -145,7 +154,7 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     result = run_step(step, [StepInput(pool, ("prompt_group",), (*margins, (verdicts, {"judge_verdict": "judge_verdict"})))])
     run.step("decide", rows=result.rows, computed=result.rows_computed, rejected={}, seconds=result.seconds)
     decision = result.sidecars[0][0]
-    return _finish(config, run, pool, decision, mismatches, (trust, audit), before)
+    return _finish(config, run, pool, decision, mismatches, judges, before)
 
 
 def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> Pool:
@@ -172,9 +181,7 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list
     return gathered
 
 
-def _judge(
-    config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: GoldTables
-) -> tuple[Sidecar, dict[str, JudgeTrust], dict[str, JudgeTrust]]:
+def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: GoldTables) -> tuple[Sidecar, _Judges]:
     """Tag, embed, find exemplars and judge the mismatches; judges are measured on gold as in Stage 1 (its stored votes, if they are the same)."""
     if config.tag_scope == "all":
         whole = tag_pools(run, "tag", [pool], config.taggers)[0]
@@ -191,7 +198,7 @@ def _judge(
         gold_votes.append(both[0])
         votes.append(both[1])
     trust, audit = measure_judges(gold, gold_votes, config.trust)
-    return merge_pool_votes(mismatches, attributes, votes, trust, config.merge), trust, audit
+    return merge_pool_votes(mismatches, attributes, votes, trust, config.merge), _Judges(trust, audit, report_judges(gold, gold_votes))
 
 
 class _NothingAsked:
@@ -211,10 +218,9 @@ def _finish(
     pool: Pool,
     decision: Sidecar,
     mismatches: Pool,
-    judges: tuple[Mapping[str, JudgeTrust], Mapping[str, JudgeTrust]],
+    judges: _Judges,
     before: Stage1Result,
 ) -> str:
-    working, audit = judges
     reasons: Counter[tuple[str, str]] = Counter()
     for shard in pool.shards:
         table = decision.read(shard.number, ["decision", "decision_reason"])
@@ -234,8 +240,9 @@ def _finish(
         "judged_pairs": mismatches.num_rows,
         "decisions": counts,
         "reasons": {f"{what}/{why}": count for (what, why), count in sorted(reasons.items())},
-        "judges_on_working_gold": {judge: measured.report() for judge, measured in working.items()},
-        "judges_on_audit_gold": {judge: measured.report() for judge, measured in audit.items()},
+        "judges_on_working_gold": {judge: measured.report() for judge, measured in judges.working.items()},
+        "judges_on_audit_gold": {judge: measured.report() for judge, measured in judges.audit.items()},
+        "judge_report": dict(judges.report),
         "sets": {"kept": f"curated-{pool.name}-kept", "kept_and_flipped": f"curated-{pool.name}-kept-and-flipped"},
         "simulated_gold": before.simulated_gold,
     }
@@ -245,7 +252,7 @@ def _finish(
     rows.append(("all", "", str(pool.num_rows), format_share(pool.num_rows, pool.num_rows)))
     lines = [format_table(("decision", "reason", "pairs", "share"), rows)]
     lines.append(f"asked a judge about {mismatches.num_rows} pairs; where no judge decides, both reward models alone do")
-    lines += [describe_trust(judge, measured.report()) for judge, measured in sorted(working.items())]
+    lines += [describe_trust(judge, measured.report()) for judge, measured in sorted(judges.working.items())]
     if before.simulated_gold:
         lines.append("gold is SIMULATED: an annotator that reads known truth for the budgeted pairs")
     return "\n".join(lines)

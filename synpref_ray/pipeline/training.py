@@ -34,7 +34,7 @@ from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
 
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3  # 3: under bfloat16 the residual stream is bfloat16 too, which changes what is learnt
 SAMPLED_PAIRS = 1000  # ours: of a set, this many are read to draw the few on which engines are compared
 TrainingPairs = tuple[pa.Table, str] | PairSet
 """Pairs with `chosen` the preferred reply: a table that fits in memory and its digest, or a set of the workspace of any size."""

@@ -157,7 +157,7 @@ def attend(
         raise ValueError("this model attends over packed rows only; use_attention(model, 'sdpa') makes it plain again")
     if softcap is not None and row.way != BLOCKS:
         raise ValueError(f"{row.way} has no soft cap")
-    dtype = value.dtype  # under autocast rotary embeddings leave queries and keys in float32
+    dtype = value.dtype  # under plain autocast rotary embeddings leave queries and keys in float32
     with torch.autocast(query.device.type, enabled=False):
         queries, keys, values = query[0].to(dtype), key[0].to(dtype), value[0]
         if row.way == FLEX:

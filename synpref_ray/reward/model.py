@@ -11,6 +11,8 @@ Shape legend: B rows, T tokens of the longest row, S sequences, H hidden size.
 import contextlib
 import copy
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_INIT_STD = 0.02  # ours: zero did not learn in a trial, normal 0.02 did (SmolLM2-135M, 2026-11)
+MAX_GRAPHS = 64  # ours: torch.compile's limit of 8 counts norms and MLPs of all models of a process together; a model needs four to ten
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # the others change with the longest position in the batch
 ONE_MASK_MODELS = {"llama", "mistral"}
 MASK_BY_LAYER_TYPE_MODELS = {"qwen2", "qwen3", "gemma2", "gemma3_text"}
@@ -53,7 +56,7 @@ class RewardModule(nn.Module):
     """Packed micro-batches in, float32 rewards out: what the trainer and the scorer share.
 
     The model given attends over packed rows from now on, where its architecture allows (`attention.use_attention` makes it plain again), in one
-    of the ways of `attention.AttentionWay`.
+    of the ways of `attention.AttentionWay`. With `autocast_dtype` its residual stream, too, is of that type wherever autocast is on.
     """
 
     def __init__(self, model: Any, autocast_dtype: torch.dtype | None = None, *, attention: AttentionWay = "auto"):
@@ -67,6 +70,8 @@ class RewardModule(nn.Module):
         if self.may_share:
             use_attention(model, IMPLEMENTATION)
             _LastLayerAtEnds.attach(model.base_model.layers[-1])
+        if autocast_dtype is not None:
+            _keep_residuals_narrow(model.base_model)
 
     @property
     def attention_ways(self) -> dict[str, str]:
@@ -87,6 +92,25 @@ class RewardModule(nn.Module):
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._checkpointed = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
         self._checkpointing_min_tokens = min_tokens
+
+    def compile_layers(self) -> None:
+        """Run norms and MLPs through torch.compile from now on, in place: parameters keep their names.
+
+        Not attention, whose blocks change with every row, nor the last layer's MLP, whose rows are as many as hidden states are read. Row lengths
+        are symbols, so a graph serves all micro-batches and all layers; one more is made for every kind of use (training, scoring).
+
+        Raises:
+            ConfigError: the architecture is not one that shares prefixes, or there is no compiler.
+        """
+        if not self.may_share:
+            raise ConfigError(f"compile_layers does not know the layers of {self.model.config.model_type}; set it to false")
+        compiler = os.environ.get("CXX", "g++")  # as torch.compile finds it
+        if not torch.cuda.is_available() and shutil.which(compiler) is None:
+            raise ConfigError(f"compile_layers needs a C++ compiler, and there is no {compiler} on this machine; install it, or set it to false")
+        backbone = self.model.base_model
+        compile_options: dict[str, Any] = {"dynamic": True, "recompile_limit": MAX_GRAPHS}
+        for module in (*_norms(backbone), *(layer.mlp for layer in backbone.layers[:-1])):
+            module.compile(**compile_options)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Return the reward of every sequence of the batch, shape (S,), float32."""
@@ -110,6 +134,26 @@ class RewardModule(nn.Module):
         config = self.model.config
         masks = no_mask if config.model_type in ONE_MASK_MODELS else dict.fromkeys(config.layer_types, no_mask)
         return {"attention_mask": masks, "position_ids": batch.positions, "row": RowAttention(batch.segments, device, way, batch.last_columns)}
+
+
+def _keep_residuals_narrow(backbone: nn.Module) -> None:
+    """Let embeddings and norms hand on what autocast computes in, so that the residual stream is that of a model stored so.
+
+    Autocast itself narrows matrix products only: with float32 weights, embeddings and norms give float32, every addition to the stream does too,
+    and layers move twice the bytes. What a norm does inside stays float32.
+    """
+    for module in (*(part for part in backbone.modules() if isinstance(part, nn.Embedding)), *_norms(backbone)):
+        if _narrow not in module._forward_hooks.values():
+            module.register_forward_hook(_narrow)
+
+
+def _norms(backbone: nn.Module) -> list[nn.Module]:
+    return [module for module in backbone.modules() if type(module).__name__.endswith("RMSNorm")]
+
+
+def _narrow(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    device_type = output.device.type
+    return output.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else output
 
 
 class _LastLayerAtEnds:

@@ -48,6 +48,8 @@ class ScorerConfig(Settings):
     """CPU threads of this process. Ours: the laptop of the demo."""
     attention: AttentionWay = "auto"
     """How to attend; auto: blocks on a CPU, the fastest one on a GPU, measured there (`attention`)."""
+    compile_layers: bool = False
+    """Run norms and MLPs through torch.compile: faster after the seconds that it takes. Ours."""
 
 
 _DEFAULT = ScorerConfig()
@@ -79,7 +81,10 @@ class PairScorer:
         folder = resolve_model(model)
         tokenizer = load_tokenizer(folder)
         loaded = load_backbone_with_head(folder, config.dtype)
-        scorer = cls(RewardModule(loaded.to(config.device), attention=config.attention).eval(), tokenizer, config)
+        module = RewardModule(loaded.to(config.device), attention=config.attention).eval()
+        if config.compile_layers:
+            module.compile_layers()
+        scorer = cls(module, tokenizer, config)
         _check_template(folder, scorer.template_digest)
         logger.info("reward model %s on %s in %s, %.1f s", model, config.device, loaded.dtype, time.perf_counter() - start)
         return scorer

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 # What a config says about the machine and not about the result: how the global batch is spread and what is recomputed changes it by float error only.
 RESOURCE_SETTINGS = {
     "num_threads", "use_gpu", "num_workers", "max_tokens_per_microbatch", "gradient_checkpointing", "gradient_checkpointing_min_tokens",
-    "zero_stage", "attention", "prefetch_steps", "checkpoint_every_steps", "checkpoints_kept", "max_failures",
+    "zero_stage", "attention", "compile_layers", "prefetch_steps", "checkpoint_every_steps", "checkpoints_kept", "max_failures",
 }  # fmt: skip
 PEAK_BFLOAT16_FLOPS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 """What a GPU of that name can do in dense bfloat16, operations a second, by its maker's data sheet."""
@@ -291,6 +291,8 @@ def build_module(config: TrainConfig) -> RewardModule:
     module = RewardModule(model, torch.bfloat16 if config.precision == "bfloat16" else None, attention=config.attention)
     if config.gradient_checkpointing:
         module.checkpoint_gradients(config.gradient_checkpointing_min_tokens)
+    if config.compile_layers:
+        module.compile_layers()
     return module
 
 

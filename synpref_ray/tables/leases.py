@@ -3,13 +3,23 @@
 The holder rewrites the lease file every few seconds. It counts as dead at once when it ran on this host and its process is gone, and otherwise when
 the file has not been renewed for `EXPIRES_SECONDS`. The file names one owner at any moment, and nobody enters without having read its own name there.
 
+Two drivers may find the same dead lease, and the slower one must not remove the lease that the faster one has taken since. So reading a lease again
+and removing it is one act:
+- in a local folder under an flock on that folder, which keeps apart the drivers of one host. Where drivers of several hosts share a file system, or
+  it has no such locks (NFS has none on folders), the file is moved aside by an atomic rename, looked at, and put back if it was another's;
+- on object storage, where nothing can be removed on condition of its content, by whoever creates a claim, an object that is named after that one
+  lease's content (a conditional put, If-None-Match: it has one winner). Who does not get the claim removes nothing.
+
 That keeps honest drivers apart; it is not a fence. A holder that was silent for too long (suspended, cut off from storage) loses its place without
-being stopped, and on object storage, where a file cannot be removed on condition of its content, a driver that stalls in the middle of a takeover can
-remove a younger lease. So holders call `check` before they seal what they made: it narrows such a race to the moment between the check and the seal,
-and there writes are atomic and repeatable.
+being stopped, and on object storage a driver that stalls in the middle of a removal, for so long that its claim expires, can still remove a younger
+lease. So holders call `check` before they seal what they made: it narrows such a race to the moment between the check and the seal, and there writes
+are atomic and repeatable.
 """
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +27,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -27,7 +38,9 @@ from synpref_ray.tables.storage import STORAGE_ERRORS, Storage, encode_json
 
 RENEW_SECONDS = 10.0
 EXPIRES_SECONDS = 60.0
-SETTLE_SECONDS = 1.0  # ours: many times what a rival needs between reading a dead lease and removing it
+SETTLE_SECONDS = 1.0  # ours: many times what a rival on another host needs between reading a dead lease and removing it
+NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What flock says on file systems that cannot lock a folder."""
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +105,19 @@ class Lease:
             return None
 
     def _remove(self, content: bytes) -> None:
-        """Remove the lease file if it still holds `content`; on local files a rename settles who removes it, and another's lease is put back."""
-        if self._read() != content:
-            return
+        """Remove the lease file if it still holds `content`; see the module's text."""
         if not self._storage.is_local:
-            self._storage.delete(self._path)
+            self._remove_object(content)
             return
+        with self._alone():
+            if self._read() == content:
+                self._move_away(content)
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        return _locked(os.path.dirname(self._storage.local_path(self._path))) if self._storage.is_local else contextlib.nullcontext()
+
+    def _move_away(self, content: bytes) -> None:
+        """A rename settles which host removes the file; another's lease is put back."""
         path = self._storage.local_path(self._path)
         folder, name = os.path.split(path)
         aside = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
@@ -112,6 +132,21 @@ class Lease:
                 os.link(aside, path)
         os.unlink(aside)
 
+    def _remove_object(self, content: bytes) -> None:
+        folder, _, name = self._path.rpartition("/")
+        claim = f"{folder}/" * bool(folder) + f".{name.lstrip('.')}.{hashlib.sha256(content).hexdigest()[:16]}.claim"
+        if self._storage.create_exclusive(claim, self._content()):
+            try:
+                if self._read() == content:
+                    self._storage.delete(self._path)
+            finally:
+                self._storage.delete(claim)
+            return
+        with contextlib.suppress(InputError):  # the rival is done
+            claimant = _parse(self._storage.read_bytes(claim))
+            if claimant is None or _is_dead(claimant):
+                self._storage.delete(claim)
+
     def _content(self) -> bytes:
         me = psutil.Process()
         return encode_json(
@@ -121,14 +156,39 @@ class Lease:
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_SECONDS):
             try:
-                content = self._read()
-                if content is None:  # put aside by a rival for a moment, or gone for good: `check` will tell
-                    continue
-                if not self._owns(content):
-                    return
-                self._storage.write_bytes(self._path, self._content())
+                with self._alone():
+                    content = self._read()
+                    if content is None:  # put aside by a rival for a moment, or gone for good: `check` will tell
+                        continue
+                    if not self._owns(content):
+                        return
+                    self._storage.write_bytes(self._path, self._content())
             except STORAGE_ERRORS:
                 logger.exception("could not renew %s; trying again in %.0f s", self._storage.join(self._path), RENEW_SECONDS)
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Keep this host's other drivers from changing leases in a folder meanwhile; does nothing where the file system cannot, or there is no folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            yield
+            return
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave it to a child that was forked meanwhile
+    finally:
+        os.close(descriptor)
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ KEY = ShardKey(0, 0)
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sidecar:
     """Return the table that a worker with a scripted engine feeds; three pairs, each twice, as a pool of its own makes them."""
-    monkeypatch.setattr(llm_steps, "VllmEngine", lambda _: ScriptedEngine(lambda request: "1" if request.choices else GOOD_TAG))
+    monkeypatch.setattr(llm_steps, "open_engine", lambda engine, budget: ScriptedEngine(lambda request: "1" if request.choices else GOOD_TAG))
     storage = Storage(str(tmp_path))
     return Sidecar(commit_pool(storage, "seed", "f" * 32, [write_pool_shard(storage, "seed", 0, make_pairs(3))], {}), "attributes", "a" * 32)
 
@@ -63,4 +63,6 @@ def test_what_the_engine_counts_is_shared_out_among_the_shards_once() -> None:
             "prompt_tokens": sum(map(len, prompts)),
             "cached_prompt_tokens": 0,
             "output_tokens": len(prompts),
+            "retries": 0,
+            "cost": 0,
         }

@@ -65,6 +65,19 @@ def test_deepspeed_equals_the_plain_loop(ray: ModuleType, tiny_backbone: str, tm
     assert record.seconds["startup"] > 0
 
 
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_deepspeed_trains_compiled_layers(ray: ModuleType, tiny_backbone: str, tmp_path: Path, zero_stage: int) -> None:
+    record = on_ray(tiny_backbone, tmp_path, "ray", zero_stage=zero_stage, compile_layers=True)
+    plain = on_ray(tiny_backbone, tmp_path, "plain")
+    assert [step.loss for step in record.steps] == pytest.approx([step.loss for step in plain.steps], rel=1e-3)
+    first, second = weights_of(tmp_path / "ray"), weights_of(tmp_path / "plain")
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
+
+
 def kill_a_worker(training: Path, after_step: int) -> None:
     """Kill the first training worker with SIGKILL as soon as the checkpoint of a step is whole."""
     seal = training / "checkpoints" / f"step-{after_step:06d}" / "progress.json"

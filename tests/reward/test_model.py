@@ -194,6 +194,53 @@ def test_the_head_is_float32_under_bfloat16() -> None:
     assert rewards.tolist() == pytest.approx(alone(module, groups[0]), rel=0.05, abs=0.2)
 
 
+@pytest.mark.parametrize("kind", SHARING)
+def test_under_autocast_the_residual_stream_is_bfloat16(kind: str) -> None:
+    module = tiny_module(kind, torch.bfloat16)
+    backbone = module.model.base_model
+    seen: dict[str, torch.dtype] = {}
+
+    names = {part: name for name, part in backbone.named_modules()}
+
+    def see(part: torch.nn.Module, args: Any, output: Any) -> None:
+        seen[names[part]] = (output[0] if isinstance(output, tuple) else output).dtype
+
+    for part in (backbone.embed_tokens, backbone.norm, *(part for layer in backbone.layers for part in layer.modules())):
+        part.register_forward_hook(see)
+    rewards = module(pack(random_groups(module, (2, 3))))
+    rewards.sum().backward()
+    assert rewards.dtype is torch.float32
+    assert {"embed_tokens", "norm", "layers.0", "layers.1", "layers.0.input_layernorm", "layers.1.mlp"} <= set(seen)
+    assert ("layers.0.self_attn.q_norm" in seen) == (kind in ("qwen3", "qwen3-sliding", "gemma3"))
+    assert {name: dtype for name, dtype in seen.items() if dtype is not torch.bfloat16} == {}
+    assert {parameter.grad.dtype for parameter in module.parameters() if parameter.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3"])
+def test_autocast_is_no_rougher_than_a_bfloat16_model(kind: str) -> None:
+    """As above: at most 1.5 times the error (root mean square) of the same module with its backbone stored in bfloat16."""
+    exact, cast, stored = tiny_module(kind), tiny_module(kind, torch.bfloat16), tiny_module(kind)
+    stored.model.base_model.bfloat16()
+    groups = random_groups(exact, (2,) * 40)
+    expected, *found = (np.concatenate(score_groups(module, groups, 512)) for module in (exact, cast, stored))
+    errors = [np.sqrt(np.mean((rewards - expected) ** 2)) for rewards in found]
+    assert 0 < errors[0] <= 1.5 * errors[1] < 0.2 * expected.std()
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_without_autocast_the_narrow_stream_changes_no_bit(kind: str) -> None:
+    plain, narrowed = tiny_module(kind), tiny_module(kind, torch.bfloat16)
+    wide = RewardModule(narrowed.model)  # the same model, hooks and all, without autocast
+    batch = pack(random_groups(plain, (2, 3)))
+    results = []
+    for module in (plain, wide):
+        rewards = module(batch)
+        rewards.sum().backward()
+        results.append([rewards, *(parameter.grad for parameter in module.parameters() if parameter.grad is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert narrowed(batch).tolist() != plain(batch).tolist()
+
+
 def test_an_absent_head_is_an_error_unless_asked_for(tiny_backbone: str) -> None:
     with pytest.raises(InputError, match="no reward head"):
         load_backbone_with_head(tiny_backbone, "float32")

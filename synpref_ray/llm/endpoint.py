@@ -1,0 +1,361 @@
+"""A model behind an OpenAI-compatible HTTP endpoint as an engine: for tagging and judging (Sec. 3.1 and 3.2).
+
+One thread of its own runs all requests of all callers; a caller waits for its replies and sees each in its own thread. A request is tried until
+it is answered, refused, or has failed for `give_up_seconds`; only failures that may pass are tried again. What cannot pass (a wrong key, an
+unknown model, no money) ends the engine: nothing more is sent, what is under way is still received, and every caller gets the one error.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from synpref_ray.bundled import resolve_model
+from synpref_ray.errors import ConfigError, EndpointError, SynprefError
+from synpref_ray.llm.endpoint_config import EndpointConfig
+from synpref_ray.llm.engine import REFUSED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request
+from synpref_ray.llm.pacing import Pacer
+from synpref_ray.llm.spending import Budget, LocalBudget
+from synpref_ray.llm.tokens import PlainEncoder
+from synpref_ray.llm.vllm_engine import VllmEngine
+from synpref_ray.llm.wire import Wire, WireRequest, read_usage
+
+if TYPE_CHECKING:
+    from synpref_ray.llm.transport import Failed, Outcome
+
+logger = logging.getLogger(__name__)
+
+MAX_MALFORMED = 5
+"""Bodies that are no answer, for one request, before it is given up: each may have been paid for."""
+REFUSALS_AT_START = 20
+"""If so many requests are refused and none is answered, the job ends: something is wrong with the prompts, the key or the model."""
+_BUDGET_WAIT_SECONDS = 5.0
+_CLOSED = "the engine was closed"
+
+
+class _Call:
+    """One call of `generate`."""
+
+    def __init__(self) -> None:
+        self.is_wanted = True  # until its caller leaves
+
+
+@dataclass
+class _Trial:
+    """What one request has been through."""
+
+    sent: WireRequest
+    attempts: int = 0
+    malformed: int = 0
+    failing_since: float | None = None
+    cost: float = 0.0
+
+
+class EndpointEngine:
+    """An engine behind HTTP. `close` it when done (it is a context manager too); several threads may share it.
+
+    Args:
+        budget: shared with other engines; without one, `spending_limit` holds for this engine alone.
+        clock: seconds, for pacing and giving up.
+        pause: waits so many seconds, for pacing and backing off.
+
+    Raises:
+        ConfigError: the key's variable is not set.
+        InputError: the tokenizer cannot be found.
+    """
+
+    def __init__(
+        self,
+        config: EndpointConfig,
+        budget: Budget | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], Awaitable[None]] | None = None,
+    ) -> None:
+        from synpref_ray.llm.transport import Transport  # the client takes a second to import
+
+        started = time.monotonic()
+        self._config = config
+        self._clock = clock
+        self._pause = pause
+        self._wire = Wire(config, _load_encoder(config.tokenizer) if config.tokenizer else None)
+        self._transport = Transport(config)
+        self._pacer = Pacer(config.requests_per_minute, config.tokens_per_minute, clock)
+        self._budget = budget if budget is not None else LocalBudget(config.spending_limit) if config.spending_limit else None
+        self._askers = ThreadPoolExecutor(config.max_concurrent_requests, thread_name_prefix="endpoint-budget")
+        self._random = random.Random()
+        # From here on the loop's thread alone changes these; others read.
+        self._end: SynprefError | None = None
+        self._ended = asyncio.Event()
+        self._slots = asyncio.Semaphore(config.max_concurrent_requests)
+        self._counts = EngineCounts(requests_sent=0, replies=0, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=0, start_seconds=0.0)
+        self._num_refused = 0
+        self._warned = False
+        self._lock = threading.Lock()  # guards _is_closed: no request may be given to a loop that has stopped
+        self._is_closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
+        self._thread.start()
+        self._counts = replace(self._counts, start_seconds=time.monotonic() - started)
+        logger.info("endpoint %s at %s: %s, guidance %s", config.model, config.base_url, config.api, config.guidance)
+
+    def __enter__(self) -> "EndpointEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
+        """See `Engine.generate`; may be called by several threads at once. A refused request has a reply too (`REFUSED`).
+
+        Raises:
+            ConfigError: a request does not fit the settings; nothing is sent then. Or the server does not accept the key, the model or the body.
+            EndpointError: the endpoint gave no answer for `give_up_seconds`, only refusals, or has no quota left.
+            SpendingLimitError: the budget is spent.
+            EngineDied: the engine was closed.
+        """
+        if len({request.key for request in requests}) != len(requests):
+            raise ValueError("two requests of one call have the same key")
+        written = [self._wire.write(request) for request in requests]
+        call = _Call()
+        outbox: queue.SimpleQueue[Future[Reply]] = queue.SimpleQueue()
+        try:
+            for sent in written:
+                self._submit(self._answer(sent, call)).add_done_callback(outbox.put)
+            return self._collect(requests, outbox, on_finished)
+        finally:
+            call.is_wanted = False
+
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of `text`, as plain data; an estimate where no tokenizer is configured."""
+        return self._wire.count_tokens(text)
+
+    def counts(self) -> EngineCounts:
+        """Return the totals since the start, from all threads."""
+        return self._counts
+
+    def identity(self) -> ModelIdentity:
+        """Return the model's name at the server and the configured revision."""
+        return ModelIdentity(model=self._config.model, revision=self._config.revision)
+
+    def close(self) -> None:
+        """Drop what is under way (it counts as paid) and end; whoever still waits gets `EngineDied`. May be called twice."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._askers.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, work: Coroutine[Any, Any, Reply]) -> "Future[Reply]":
+        with self._lock:
+            if self._is_closed:
+                work.close()
+                raise EngineDied(_CLOSED)
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _collect(
+        self, requests: Sequence[Request], outbox: "queue.SimpleQueue[Future[Reply]]", on_finished: Callable[[Reply], None] | None
+    ) -> list[Reply]:
+        """Wait for all, also after a failure: what is under way is paid for."""
+        replies: dict[str, Reply] = {}
+        failure: BaseException | None = None
+        for _ in requests:
+            future = outbox.get()
+            if future.cancelled() or (error := future.exception()) is not None:
+                failure = failure or (EngineDied(_CLOSED) if future.cancelled() else error)
+                continue
+            reply = future.result()
+            replies[reply.key] = reply
+            if on_finished is not None:
+                on_finished(reply)
+        if failure is not None:
+            raise failure
+        return [replies[request.key] for request in requests]
+
+    async def _answer(self, sent: WireRequest, call: _Call) -> Reply:
+        """Try one request until there is a reply."""
+        from synpref_ray.llm.transport import Answered, Failed, Fatal
+
+        trial = _Trial(sent)
+        async with self._slots:
+            while True:
+                outcome = await self._attempt(trial, call)
+                if isinstance(outcome, Fatal):
+                    self._finish_with(outcome.error)
+                elif isinstance(outcome, Failed):
+                    await self._back_off(trial, outcome)
+                elif isinstance(outcome, Answered):
+                    reply = self._wire.read(sent, outcome.body)
+                    if isinstance(reply, Reply):
+                        return self._deliver(replace(reply, cost=trial.cost), outcome.body)
+                    await self._back_off(trial, Failed(reply, may_be_billed=True, malformed=True))
+                else:
+                    refused = Reply(key=sent.request.key, text="", finish_reason=REFUSED, prompt_tokens=0, output_tokens=0, cost=trial.cost)
+                    return self._deliver(refused, None)
+
+    async def _attempt(self, trial: _Trial, call: _Call) -> "Outcome":
+        """Pace, set money aside, send, and settle."""
+        self._check_open(call)
+        taken = trial.sent.known_tokens + trial.sent.max_tokens
+        await self._sleep(self._pacer.take(taken))
+        while (held := self._pacer.held_seconds()) > 0 and self._end is None:
+            await self._sleep(held)
+        worst = self._config.worst_cost(trial.sent.worst_prompt_tokens, trial.sent.max_tokens)
+        reservation = await self._reserve(worst, call)
+        actual, outcome = 0.0, None
+        try:
+            self._check_open(call)
+            self._count(trial)
+            actual = worst  # unless we learn better
+            outcome = await self._transport.send(trial.sent.path, trial.sent.body)
+            actual = self._cost_of(outcome, worst)
+        finally:  # also when the engine is closed meanwhile
+            trial.cost += actual
+            self._counts = replace(self._counts, cost=self._counts.cost + actual)
+            if self._budget is not None and reservation is not None:
+                self._budget.settle(reservation, actual)
+        usage = read_usage(getattr(outcome, "body", None))
+        if usage is not None:
+            self._pacer.give_back(taken - usage.prompt_tokens - usage.output_tokens)
+        return outcome
+
+    def _cost_of(self, outcome: "Outcome", worst: float) -> float:
+        from synpref_ray.llm.transport import Answered, Failed
+
+        if isinstance(outcome, Failed):
+            return worst if outcome.may_be_billed else 0.0
+        if not isinstance(outcome, Answered):
+            return 0.0
+        usage = read_usage(outcome.body)
+        if usage is None:
+            return worst
+        cost = self._config.cost(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
+        if cost > worst and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: the server bills more tokens than a request can have by our count; the spending limit may be passed", self._config.model
+            )
+        return cost
+
+    async def _reserve(self, worst: float, call: _Call) -> str | None:
+        if self._budget is None or worst <= 0:
+            return None
+        while True:
+            self._check_open(call)
+            asking = self._askers.submit(self._budget.reserve, worst, _BUDGET_WAIT_SECONDS)
+            try:
+                name = await asyncio.wrap_future(asking)
+            except asyncio.CancelledError:
+                asking.add_done_callback(self._release)
+                raise
+            except SynprefError as error:
+                self._finish_with(error)
+            if name is not None:
+                return name
+
+    def _release(self, asking: "Future[str | None]") -> None:
+        """Return what was set aside for a request that was dropped meanwhile."""
+        if not asking.cancelled() and asking.exception() is None and (name := asking.result()) is not None:
+            assert self._budget is not None
+            self._budget.settle(name, 0.0)
+
+    async def _back_off(self, trial: _Trial, failed: "Failed") -> None:
+        """Wait before the next attempt, or give up."""
+        now = self._clock()
+        trial.failing_since = now if trial.failing_since is None else trial.failing_since
+        left = trial.failing_since + self._config.give_up_seconds - now
+        trial.malformed += failed.malformed
+        if trial.malformed >= MAX_MALFORMED:
+            self._give_up(f"gave {MAX_MALFORMED} bodies in place of one reply that are none; the last one: {failed.reason}")
+        if left <= 0 or failed.retry_after_seconds > left:
+            wanted = f", which asks to wait {failed.retry_after_seconds:.0f} s" if failed.retry_after_seconds > left else ""
+            self._give_up(f"gave no reply within give_up_seconds={self._config.give_up_seconds:g}; the last failure: {failed.reason}{wanted}")
+        ceiling = min(self._config.max_backoff_seconds, self._config.backoff_seconds * 2.0 ** min(trial.attempts - 1, 30))
+        seconds = max(failed.retry_after_seconds, min(left, self._random.uniform(0.0, ceiling)))
+        logger.info("%s: %s; again in %.1f s", self._config.model, failed.reason, seconds)
+        if failed.for_all:
+            self._pacer.hold(seconds)
+        await self._sleep(seconds)
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait, but not beyond the end of the engine."""
+        if seconds <= 0 or self._end is not None:
+            return
+        if self._pause is not None:
+            await self._pause(seconds)
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), seconds)
+
+    def _check_open(self, call: _Call) -> None:
+        if self._end is not None:
+            raise type(self._end)(str(self._end))
+        if not call.is_wanted:
+            raise asyncio.CancelledError
+
+    def _give_up(self, why: str) -> NoReturn:
+        where = f"{self._config.model} at {self._config.base_url}"
+        self._finish_with(EndpointError(f"{where} {why}. Finished replies are kept: start the job again when the endpoint works"))
+
+    def _finish_with(self, error: SynprefError) -> NoReturn:
+        """End the engine with its first such error, and raise that."""
+        if self._end is None:
+            self._end = error
+            self._ended.set()
+        raise type(self._end)(str(self._end))
+
+    def _count(self, trial: _Trial) -> None:
+        trial.attempts += 1
+        first = trial.attempts == 1
+        self._counts = replace(self._counts, requests_sent=self._counts.requests_sent + first, retries=self._counts.retries + (not first))
+
+    def _deliver(self, reply: Reply, body: Any) -> Reply:
+        usage = read_usage(body)
+        self._counts = replace(
+            self._counts,
+            replies=self._counts.replies + 1,
+            prompt_tokens=self._counts.prompt_tokens + reply.prompt_tokens,
+            cached_prompt_tokens=self._counts.cached_prompt_tokens + (usage.cached_tokens if usage is not None else 0),
+            output_tokens=self._counts.output_tokens + reply.output_tokens,
+        )
+        self._num_refused += reply.finish_reason == REFUSED
+        if self._counts.replies == self._num_refused == REFUSALS_AT_START:
+            self._give_up(f"refused all of the first {REFUSALS_AT_START} requests, for their content")
+        return reply
+
+    async def _shut_down(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._transport.close()
+
+
+def open_engine(config: EngineConfig | EndpointConfig, budget: Budget | None = None) -> VllmEngine | EndpointEngine:
+    """Start the engine that the settings describe.
+
+    Raises:
+        ConfigError, InputError: see the two engines.
+    """
+    if isinstance(config, EndpointConfig):
+        return EndpointEngine(config, budget)
+    if budget is not None:
+        raise ConfigError("a vLLM engine costs no money: it takes no budget")
+    return VllmEngine(config)
+
+
+def _load_encoder(name: str) -> PlainEncoder:
+    from transformers import AutoTokenizer
+
+    return PlainEncoder(AutoTokenizer.from_pretrained(resolve_model(name)))

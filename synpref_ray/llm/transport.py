@@ -1,0 +1,143 @@
+"""One attempt at an OpenAI-compatible endpoint, through the `openai` client, and what its outcome means. Serves `endpoint.py`.
+
+Our choice: the client's own retries are off, because they know neither our limits of money and time nor which failures are for good.
+"""
+
+import asyncio
+import email.utils
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import openai
+
+from synpref_ray.errors import ConfigError, EndpointError, SynprefError
+from synpref_ray.llm.endpoint_config import EndpointConfig
+
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it writes a line per request
+
+_CONNECT_SECONDS = 10.0
+_TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx
+_GATEWAY = frozenset({502, 504})  # the server behind may have answered
+_NO_MONEY = frozenset({"insufficient_quota", "billing_not_active", "billing_hard_limit_reached", "insufficient_funds", "insufficient_balance"})
+_REFUSAL_CODES = frozenset(
+    {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation", "data_inspection_failed"}
+)
+_REFUSAL_WORDS = re.compile(r"content[ _-]?(filter|policy|management|moderation)|flagged|moderation|safety (system|policy|reasons)|usage polic", re.I)
+_TOO_LONG_WORDS = re.compile(r"context[ _]length|context window|maximum context|max_model_len|too many (input )?tokens|prompt is too long", re.I)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A body that parsed as JSON, whatever is in it."""
+
+    body: Any
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The provider declined the request itself."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A failure that may pass. `may_be_billed`: nobody can tell whether the server made a reply."""
+
+    reason: str
+    may_be_billed: bool
+    retry_after_seconds: float = 0.0
+    for_all: bool = False  # every request must wait, not this one alone
+    malformed: bool = False
+
+
+@dataclass(frozen=True)
+class Fatal:
+    """A failure that will not pass."""
+
+    error: SynprefError
+
+
+Outcome = Answered | Refused | Failed | Fatal
+
+
+class Transport:
+    """The connection pool to one endpoint. One event loop uses it."""
+
+    def __init__(self, config: EndpointConfig) -> None:
+        self._config = config
+        self._where = f"{config.model} at {config.base_url}"
+        timeout = httpx2.Timeout(config.timeout_seconds, connect=min(_CONNECT_SECONDS, config.timeout_seconds))
+        self._client = openai.AsyncOpenAI(api_key=config.api_key(), base_url=config.base_url, max_retries=0, timeout=timeout)
+
+    async def send(self, path: str, body: Mapping[str, Any]) -> Outcome:
+        """Make one attempt."""
+        try:
+            async with asyncio.timeout(self._config.timeout_seconds):  # the client's own timeouts are between bytes
+                response = await self._client.post(path, body=dict(body), cast_to=httpx2.Response)
+        except TimeoutError:
+            return Failed(f"no whole answer within {self._config.timeout_seconds:g} s", may_be_billed=True)
+        except openai.APIConnectionError as error:
+            never_sent = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
+            return Failed(f"{error.message.rstrip('.')} ({type(error.__cause__).__name__})", may_be_billed=not never_sent)
+        except openai.APIStatusError as error:
+            return self._status(error)
+        try:
+            return Answered(json.loads(response.content))
+        except ValueError:
+            return Failed("its body is not JSON", may_be_billed=True, malformed=True)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.close()
+
+    def _status(self, error: openai.APIStatusError) -> Outcome:
+        status, said = error.status_code, _said(error)
+        words = {str(error.code or "").lower(), str(error.type or "").lower()}
+        if status == 402 or (status in {400, 403, 429} and words & _NO_MONEY):
+            return Fatal(EndpointError(f"{self._where}: the account has no credit or quota left ({said}); finished replies are kept"))
+        if status in _TRANSIENT or status >= 500:
+            asked = _retry_after(error.response.headers)
+            return Failed(f"HTTP {status}: {said}", may_be_billed=status in _GATEWAY, retry_after_seconds=asked, for_all=status == 429 and asked > 0)
+        if status == 401 or (status == 403 and not _is_refusal(words, error)):
+            variable = f"the variable {self._config.api_key_env} (api_key_env)" if self._config.api_key_env else "no key, as api_key_env is empty"
+            return Fatal(ConfigError(f"{self._where}: HTTP {status}, the key was not accepted ({said}); it comes from {variable}"))
+        if status == 404:
+            return Fatal(ConfigError(f"{self._where}: HTTP 404 ({said}): check model and base_url, which ends in /v1 with most servers"))
+        if "context_length_exceeded" in words or _TOO_LONG_WORDS.search(error.message):
+            return Fatal(ConfigError(f"{self._where}: a prompt does not fit the model ({said}): lower the step's max_input_tokens"))
+        if _is_refusal(words, error):
+            return Refused()
+        return Fatal(
+            ConfigError(f"{self._where}: HTTP {status}, the server does not accept our requests ({said}); see guidance, logprobs, extra_body")
+        )
+
+
+def _is_refusal(words: set[str], error: openai.APIStatusError) -> bool:
+    return bool(words & _REFUSAL_CODES) or _REFUSAL_WORDS.search(error.message) is not None
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """Return the server's own message, in one short line."""
+    body = error.body
+    message = body.get("message") if isinstance(body, Mapping) else None
+    text = " ".join(str(message if message is not None else error.message).split())
+    return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Return the seconds that the server asks to wait, 0 if it does not say."""
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        return max(0.0, float(headers.get("retry-after", "0")))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    except (ValueError, TypeError, KeyError):
+        return 0.0

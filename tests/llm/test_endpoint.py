@@ -1,0 +1,425 @@
+"""An endpoint as an engine, against a real HTTP server on loopback: what is retried, what ends the job, what is never sent twice or overspent."""
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from synpref_ray.errors import ConfigError, EndpointError, SpendingLimitError, SynprefError
+from synpref_ray.llm.endpoint import MAX_MALFORMED, REFUSALS_AT_START, EndpointEngine, open_engine
+from synpref_ray.llm.endpoint_config import EndpointConfig
+from synpref_ray.llm.engine import REFUSED, EngineDied, Reply, Request
+from synpref_ray.llm.journal import Journal, generate_once
+from synpref_ray.llm.spending import LocalBudget, SpendingRecord
+from tests.llm.fakes import MemoryStorage
+from tests.llm.http_server import FAULTS, SLOW_FAULTS, Answer, LocalServer, Seen, chat, completion, error
+from tests.llm.test_tokens import TOKENIZER
+
+QUICK = {"backoff_seconds": 0.001, "max_backoff_seconds": 0.01, "timeout_seconds": 30.0, "give_up_seconds": 60.0, "guidance": "none"}
+
+
+def config(server: LocalServer, **settings: Any) -> EndpointConfig:
+    return EndpointConfig(**{"base_url": server.url, "model": "m", **QUICK, **settings})
+
+
+@contextlib.contextmanager
+def serve(script: Callable[[Seen, int], Answer], **settings: Any) -> Iterator[tuple[LocalServer, EndpointEngine]]:
+    with LocalServer(script) as server, EndpointEngine(config(server, **settings)) as engine:
+        yield server, engine
+
+
+def request(prompt: str, **settings: Any) -> Request:
+    return Request.of(prompt, **{"prompt_version": "v", "max_new_tokens": 4, "chat": True, **settings})
+
+
+def echo(seen: Seen, number: int = 0) -> Answer:
+    return Answer(chat(prompt_of(seen).upper()))
+
+
+def prompt_of(seen: Seen) -> str:
+    return str(seen.body["messages"][0]["content"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    TOKENIZER.save_pretrained(folder)
+    (folder / "config.json").write_text("{}")
+    return str(folder)
+
+
+def test_replies_come_in_the_order_of_requests_and_are_counted() -> None:
+    with serve(echo, max_concurrent_requests=7, revision="2026-01") as (server, engine):
+        requests = [request(f"p{number}") for number in range(40)]
+        replies = engine.generate(requests)
+        assert [(reply.key, reply.text) for reply in replies] == [(r.key, f"P{number}") for number, r in enumerate(requests)]
+        assert replies[0] == Reply(key=requests[0].key, text="P0", finish_reason="stop", prompt_tokens=10, output_tokens=2)
+        counts = engine.counts()
+        assert (counts.requests_sent, counts.replies, counts.retries) == (40, 40, 0)
+        assert (counts.prompt_tokens, counts.output_tokens, counts.cost) == (400, 80, 0.0)
+        assert engine.generate([]) == []
+        assert (engine.identity().model, engine.identity().revision) == ("m", "2026-01")
+        assert 1 <= server.max_open <= 7
+
+
+def test_as_many_requests_are_in_flight_as_allowed_and_no_more() -> None:
+    gate = threading.Barrier(3, timeout=60)  # breaks unless three are open at once
+
+    def script(seen: Seen, number: int) -> Answer:
+        gate.wait()
+        return echo(seen)
+
+    with serve(script, max_concurrent_requests=3) as (server, engine):
+        engine.generate([request(f"p{number}") for number in range(9)])
+        assert server.max_open == 3
+
+
+def test_on_finished_runs_in_the_callers_thread_and_callers_get_their_own() -> None:
+    with serve(echo) as (_, engine):
+        seen: dict[str, list[tuple[str, int]]] = {"a": [], "b": []}
+
+        def call(name: str) -> None:
+            requests = [request(f"{name}{number}") for number in range(10)]
+            engine.generate(requests, lambda reply: seen[name].append((reply.text, threading.get_ident())))
+            seen[name].append(("end", threading.get_ident()))
+
+        threads = [threading.Thread(target=call, args=(name,)) for name in seen]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for name, entries in seen.items():
+            assert sorted(text for text, _ in entries[:-1]) == sorted(f"{name.upper()}{number}" for number in range(10))
+            assert len({thread for _, thread in entries}) == 1
+
+
+def test_a_caller_that_leaves_stops_its_own_requests_only() -> None:
+    left = threading.Event()
+
+    def script(seen: Seen, number: int) -> Answer:
+        if number == 5:
+            left.wait(60)
+        return echo(seen)
+
+    with serve(script, max_concurrent_requests=1) as (server, engine):
+
+        def leave(reply: Reply) -> None:
+            raise RuntimeError("the disk is full")
+
+        with pytest.raises(RuntimeError, match="disk is full"):
+            engine.generate([request(f"p{number}") for number in range(200)], leave)
+        left.set()
+        assert engine.generate([request("last")])[0].text == "LAST"
+        assert server.num_seen() <= 7
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "503"])
+def test_a_failure_that_passes_is_tried_again(fault: Any) -> None:
+    def script(seen: Seen, number: int) -> Answer:
+        if number >= 2:
+            return echo(seen)
+        return error(503, "overloaded") if fault == "503" else Answer(echo(seen).body, fault=fault)
+
+    with serve(script, timeout_seconds=0.4 if fault in SLOW_FAULTS else 30.0) as (server, engine):
+        [reply] = engine.generate([request("p")])
+        assert reply.text == "P"
+        counts = engine.counts()
+        assert (counts.requests_sent, counts.replies) == (1, 1)
+        if fault in SLOW_FAULTS:  # with so short a timeout, a machine under load makes good answers late, too, or never sends an attempt
+            assert counts.retries >= 2
+        else:
+            assert (counts.retries, server.num_seen()) == (2, 3)
+
+
+def test_every_third_answer_is_a_fault_and_all_replies_are_right() -> None:
+    def script(seen: Seen, number: int) -> Answer:
+        faults = [fault for fault in FAULTS if fault not in SLOW_FAULTS]
+        return Answer(echo(seen).body, fault=faults[number // 3 % len(faults)] if number % 3 == 0 else None)
+
+    with serve(script, max_concurrent_requests=5) as (_, engine):
+        replies = engine.generate([request(f"p{number}") for number in range(60)])
+        assert [reply.text for reply in replies] == [f"P{number}" for number in range(60)]
+
+
+def test_the_server_says_when_to_come_back_and_nobody_comes_sooner() -> None:
+    now, waits = [0.0], []
+
+    async def pause(seconds: float) -> None:
+        waits.append(seconds)
+        now[0] += seconds
+
+    def script(seen: Seen, number: int) -> Answer:
+        return error(429, "slow down", **{"Retry-After": "37"}) if number == 0 else echo(seen)
+
+    with LocalServer(script) as server, EndpointEngine(config(server), clock=lambda: now[0], pause=pause) as engine:
+        assert engine.generate([request("p")])[0].text == "P"
+    assert sum(waits) == pytest.approx(37.0)
+
+
+def test_rates_are_kept() -> None:
+    now = [1000.0]
+    sent_at: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        now[0] += seconds
+
+    def script(seen: Seen, number: int) -> Answer:
+        sent_at.append(now[0])
+        return echo(seen)
+
+    settings = {"requests_per_minute": 30.0, "max_concurrent_requests": 1}
+    with LocalServer(script) as server, EndpointEngine(config(server, **settings), clock=lambda: now[0], pause=pause) as engine:
+        engine.generate([request(f"p{number}") for number in range(6)])
+    assert [at - 1000.0 for at in sent_at] == pytest.approx([0, 1, 3, 5, 7, 9])  # a second's worth at once, then one every 2 s
+
+
+def test_an_endpoint_that_stays_away_ends_the_engine_with_one_line() -> None:
+    with serve(lambda seen, number: error(503, "down"), give_up_seconds=0.2) as (server, engine):
+        with pytest.raises(
+            EndpointError, match=r"m at http://127.0.0.1:\d+/v1 gave no reply within give_up_seconds=0.2; the last failure: HTTP 503: down"
+        ):
+            engine.generate([request(f"p{number}") for number in range(5)])
+        before = server.num_seen()
+        with pytest.raises(EndpointError, match="gave no reply"):
+            engine.generate([request("again")])
+        assert server.num_seen() == before
+
+
+@pytest.mark.parametrize("header", [("Retry-After", "86400"), ("retry-after-ms", "86400000"), ("Retry-After", "Fri, 01 Jan 2100 00:00:00 GMT")])
+def test_waiting_longer_than_we_would_is_giving_up(header: tuple[str, str]) -> None:
+    with serve(lambda seen, number: error(429, "come back later", **dict([header]))) as (server, engine):
+        with pytest.raises(EndpointError, match=r"asks to wait (86400|\d{9,}) s"):
+            engine.generate([request("p")])
+        assert server.num_seen() == 1
+
+
+def test_nobody_listens() -> None:
+    with LocalServer(echo) as server:
+        url = server.url
+    settings = EndpointConfig(base_url=url, model="m", **{**QUICK, "give_up_seconds": 0.1})
+    with EndpointEngine(settings) as engine, pytest.raises(EndpointError, match=r"Connection error \(ConnectError\)"):
+        engine.generate([request("p")])
+
+
+def test_bodies_that_are_no_answers_are_paid_for_so_few_are_tried() -> None:
+    with serve(lambda seen, number: Answer({"error": {"message": "upstream"}})) as (server, engine):
+        with pytest.raises(EndpointError, match="its body has no choices, but an error"):
+            engine.generate([request("p")])
+        assert server.num_seen() == MAX_MALFORMED
+
+
+FATAL = {
+    "key": (error(401, "Incorrect API key", code="invalid_api_key"), ConfigError, "the key was not accepted"),
+    "forbidden": (error(403, "Not allowed"), ConfigError, "the key was not accepted"),
+    "model": (error(404, "The model `m` does not exist.", code="model_not_found"), ConfigError, "check model and base_url"),
+    "quota": (
+        error(429, "You exceeded your current quota", code="insufficient_quota", kind="insufficient_quota"),
+        EndpointError,
+        "no credit or quota",
+    ),
+    "credit": (error(402, "Insufficient credits"), EndpointError, "no credit or quota"),
+    "context": (error(400, "This model's maximum context length is 512 tokens. However, …"), ConfigError, "lower the step's max_input_tokens"),
+    "field": (error(400, "Unrecognized request argument: structured_outputs"), ConfigError, "does not accept our requests"),
+}
+
+
+@pytest.mark.parametrize("case", FATAL)
+def test_what_will_not_pass_ends_the_engine_at_once(case: str) -> None:
+    answer, kind, words = FATAL[case]
+    with serve(lambda seen, number: answer, max_concurrent_requests=2) as (server, engine):
+        with pytest.raises(kind, match=words) as raised:
+            engine.generate([request(f"p{number}") for number in range(50)])
+        assert "\n" not in str(raised.value)
+        sent = server.num_seen()
+        assert sent <= 2  # what was in flight already
+        with pytest.raises(SynprefError, match=words):
+            engine.generate([request("again")])
+        assert server.num_seen() == sent
+
+
+def test_what_is_in_flight_when_the_end_comes_is_still_received() -> None:
+    both = threading.Barrier(2, timeout=60)
+    failed = threading.Event()
+
+    def script(seen: Seen, number: int) -> Answer:
+        both.wait()
+        if prompt_of(seen) == "bad":
+            failed.set()
+            return error(401, "Incorrect API key")
+        failed.wait(60)
+        return echo(seen)
+
+    with serve(script, max_concurrent_requests=2) as (_, engine):
+        finished: list[str] = []
+        with pytest.raises(ConfigError, match="key was not accepted"):
+            engine.generate([request("bad"), request("good"), request("late")], lambda reply: finished.append(reply.text))
+        assert finished == ["GOOD"]
+
+
+REFUSALS = {
+    "400": error(400, "The response was filtered due to the content management policy.", code="content_filter"),
+    "403": error(403, "Your prompt was flagged by moderation."),
+    "finish": Answer(chat("half a", finish_reason="content_filter")),
+    "message": Answer(chat(None, refusal="I cannot help with that.")),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_refusal_is_a_reply_and_is_asked_again_by_the_next_run(kind: str) -> None:
+    storage = MemoryStorage()
+    requests = [request("bad"), request("good")]
+    with serve(lambda seen, number: REFUSALS[kind] if prompt_of(seen) == "bad" else echo(seen)) as (server, engine):
+        replies = generate_once(requests, engine, Journal(storage, "journal/00000"))
+        assert [reply.finish_reason for reply in replies] == [REFUSED, "stop"]
+        assert server.num_seen() == 2
+    with serve(echo) as (server, engine):
+        replies = generate_once(requests, engine, Journal(storage, "journal/00000"))
+        assert [reply.text for reply in replies] == ["BAD", "GOOD"]
+        assert server.num_seen() == 1
+
+
+def test_nothing_but_refusals_ends_the_job() -> None:
+    with serve(lambda seen, number: REFUSALS["400"], max_concurrent_requests=1) as (server, engine):
+        with pytest.raises(EndpointError, match=f"refused all of the first {REFUSALS_AT_START} requests"):
+            engine.generate([request(f"p{number}") for number in range(50)])
+        assert server.num_seen() == REFUSALS_AT_START
+
+
+def test_some_refusals_do_not() -> None:
+    with serve(lambda seen, number: echo(seen) if number == 0 else REFUSALS["400"], max_concurrent_requests=1) as (_, engine):
+        replies = engine.generate([request(f"p{number}") for number in range(30)])
+        assert Counter(reply.finish_reason for reply in replies) == {"stop": 1, REFUSED: 29}
+
+
+def test_finished_requests_are_never_sent_again_after_a_crash() -> None:
+    storage = MemoryStorage()
+    requests = [request(f"p{number}") for number in range(30)]
+
+    def dying(seen: Seen, number: int) -> Answer:
+        return echo(seen) if number < 11 else error(503, "down")
+
+    with serve(dying, give_up_seconds=0.1, max_concurrent_requests=4) as (_, engine), pytest.raises(EndpointError):
+        generate_once(requests, engine, Journal(storage, "journal/00000"))
+    with serve(echo) as (server, engine):
+        replies = generate_once(requests, engine, Journal(storage, "journal/00000"))
+        assert [reply.text for reply in replies] == [f"P{number}" for number in range(30)]
+        assert server.num_seen() == 30 - 11
+    with serve(echo) as (server, engine):
+        assert generate_once(requests, engine, Journal(storage, "journal/00000")) == replies
+        assert server.num_seen() == 0
+
+
+PRICES = {"price_per_million_prompt_tokens": 100.0, "price_per_million_output_tokens": 1000.0}
+
+
+def test_costs_are_counted_from_what_the_server_reports() -> None:
+    def script(seen: Seen, number: int) -> Answer:
+        body = chat("ok", prompt_tokens=1000, output_tokens=3)
+        body["usage"]["prompt_tokens_details"] = {"cached_tokens": 600}
+        return Answer(body)
+
+    with serve(script, **PRICES, price_per_million_cached_tokens=10.0) as (_, engine):
+        [reply] = engine.generate([request("p")])
+        assert reply.cost == pytest.approx((400 * 100 + 600 * 10 + 3 * 1000) / 1e6)
+        assert engine.counts().cost == reply.cost
+        assert engine.counts().cached_prompt_tokens == 600
+
+
+def test_an_attempt_that_may_have_been_billed_costs_its_worst_and_one_that_was_not_costs_nothing(tokenizer: str) -> None:
+    def script(seen: Seen, number: int) -> Answer:
+        return Answer(completion("ok", prompt_tokens=5, output_tokens=1), fault=("reset", "429", "500", None)[number])
+
+    with serve(script, **PRICES, api="completions", tokenizer=tokenizer) as (_, engine):
+        [reply] = engine.generate([request("12345", chat=False)])
+        lost = (5 * 100 + 4 * 1000) / 1e6  # the reset: five prompt tokens known, at most four new ones
+        assert reply.cost == pytest.approx(lost + (5 * 100 + 1 * 1000) / 1e6)
+
+
+def test_the_limit_holds_with_many_in_flight_and_finished_replies_are_kept() -> None:
+    true_cost = (10 * 100 + 2 * 1000) / 1e6  # far below the worst, so late requests must wait for earlier ones to settle
+    storage = MemoryStorage()
+    record = SpendingRecord(storage, "spending")
+    requests = [request(f"p{number}") for number in range(200)]
+
+    def run(limit: float) -> tuple[int, LocalBudget, bool]:
+        budget = LocalBudget(limit, record)
+        with (
+            LocalServer(echo) as server,
+            EndpointEngine(config(server, **PRICES, spending_limit=limit, max_concurrent_requests=16), budget) as engine,
+        ):
+            told = ""
+            try:
+                generate_once(requests, engine, Journal(storage, "journal/00000"))
+            except SpendingLimitError as error:
+                told = str(error)
+            assert not told or f"the spending limit of {limit:g} is reached" in told
+            budget.save()
+            assert engine.counts().cost <= limit
+            return server.num_seen(), budget, bool(told)
+
+    sent, budget, stopped = run(0.3)
+    assert stopped
+    worst = EndpointConfig(base_url="http://x", model="m", **PRICES).worst_cost(600, 4)  # a body has fewer than 344 bytes, plus 256 tokens
+    assert 0.3 - worst <= budget.spent <= 0.3
+    assert sent == round(budget.spent / true_cost)
+    again, budget, stopped = run(0.3)  # the rerun does not get the limit anew
+    assert (again, stopped) == (0, True)
+    rest, budget, stopped = run(2.0)
+    assert not stopped
+    assert sent + rest == 200  # no finished request was sent again
+    assert budget.spent == pytest.approx(200 * true_cost)
+
+
+def test_what_a_closed_engine_had_under_way_counts_as_spent() -> None:
+    arrived, hold = threading.Event(), threading.Event()
+
+    def script(seen: Seen, number: int) -> Answer:
+        arrived.set()
+        hold.wait(60)
+        return echo(seen)
+
+    with LocalServer(script) as server:
+        budget = LocalBudget(100.0)
+        engine = EndpointEngine(config(server, **PRICES, spending_limit=100.0), budget)
+        told: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                engine.generate([request("p")])
+            except EngineDied as died:
+                told.append(died)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        assert arrived.wait(60)
+        engine.close()
+        engine.close()
+        thread.join(60)
+        hold.set()
+        assert [str(died) for died in told] == ["the engine was closed"]
+        assert budget.spent == pytest.approx(engine.counts().cost, abs=2e-9)
+        assert engine.counts().cost > 0
+        with pytest.raises(EngineDied):
+            engine.generate([request("q")])
+
+
+def test_the_key_comes_from_the_environment_and_only_its_name_from_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("A_KEY_OF_OURS", raising=False)
+    with LocalServer(echo) as server:
+        with pytest.raises(ConfigError, match=r"A_KEY_OF_OURS \(api_key_env\) is not set"):
+            EndpointEngine(config(server, api_key_env="A_KEY_OF_OURS"))
+        monkeypatch.setenv("A_KEY_OF_OURS", " secret\n")
+        with open_engine(config(server, api_key_env="A_KEY_OF_OURS")) as engine:
+            engine.generate([request("p")])
+        assert server.seen[0].headers["authorization"] == "Bearer secret"
+
+
+def test_two_equal_requests_in_one_call_are_a_bug_of_the_caller() -> None:
+    with serve(echo) as (server, engine):
+        with pytest.raises(ValueError, match="same key"):
+            engine.generate([request("p"), request("p")])
+        assert server.num_seen() == 0
