@@ -53,7 +53,9 @@ class Setup(Settings):
 
     def engine(self, task: str) -> EngineConfig:
         """The engine's settings, which all sides share."""
-        return (self.tag if task == "tag" else self.judge).engine
+        engine = (self.tag if task == "tag" else self.judge).engine
+        assert isinstance(engine, EngineConfig)  # no endpoint: see make_setup
+        return engine
 
 
 @dataclass(frozen=True)

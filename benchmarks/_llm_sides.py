@@ -29,19 +29,24 @@ NOTES = "SYNPREF_BENCHMARK_NOTES"  # the file that the workers of this process n
 
 
 def note(event: str, **fields: Any) -> None:
-    """Append an event with its time and process; one short write, so that processes may share the file."""
-    line = json.dumps({"event": event, "time": time.time(), "pid": os.getpid(), **fields})
+    """Append an event with its time, its process and that one's CPU seconds; one short write, so that processes may share the file."""
+    line = json.dumps({"event": event, "time": time.time(), "cpu": time.process_time(), "pid": os.getpid(), **fields})
     with open(os.environ[NOTES], "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
 def read_notes(lines: Sequence[str]) -> dict[str, Any]:
-    """Return when the first request went out, how many engines started in how many processes and how long that took, and their last counts."""
+    """Return when the first request went out, how many engines started in how many processes and how long that took, what the engines' processes
+    computed from their first request to their last counts, and these counts.
+    """
     notes = [json.loads(line) for line in lines]
     starts = [one for one in notes if one["event"] == "start"]
     counts = {one["pid"]: one["counts"] for one in notes if one["event"] == "counts"}  # the last of each engine
+    begun = {one["pid"]: one["cpu"] for one in reversed(notes) if one["event"] == "request"}
+    ended = {one["pid"]: one["cpu"] for one in notes if one["event"] == "counts"}
     return {
         "first_request": min(one["time"] for one in notes if one["event"] == "request"),
+        "engine_cpu_seconds": sum(ended[pid] - begun[pid] for pid in ended),
         "engine_starts": len(starts),
         "workers": len({one["pid"] for one in starts}),
         "engine_start_seconds": max(one["seconds"] for one in starts),
@@ -110,6 +115,7 @@ def run_step_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
             "startup_seconds": seen["first_request"] - psutil.Process().create_time(),
             "engine_start_seconds": seen["engine_start_seconds"],
             "engine_starts_per_worker": seen["engine_starts"] / seen["workers"],
+            "engine_cpu_seconds": seen["engine_cpu_seconds"],
             "requests": counts["replies"],
             "prompt_tokens": counts["prompt_tokens"],
             "cached_prompt_tokens": counts["cached_prompt_tokens"],
@@ -153,10 +159,12 @@ def run_bare_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
     for prompt in prompts:
         rest = {name: value for name, value in prompt.sampling.items() if name != "structured_outputs"}
         sampling.append(SamplingParams(**rest, structured_outputs=StructuredOutputsParams(**prompt.sampling["structured_outputs"])))
-    first = time.time()
+    first, cpu = time.time(), time.process_time()
     outputs = llm.generate([{"prompt_token_ids": prompt.tokens} for prompt in prompts], sampling, use_tqdm=False)
+    seconds, cpu = time.time() - first, time.process_time() - cpu
     return {
-        "seconds": time.time() - first,
+        "seconds": seconds,
+        "engine_cpu_seconds": cpu,
         "startup_seconds": first - psutil.Process().create_time(),
         "engine_start_seconds": started,
         "engine_starts_per_worker": 1.0,
@@ -186,7 +194,6 @@ def run_ray_data_side(task: str, folder: Path, setup: Setup, batch_size: int, co
                 yield reply
 
     config = setup.engine(task)
-    environment = {name: value for name, value in engine_environment(config).items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with tempfile.TemporaryDirectory() as scratch:
         os.environ[NOTES] = f"{scratch}/notes.jsonl"
         ray.init(address="local", num_cpus=RayConfig().num_cpus, include_dashboard=False, logging_level=logging.WARNING)
@@ -196,7 +203,7 @@ def run_ray_data_side(task: str, folder: Path, setup: Setup, batch_size: int, co
             batch_size=batch_size,
             max_concurrent_batches=concurrent_batches,
             concurrency=1,
-            runtime_env={"env_vars": environment},
+            runtime_env={"env_vars": engine_environment(config)},  # with it the engine's child runs the model itself, not yet another child
             placement_group_config={"bundles": [{"CPU": 1}]},
             chat_template_stage=False,
             tokenize_stage=False,
@@ -209,7 +216,10 @@ def run_ray_data_side(task: str, folder: Path, setup: Setup, batch_size: int, co
         processor(ray.data.read_parquet(str(folder / task))).write_parquet(f"{scratch}/out")
         written = max(file.stat().st_mtime for file in Path(f"{scratch}/out").glob("*.parquet"))
         rows = ray.data.read_parquet(f"{scratch}/out").take_all()
+        below = psutil.Process().children(recursive=True)
         ray.shutdown()
+        for process in psutil.wait_procs(below, timeout=30)[1]:  # an engine that outlives its actor must not run beside the next side
+            process.kill()
         seen = read_notes(Path(os.environ[NOTES]).read_text(encoding="utf-8").splitlines())
     return {
         "seconds": written - seen["first_request"],

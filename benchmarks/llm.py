@@ -12,7 +12,9 @@ Sides:
 - ray.data.llm: `ray.data.llm.build_processor` over the same token ids in as many files as there are shards, written to Parquet. The first request is
   when its engine's stage gets its first batch; the end is the time of the last file. Batch size and concurrent batches are the best of a sweep.
 
-Replies are greedy; how many differ between the sides is reported (bfloat16 sums in other batches can turn a near tie), not gated.
+Beside the time there are the CPU seconds of the process that holds the engine (nobody notes those of ray.data.llm's child process): on a machine that
+others use too, they tell what a side costs. Replies are greedy; how many differ between the sides is reported (bfloat16 sums in other batches can
+turn a near tie), not gated.
 """
 
 import json
@@ -71,12 +73,12 @@ def measure(task: str, prompts: Sequence[Sequence[Prompt]], folder: Path, setup:
     """Sweep ray.data.llm, then time all sides on one task, and return the figures."""
     wanted = {prompt.key: len(prompt.tokens) for shard in prompts for prompt in shard}
     sweep: dict[str, float] = {}
-    if not arguments.without_ray_data:
-        for variant in arguments.sweep.split(","):
-            seen = run_side(task, f"{RAY_DATA} {variant}", folder, setup)
-            sweep[variant] = seen["requests"] / seen["seconds"]
-            print(f"{task}: sweep, {RAY_DATA} {variant}: {sweep[variant]:.2f} requests/s", flush=True)
-    commands = {STEP: STEP, BARE: BARE} | ({RAY_DATA: f"{RAY_DATA} {max(sweep, key=lambda name: sweep[name])}"} if sweep else {})
+    variants = [] if arguments.without_ray_data else arguments.sweep.split(",")
+    for variant in variants if len(variants) > 1 else ():
+        seen = run_side(task, f"{RAY_DATA} {variant}", folder, setup)
+        sweep[variant] = seen["requests"] / seen["seconds"]
+        print(f"{task}: sweep, {RAY_DATA} {variant}: {sweep[variant]:.2f} requests/s", flush=True)
+    commands = {STEP: STEP, BARE: BARE} | ({RAY_DATA: f"{RAY_DATA} {max(variants, key=lambda name: sweep.get(name, 0.0))}"} if variants else {})
     replies: dict[str, dict[str, str]] = {}
 
     def running(side: str) -> Side:
@@ -130,8 +132,9 @@ def figures(rounds: Sequence[Mapping[str, Measurement]]) -> dict[str, Any]:
             "requests": [one.counts["requests"] for one in measured],
             "prompt_tokens": [one.counts["prompt_tokens"] for one in measured],
         }
-        if "seconds_to_last_shard" in measured[0].counts:
-            sides[side]["seconds_to_last_shard"] = [one.counts["seconds_to_last_shard"] for one in measured]
+        for name in ("seconds_to_last_shard", "engine_cpu_seconds"):
+            if name in measured[0].counts:
+                sides[side][name] = [one.counts[name] for one in measured]
     return sides
 
 
@@ -178,6 +181,7 @@ def report(task: str, result: Mapping[str, Any]) -> None:
                 f"{one['step_ratio']:.3f}",
                 f"{one['startup_seconds']:.1f}",
                 f"{one['engine_start_seconds']:.1f}",
+                f"{statistics.median(one['engine_cpu_seconds']):.1f}" if "engine_cpu_seconds" in one else "",
                 "" if hits is None else f"{hits:.3f}",
                 str(result["differing_replies"].get(side, "")),
             ]

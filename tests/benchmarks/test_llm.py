@@ -90,16 +90,19 @@ def test_a_recorder_answers_what_the_request_allows() -> None:
 
 def test_notes_tell_the_first_request_the_starts_and_the_last_counts_of_each_engine() -> None:
     notes = [
-        {"event": "start", "time": 4.0, "pid": 1, "seconds": 3.0},
-        {"event": "start", "time": 5.0, "pid": 2, "seconds": 4.5},
-        {"event": "request", "time": 6.5, "pid": 2},
-        {"event": "request", "time": 6.0, "pid": 1},
-        {"event": "counts", "time": 7.0, "pid": 1, "counts": {"replies": 1}},
-        {"event": "counts", "time": 8.0, "pid": 1, "counts": {"replies": 5}},
-        {"event": "counts", "time": 8.0, "pid": 2, "counts": {"replies": 7}},
+        {"event": "start", "time": 4.0, "cpu": 2.0, "pid": 1, "seconds": 3.0},
+        {"event": "start", "time": 5.0, "cpu": 2.0, "pid": 2, "seconds": 4.5},
+        {"event": "request", "time": 6.5, "cpu": 3.0, "pid": 2},
+        {"event": "request", "time": 6.0, "cpu": 2.5, "pid": 1},
+        {"event": "request", "time": 6.5, "cpu": 2.75, "pid": 1},
+        {"event": "counts", "time": 7.0, "cpu": 3.0, "pid": 1, "counts": {"replies": 1}},
+        {"event": "counts", "time": 8.0, "cpu": 4.5, "pid": 1, "counts": {"replies": 5}},
+        {"event": "counts", "time": 8.0, "cpu": 7.0, "pid": 2, "counts": {"replies": 7}},
     ]
     seen = read_notes([json.dumps(note) for note in notes])
-    assert seen == {"first_request": 6.0, "engine_starts": 2, "workers": 2, "engine_start_seconds": 4.5, "counts": {"replies": 12}}
+    assert seen["engine_cpu_seconds"] == (4.5 - 2.5) + (7.0 - 3.0)
+    assert (seen["first_request"], seen["engine_starts"], seen["workers"], seen["engine_start_seconds"]) == (6.0, 2, 2, 4.5)
+    assert seen["counts"] == {"replies": 12}
 
 
 def measured(seconds: float, requests: int = 40, starts: float = 1.0) -> Measurement:
