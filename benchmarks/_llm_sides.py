@@ -100,7 +100,8 @@ def run_step_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
         targets, judged, gold = open_tables(storage)
         with ray_session(RayConfig(dashboard=False), storage):
             if task == "tag":
-                [sidecar] = llm_steps.tag_pools(Run(storage, "benchmark", setup.tag), "tag", [targets], [setup.tag])
+                tagged = llm_steps.tag_pools(Run(storage, "benchmark", setup.tag), "tag", [targets], [setup.tag])
+                [sidecar] = tagged.by_tagger[setup.tag.tagger.name]
             else:
                 [sidecar] = llm_steps.judge_pools(Run(storage, "benchmark", setup.judge), "judge", [judged], gold, setup.judge)
         seen = read_notes(Path(os.environ[NOTES]).read_text(encoding="utf-8").splitlines())
