@@ -66,7 +66,9 @@ def work(engine: VllmEngine, storage: FolderStorage, seen: dict[str, object]) ->
         shard = make_pairs(3, "coffee")
         for name in ADDS:
             shard = shard.append_column(name, pa.array(["a"] * 3))
-        votes = judge_pairs(shard, make_pairs(0), engine, JudgeConfig(judge="smol", max_exemplars=0), Journal(storage, "journal/00001"))
+        votes = judge_pairs(
+            shard, make_pairs(0), engine, JudgeConfig(judge="smol", guideline="general", max_exemplars=0), Journal(storage, "journal/00001")
+        )
         seen["votes"] = votes.to_pylist()
 
     for run in ("first", "second"):

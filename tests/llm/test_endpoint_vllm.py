@@ -42,7 +42,7 @@ def work(engine: Engine, storage: MemoryStorage | None = None) -> dict[str, Any]
     tags = tag_pairs(pairs, engine, TaggerConfig(), Journal(storage, "journal/00000")).to_pylist()
     for name in ADDS:
         pairs = pairs.append_column(name, pa.array(["a"] * PAIRS))
-    judge = JudgeConfig(judge="smol", max_exemplars=0)
+    judge = JudgeConfig(judge="smol", guideline="general", max_exemplars=0)
     votes = judge_pairs(pairs, make_pairs(0), engine, judge, Journal(storage, "journal/00001")).to_pylist()
     return {"tags": tags, "votes": votes}
 
