@@ -18,7 +18,7 @@ from synpref_ray.evaluation.shares import INTERVAL, share
 from synpref_ray.llm.injections import CONTROL, INJECTIONS, INJECTIONS_VERSION, Injection, plant
 from synpref_ray.pipeline.gathering import gather_sidecars
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, judge_pools
+from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, Judges, judge_pools
 from synpref_ray.pipeline.retrieval import find_exemplars
 from synpref_ray.pipeline.stage2 import load_stage1
 from synpref_ray.reporting.judge_tables import show_interval, show_share
@@ -73,19 +73,11 @@ class PlantConfig(Settings):
 class AttackConfig(JobConfig):
     """Everything the attack needs; gold and its exemplars come from Stage 1, and so should the judges' settings."""
 
-    judges: tuple[JudgeStepConfig, ...] = Field(min_length=1)
+    judges: Judges
     attack: PlantConfig = PlantConfig()
     index: IndexConfig = IndexConfig()
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
-
-    @field_validator("judges")
-    @classmethod
-    def _names_differ(cls, judges: tuple[JudgeStepConfig, ...]) -> tuple[JudgeStepConfig, ...]:
-        names = [judge.judge.judge for judge in judges]
-        if len(set(names)) != len(names):
-            raise ValueError(f"every judge needs a name of its own, found {', '.join(names)}")
-        return judges
 
 
 class Outcome(NamedTuple):

@@ -29,6 +29,7 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import check_exemplars
 from synpref_ray.rules.tags import merge_tag_shard
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, TAGS_SCHEMA, DropReason
+from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, content_digest
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
 from synpref_ray.versions import engine_version
@@ -46,7 +47,7 @@ class LLMStepConfig(Settings):
     """What the LLM steps of a job share."""
 
     engine: AnyEngineConfig
-    num_workers: int = 1  # ours: engines; one per GPU (or per tensor-parallel group), or one client of an endpoint each
+    num_workers: int = Field(default=1, ge=1)  # ours: engines; one per GPU (or per tensor-parallel group), or one client of an endpoint each
     num_gpus_per_worker: float = 0.0
     concurrent_shards: int = 2  # ours: while one shard's last replies come in, the next one keeps the engine full
     max_failed_fraction: float = 0.5  # ours: more failures than replies means a wrong model or prompt
@@ -109,6 +110,17 @@ class JudgeStepConfig(LLMStepConfig):
     """One judge and its engine; `name` is the judge's name in votes and reports."""
 
     judge: JudgeConfig
+
+
+def _judge_names_differ(judges: tuple[JudgeStepConfig, ...]) -> tuple[JudgeStepConfig, ...]:
+    names = [step.judge.judge for step in judges]
+    if len(set(names)) != len(names):
+        raise ValueError(f"every judge needs a name of its own, found {', '.join(names)}")
+    return judges
+
+
+Judges = Annotated[tuple[JudgeStepConfig, ...], Field(min_length=1), AfterValidator(_judge_names_differ)]
+"""The judges of a job."""
 
 
 @dataclass(frozen=True)
@@ -318,13 +330,18 @@ def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTabl
 
 
 def _run(run: Run, name: str, step: Step, inputs: Sequence[StepInput], config: LLMStepConfig) -> list[list[Sidecar]]:
-    """Run a step of engines, under one budget for all workers and all runs of it if its endpoint has a spending limit."""
+    """Run a step of engines; if its endpoint has a spending limit, under one budget for all that this tagger or judge does in the workspace.
+
+    Raises:
+        RunConflictError: another job spends this budget now.
+    """
     engine = config.engine
-    if not (isinstance(engine, EndpointConfig) and engine.spending_limit):
+    unfinished = not all(sidecar.is_sealed for sidecars in plan_sidecars(step, inputs) for sidecar in sidecars)
+    if not (isinstance(engine, EndpointConfig) and engine.spending_limit and unfinished):
         return _report(run, run_step(step, inputs), name).sidecars
-    first = plan_sidecars(step, inputs)[0][0]
-    record = SpendingRecord(first.pool.storage, f"{first.folder}/spending")
-    with SharedBudget.start(engine.spending_limit, record, engine.reservation_seconds) as budget:
+    storage, folder = inputs[0].pool.storage, f"spending/{step.outputs[0].name}"
+    record = SpendingRecord(storage, folder)
+    with Lease(storage, f"{folder}/lease.json"), SharedBudget.start(engine.spending_limit, record, engine.reservation_seconds) as budget:
         arguments = step.worker_arguments
         limited = replace(step, worker_arguments=lambda tables: {**arguments(tables), "budget": budget})
         return _report(run, run_step(limited, inputs), name).sidecars

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import InputError
@@ -22,7 +22,7 @@ from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
 from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, report_judges, save_label_sets
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, Taggers, judge_pools, tag_pools
+from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, Judges, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars, select_for_errors
 from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
 from synpref_ray.pipeline.tag_reports import report_taggers
@@ -55,7 +55,7 @@ class Stage1Config(JobConfig):
 
     taggers: Taggers
     human_tags: str = ""  # a file of attributes that people edited, to report each tagger's quality by
-    judges: tuple[JudgeStepConfig, ...] = Field(min_length=1)
+    judges: Judges
     train: TrainConfig
     gold_train: TrainConfig
     annotator: AnnotatorConfig = AnnotatorConfig()
@@ -71,14 +71,6 @@ class Stage1Config(JobConfig):
     stop: StopConfig = StopConfig()
     max_pairs_per_round: int = Field(default=250_000, ge=1)  # ours: about a million pairs in eight rounds would be 125,000 each
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
-
-    @field_validator("judges")
-    @classmethod
-    def _names_differ(cls, judges: tuple[JudgeStepConfig, ...]) -> tuple[JudgeStepConfig, ...]:
-        names = [judge.judge.judge for judge in judges]
-        if len(set(names)) != len(names):
-            raise ValueError(f"every judge needs a name of its own, found {', '.join(names)}")
-        return judges
 
 
 def check_stage1(config: Stage1Config) -> None:

@@ -17,7 +17,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars, scatter_sidecar
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, report_judges
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, Taggers, judge_pools, tag_pools
+from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, Judges, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
 from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
@@ -47,7 +47,7 @@ class Stage2Config(JobConfig):
 
     pool: str = "wild"
     taggers: Taggers
-    judges: tuple[JudgeStepConfig, ...] = Field(min_length=1)
+    judges: Judges
     tag_scope: Literal["mismatches", "all"] = "mismatches"  # Sec. 3.3: attributes only for what a judge sees
     embed: EmbedStepConfig = EmbedStepConfig()
     index: IndexConfig = IndexConfig()

@@ -8,11 +8,12 @@ import pyarrow.compute as pc
 
 from synpref_ray.evaluation.tag_report import read_human_tags, tag_quality, tagger_agreement
 from synpref_ray.pipeline.llm_steps import TaggedPools
+from synpref_ray.schema import stable_hash
 from synpref_ray.tables.pools import Pool
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
 
 SAMPLE_PAIRS = 20_000
-"""Our choice: agreement between taggers is taken over whole shards until so many pairs are reached; a share is then exact to about 0.7 points."""
+"""Our choice: agreement between taggers is taken over whole shards, drawn by hash from all pools, until so many pairs are reached."""
 _COLUMNS = ("task_category", "objectivity", "controversiality", "desired_attributes", "annotation_guideline", "drop_reason")
 
 
@@ -23,24 +24,24 @@ def report_taggers(pools: Sequence[Pool], tagged: TaggedPools, human_path: str =
         human_path: "" for none, else a file for `read_human_tags`; its pairs are looked up in all pools.
 
     Returns:
-        `num_pairs` that agreement was taken over, `between_taggers` of `tagger_agreement`, and `quality` of `tag_quality` by tagger, with the
-        merged tags under `merged`; plain values.
+        `num_pairs` that agreement was taken over, `null_rows` and `between_taggers` of `tagger_agreement`, and `quality`: `tag_quality`
+        `by_tagger` and of the `merged` tags; plain values.
 
     Raises:
         InputError: the file is missing, unreadable, or has a value that no attribute can have.
     """
-    sample = {name: _first_rows(pools, sidecars) for name, sidecars in tagged.by_tagger.items()}
+    sample = {name: _drawn_rows(pools, sidecars) for name, sidecars in tagged.by_tagger.items()}
     report: dict[str, Any] = {"num_pairs": min(table.num_rows for table in sample.values()), **tagger_agreement(sample)}
     if human_path:
         human = read_human_tags(human_path)
-        tables = {**tagged.by_tagger, "merged": tagged.merged}
-        report["quality"] = {name: tag_quality(_rows_of(pools, sidecars, human["pair_id"]), human) for name, sidecars in tables.items()}
+        of_tagger = {name: tag_quality(_rows_of(pools, sidecars, human["pair_id"]), human) for name, sidecars in tagged.by_tagger.items()}
+        report["quality"] = {"by_tagger": of_tagger, "merged": tag_quality(_rows_of(pools, tagged.merged, human["pair_id"]), human)}
     return report
 
 
-def _first_rows(pools: Sequence[Pool], sidecars: Sequence[Sidecar]) -> pa.Table:
+def _drawn_rows(pools: Sequence[Pool], sidecars: Sequence[Sidecar]) -> pa.Table:
     found, num_rows = [], 0
-    for table in _shards(pools, sidecars):
+    for table in _shards(pools, sidecars, drawn=True):
         found.append(table)
         num_rows += table.num_rows
         if num_rows >= SAMPLE_PAIRS:
@@ -53,7 +54,9 @@ def _rows_of(pools: Sequence[Pool], sidecars: Sequence[Sidecar], pair_ids: pa.Ch
     return pa.concat_tables([table.filter(pc.is_in(table["pair_id"], value_set=wanted)) for table in _shards(pools, sidecars)])
 
 
-def _shards(pools: Sequence[Pool], sidecars: Sequence[Sidecar]) -> Iterator[pa.Table]:
-    for pool, sidecar in zip(pools, sidecars, strict=True):
-        for shard in pool.shards:
-            yield zip_shard(pool, shard.number, ["prompt_group"], [(sidecar, {name: name for name in _COLUMNS})])
+def _shards(pools: Sequence[Pool], sidecars: Sequence[Sidecar], *, drawn: bool = False) -> Iterator[pa.Table]:
+    shards = [(pool, sidecar, shard.number) for pool, sidecar in zip(pools, sidecars, strict=True) for shard in pool.shards]
+    if drawn:
+        shards.sort(key=lambda place: stable_hash(0, f"{place[0].name}/{place[2]}", "tag-report"))
+    for pool, sidecar, number in shards:
+        yield zip_shard(pool, number, ["prompt_group"], [(sidecar, {name: name for name in _COLUMNS})])

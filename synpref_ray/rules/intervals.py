@@ -4,10 +4,10 @@ import math
 from statistics import NormalDist
 
 
-def wilson_interval(num_successes: float, num_trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(num_successes: float, num_trials: float, *, confidence: float = 0.95) -> tuple[float, float]:
     """Return the two-sided Wilson score interval of a share; (0, 1) without trials.
 
-    `num_successes` may be a sum of shares, where trials are groups (prompts) of which a part succeeded.
+    Neither need be whole: `num_successes` may be a sum of shares, and `num_trials` an effective number.
 
     Our choice: Wilson, not the normal approximation, because gold of one category is a handful of pairs and often all of them agree.
 

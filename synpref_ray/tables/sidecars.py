@@ -42,7 +42,7 @@ class Sidecar:
 
     def finished(self) -> set[int]:
         """Return the numbers of the shards that have been written, by one listing."""
-        numbers = (shard_number_of_path(path) for path in self.pool.storage.list_files(self.folder) if path.count("/") == self.folder.count("/") + 1)
+        numbers = (shard_number_of_path(path) for path in self.pool.storage.list_files(self.folder, deep=False))
         return {number for number in numbers if number is not None}
 
     def read(self, number: int, columns: list[str] | None = None) -> pa.Table:

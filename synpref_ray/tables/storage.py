@@ -62,15 +62,19 @@ class Storage:
         fs, full = self._resolve(path)
         return bool(fs.exists(full))
 
-    def list_files(self, prefix: str) -> list[str]:
-        """Return the paths of all files under the folder `prefix`, sorted; temporary files excluded, a missing folder is empty."""
+    def list_files(self, prefix: str, *, deep: bool = True) -> list[str]:
+        """Return the paths of all files under the folder `prefix`, sorted; temporary files excluded, a missing folder is empty.
+
+        Args:
+            deep: False lists the folder itself and nothing below the folders in it (a table's journals may be millions of objects).
+        """
         fs, full = self._resolve(prefix)
         _, root = self._resolve("")
         strip = len(root.rstrip("/")) + 1
         fs.invalidate_cache()
         if not fs.exists(full):
             return []
-        return sorted(name[strip:] for name in fs.find(full) if not PurePosixPath(name).name.startswith("."))
+        return sorted(name[strip:] for name in fs.find(full, maxdepth=None if deep else 1) if not PurePosixPath(name).name.startswith("."))
 
     def list_folders(self, prefix: str) -> list[str]:
         """Return the names of the folders directly under `prefix`, sorted."""

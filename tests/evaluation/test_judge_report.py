@@ -45,7 +45,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=GOLD_SCHEMA)
 
 
-def wilson(share_: float, trials: int) -> tuple[float, float]:
+def wilson(share_: float, trials: float) -> tuple[float, float]:
     """Return the Wilson interval from its formula, z = 1.959964."""
     z = 1.959963984540054
     centre = (share_ + z * z / (2 * trials)) / (1 + z * z / trials)
@@ -71,7 +71,7 @@ def test_one_judge_by_hand() -> None:
     # Rows 2 and 5 of five name one position twice; they are of 4 prompts: p1, p2, p3, p4.
     bias = a["position_bias"]
     assert (bias["num_pairs"], bias["num_prompts"], bias["value"]) == (5, 4, 0.4)
-    assert (bias["low"], bias["high"]) == pytest.approx(wilson(0.4, 4))
+    assert (bias["low"], bias["high"]) == pytest.approx(wilson(0.4, 25 / 7))  # prompts of 2, 1, 1, 1 pairs: 5 * 5 / (4 + 1 + 1 + 1)
     # Candidate 1 is chosen in order 0 and rejected in order 1. First named: row 1 once, 2 twice, 3 once, 4 once, 5 never.
     assert a["first_choices"] == {"num_votes": 10, "value": 0.5}
     assert a["self_consistency"] is None  # one sample
@@ -201,7 +201,7 @@ def test_judges_that_toss_a_coin_rarely_decide() -> None:
 def test_shares_and_kappas_by_hand() -> None:
     figure = share([True, True, False, True], ["p", "p", None, None])
     assert (figure["num_pairs"], figure["num_prompts"], figure["value"]) == (4, 3, 0.75)
-    assert (figure["low"], figure["high"]) == pytest.approx(wilson(0.75, 3))
+    assert (figure["low"], figure["high"]) == pytest.approx(wilson(0.75, 16 / 6))
     assert share([], []) == {"num_pairs": 0, "num_prompts": 0, "value": None, "low": 0.0, "high": 1.0}
     # Equal on 3 of 4; chance 1/4 x 2/4 + 3/4 x 2/4 = 1/2: kappa = (3/4 - 1/2) / (1/2).
     assert kappa(["x", "y", "y", "y"], ["x", "x", "y", "y"]) == pytest.approx(0.5)
@@ -224,7 +224,7 @@ def test_the_table_for_people() -> None:
     def interval(value: float, trials: int) -> str:
         return " to ".join(f"{100 * end:.1f}" for end in wilson(value, trials))
 
-    assert f"a 5 40.0 % {interval(0.4, 4)} 50.0 % - 0.0 % -" in lines
+    assert f"a 5 40.0 % {interval(0.4, 25 / 7)} 50.0 % - 0.0 % -" in lines
     assert f"a overall 4 25.0 % 3 66.7 % {interval(2 / 3, 3)}" in lines
     assert f"a high controversiality 2 0.0 % 2 50.0 % {interval(0.5, 2)}" in lines
     assert f"all judges overall 4 0.0 % 4 50.0 % {interval(0.5, 3)}" in lines

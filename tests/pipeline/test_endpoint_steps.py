@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -39,11 +40,14 @@ def test_a_killed_driver_never_asks_again_what_is_journaled(tmp_path: Path) -> N
     pool = make_pool(tmp_path, 6, 10)
     keys = request_keys(pool.read_all())
 
-    def slowly(seen: Seen, number: int) -> Answer:
-        time.sleep(0.2)
+    killed = threading.Event()
+
+    def answer_until_the_kill(seen: Seen, number: int) -> Answer:
+        if number >= 24:
+            killed.wait(900)  # so that the kill finds work left, however busy the machine is
         return answer_tag(seen, number)
 
-    with LocalServer(slowly) as server:
+    with LocalServer(answer_until_the_kill) as server:
         settings = json.dumps({"taggers": [endpoint(server.url)]})
         command = [sys.executable, str(REPOSITORY / "tests" / "pipeline" / "endpoint_steps.py"), str(tmp_path), settings]
         driver = subprocess.Popen(command, env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -56,19 +60,20 @@ def test_a_killed_driver_never_asks_again_what_is_journaled(tmp_path: Path) -> N
         finally:
             os.kill(driver.pid, signal.SIGKILL)
             driver.wait()
+            killed.set()
         before = -1
         while before != server.num_seen():  # Ray's reaper ends the workers
             before = server.num_seen()
             time.sleep(5)
         finished = journaled(tmp_path)
-        assert before < len(keys), "everything was asked before the kill: nothing is shown"
         done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
         asked = asked_about(server)
         again = [prompt for prompt in asked[before:] if keys[prompt] in finished]
         assert again == []
         assert set(asked) == set(keys)
-        lost = before - len(finished)  # in flight, or answered in the last second before the kill
+        lost = before - len(finished)  # in flight at the kill, or answered in the last second before it
+        assert lost <= 8 + 4
         assert len(asked) == len(keys) + lost
         third = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=900)
         assert third.returncode == 0, third.stderr[-3000:]
@@ -98,6 +103,7 @@ def test_the_spending_limit_holds_over_workers_and_runs_and_finished_replies_sta
             with pytest.raises(SpendingLimitError, match="spending limit of 6 is reached"):
                 tag(tmp_path, DriverConfig.model_validate({"taggers": [limited]}))
             assert 0 < 0.5 * server.num_seen() <= 6.0
+            assert [path.name for path in (tmp_path / "spending" / "attributes.tagger").iterdir()] == ["spent.json"]
         paid = server.num_seen()
         raised = {**endpoint(server.url, spending_limit=100.0, **price), "num_workers": 2}
         tagged, run = tag(tmp_path, DriverConfig.model_validate({"taggers": [raised]}))

@@ -45,4 +45,5 @@ def test_taggers_are_compared_with_each_other_and_with_people(tmp_path: Path) ->
     lines = [{"pair_id": ids[0], "task_category": "math"}, {"pair_id": ids[1], "task_category": "planning"}, {"pair_id": "elsewhere"}]
     edited.write_text("".join(json.dumps(line) + "\n" for line in lines))
     quality = report_taggers([pool], tagged, str(edited))["quality"]
-    assert {name: found["enums"]["task_category"]["agreement"]["value"] for name, found in quality.items()} == {"a": 0.5, "b": 1.0, "merged": 0.5}
+    found = {**quality["by_tagger"], "merged": quality["merged"]}
+    assert {name: one["enums"]["task_category"]["agreement"]["value"] for name, one in found.items()} == {"a": 0.5, "b": 1.0, "merged": 0.5}
