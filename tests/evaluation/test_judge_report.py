@@ -221,11 +221,11 @@ def test_the_table_for_people() -> None:
     text = format_judge_report(judge_report(BY_HAND, {"b": {"refused_by_model": 2}}))
     lines = [" ".join(line.split()) for line in text.splitlines()]
 
-    def interval(value: float, trials: int) -> str:
+    def interval(value: float, trials: float) -> str:
         return " to ".join(f"{100 * end:.1f}" for end in wilson(value, trials))
 
     assert f"a 5 40.0 % {interval(0.4, 25 / 7)} 50.0 % - 0.0 % -" in lines
     assert f"a overall 4 25.0 % 3 66.7 % {interval(2 / 3, 3)}" in lines
     assert f"a high controversiality 2 0.0 % 2 50.0 % {interval(0.5, 2)}" in lines
-    assert f"all judges overall 4 0.0 % 4 50.0 % {interval(0.5, 3)}" in lines
+    assert f"all judges overall 4 0.0 % 4 50.0 % {interval(0.5, 16 / 6)}" in lines
     assert "a and b 4 50.0 % 0.20 1 100.0 % -" in lines
