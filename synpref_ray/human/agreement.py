@@ -1,8 +1,8 @@
 """How far annotators agree: Krippendorff's alpha, Cohen's kappa and plain agreement, overall and per task category.
 
-Our choice: all three kinds of verdict count as labels, undecidable too, since one person's doubt of another's decision is disagreement. The kappa of a team
-is the mean over its pairs of annotators, weighed by the items that both judged. A figure that is not defined (nobody overlaps, or all say the same)
-is None, never a number.
+Our choice: all three kinds of verdict count as labels, undecidable too, since one person's doubt of another's decision is disagreement. The kappa
+of a team is the mean over its pairs of annotators, weighed by the items that both judged. A figure that is not defined (nobody overlaps, or all
+say the same) is None, never a number.
 """
 
 import math

@@ -88,6 +88,8 @@ def dawid_skene(votes: Sequence[Vote], max_iterations: int) -> tuple[dict[str, d
     model = DawidSkene(n_iter=max_iterations)
     probabilities = model.fit_predict_proba(pd.DataFrame(rows, columns=["task", "worker", "label"]))
     by_pair = {str(pair_id): {str(label): float(value) for label, value in row.items()} for pair_id, row in probabilities.iterrows()}
+    assert model.priors_ is not None
+    assert model.errors_ is not None
     priors = {str(label): float(value) for label, value in model.priors_.items()}
     quality: dict[str, float] = {}
     for (worker, label), row in model.errors_.iterrows():  # rows: what was said; columns: what is so

@@ -193,9 +193,9 @@ _APPEND_ONLY = (VerdictRow.__tablename__, Adjudication.__tablename__, AuditEvent
 for _table in _APPEND_ONLY:
     for _change in ("UPDATE", "DELETE"):
         _sqlite = f"CREATE TRIGGER {_table}_no_{_change} BEFORE {_change} ON {_table} BEGIN SELECT RAISE(ABORT, '{_table} only grows'); END"
-        event.listen(Base.metadata.tables[_table], "after_create", DDL(_sqlite).execute_if(dialect="sqlite"))
+        event.listen(Base.metadata.tables[_table], "after_create", DDL(_sqlite).execute_if(dialect="sqlite"))  # type: ignore[no-untyped-call]
         _rule = f"CREATE RULE {_table}_no_{_change} AS ON {_change} TO {_table} DO INSTEAD NOTHING"
-        event.listen(Base.metadata.tables[_table], "after_create", DDL(_rule).execute_if(dialect="postgresql"))
+        event.listen(Base.metadata.tables[_table], "after_create", DDL(_rule).execute_if(dialect="postgresql"))  # type: ignore[no-untyped-call]
 
 
 class Database:
@@ -206,7 +206,9 @@ class Database:
         try:
             parsed = make_url(url)
             if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-                raise InputError(f"the annotation database is SQLite (sqlite:///FILE) or PostgreSQL (postgresql+psycopg://…), not {parsed.drivername}")
+                raise InputError(
+                    f"the annotation database is SQLite (sqlite:///FILE) or PostgreSQL (postgresql+psycopg://…), not {parsed.drivername}"
+                )
             self.engine = create_engine(parsed, pool_size=CONNECTIONS, max_overflow=0)
             is_sqlite = self.engine.dialect.name == "sqlite"
             self._turn: Any = threading.Lock() if is_sqlite else nullcontext()

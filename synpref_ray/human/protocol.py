@@ -1,8 +1,8 @@
 """What a verdict must come with: the paper's protocol, enforced where a form arrives.
 
-Paper: Sec. 3.2 (as its reference has it): annotators see conversation, both replies, attributes and guideline; facts are checked with a search engine, code
-is run; help from LLMs is allowed, relying on them fully is not; a pair that a person cannot decide is discarded. Our choice: which category needs
-which evidence is a setting, an undecidable pair needs none, and a person states with every verdict whether an LLM helped.
+Paper: Sec. 3.2: annotators see conversation, both replies, attributes and guideline; facts are checked with a search engine, code is run; help from
+LLMs is allowed, relying on them fully is not; a pair that a person cannot decide is discarded. Our choice: which category needs which evidence is
+a setting, an undecidable pair needs none, and a person states with every verdict whether an LLM helped.
 """
 
 from enum import StrEnum
@@ -31,10 +31,9 @@ class ProtocolConfig(Settings):
 
     seed: int = 0
     lease_minutes: float = Field(default=30.0, gt=0)  # ours: the paper's slowest pair took five; the page renews it while it is open
-    evidence: dict[TaskCategory, Evidence] = {  # Sec. 3.2: fact-checking with a search engine, code by running it
-        TaskCategory.INFORMATION_SEEKING: Evidence.SEARCH_LINK,
-        TaskCategory.CODING: Evidence.CODE_RUN,
-    }
+    evidence: dict[TaskCategory, Evidence] = Field(  # Sec. 3.2: facts are checked with a search engine, code by running it
+        default={TaskCategory.INFORMATION_SEEKING: Evidence.SEARCH_LINK, TaskCategory.CODING: Evidence.CODE_RUN}
+    )
     min_rationale_chars: int = Field(default=0, ge=0)  # ours: the paper asks for none
     show_notes: bool = True  # Sec. 3.2: notes of an LLM on each reply, where the queue has them
 

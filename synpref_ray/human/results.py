@@ -1,7 +1,7 @@
 """What the queue has found so far: votes, outcomes, agreement, quality; for the admin page, the status table and the export.
 
-The export is three Parquet files: `verdicts` (a line per settled pair, as `verdict_file` reads it), `votes` (the whole log) and `attributes` (what people
-made of each judged pair's attributes: the truth that taggers can be measured against).
+The export is three Parquet files: `verdicts` (a line per settled pair, as `verdict_file` reads it), `votes` (the whole log) and `attributes` (what
+people made of each judged pair's attributes: the truth that taggers can be measured against).
 """
 
 from collections import Counter
@@ -136,7 +136,9 @@ class Results:
 
     def _read(self) -> Snapshot:
         with self._db.read() as session:
-            rows = select(Item.id, Item.pair_id, Item.pool, Item.selected_by, Item.required, Item.complete, Item.attributes).order_by(Item.rank, Item.id)
+            rows = select(Item.id, Item.pair_id, Item.pool, Item.selected_by, Item.required, Item.complete, Item.attributes).order_by(
+                Item.rank, Item.id
+            )
             found = [row._asdict() for row in session.execute(rows)]
             users = list(session.scalars(select(User).order_by(User.name)))
             said = select(VerdictRow, Assignment.item_id, Assignment.user_id).join(Assignment, VerdictRow.assignment_id == Assignment.id)
@@ -146,7 +148,9 @@ class Results:
             closings = list(session.execute(closed))
             words = list(session.scalars(select(Adjudication).order_by(Adjudication.id)))
         items, pair_of, name_of = {row["pair_id"]: row for row in found}, {row["id"]: row["pair_id"] for row in found}, {u.id: u.name for u in users}
-        votes, edits, seconds = [], {}, {}
+        votes: list[Vote] = []
+        edits: dict[str, list[Mapping[str, Any]]] = {}
+        seconds: dict[int, list[float]] = {}
         for row, item_id, user_id in counting:
             pair_id = pair_of[item_id]
             votes.append(Vote(pair_id, name_of[user_id], row.verdict, row.attributes.get("task_category") or NO_CATEGORY))

@@ -242,7 +242,7 @@ def _finished_by(user_id: int) -> Any:
     return exists().where(Assignment.item_id == Item.id, Assignment.user_id == user_id, closed).correlate(Item)
 
 
-def _free_items(user_id: int, now: float, but: Sequence[int]) -> Select[tuple[int, str, int]]:
+def _free_items(user_id: int, now: float, but: Sequence[int]) -> Select[int, str, int]:
     rows = select(Item.id, Item.pair_id, Item.required)
     rows = rows.where(~Item.complete, Item.id.not_in(but), ~_finished_by(user_id), _num_taken(Item.id, now) < Item.required)
     return rows.order_by(Item.rank, Item.id).limit(1).with_for_update(skip_locked=True, of=Item)
