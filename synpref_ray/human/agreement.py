@@ -5,8 +5,6 @@ of a team is the mean over its pairs of annotators, weighed by the items that bo
 say the same) is None, never a number.
 """
 
-import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -84,9 +82,7 @@ def _kappa(shared: Mapping[str, Mapping[str, str]]) -> float | None:
             pairs.setdefault((left, right), []).append((given[left], given[right]))
     total, weight = 0.0, 0
     for said in pairs.values():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sklearn warns where kappa is not defined; the NaN says so too
+        if len({verdict for both in said for verdict in both}) > 1:  # of one label alone kappa is not defined
             kappa = float(cohen_kappa_score(*zip(*said, strict=True), labels=list(LABELS)))
-        if not math.isnan(kappa):
             total, weight = total + kappa * len(said), weight + len(said)
     return total / weight if weight else None

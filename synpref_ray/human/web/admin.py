@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fastapi import APIRouter, Form, Request
+from fastapi import APIRouter, Depends, Form
 from fastapi.responses import RedirectResponse, Response
 from sqlalchemy import select
 
@@ -23,21 +23,18 @@ def admin_routes(site: Site) -> APIRouter:
     routes = APIRouter(prefix="/admin")
 
     @routes.get("")
-    def overview(request: Request) -> Response:
-        account = site.admin(request)
+    def overview(account: Annotated[Account, Depends(site.admin)]) -> Response:
         found = site.results.snapshot()
         waiting = [{"id": found.items[pair_id]["id"], "stuck": pair_id in found.stuck} for pair_id in found.to_adjudicate]
         standings, agreement = found.standings, found.agreement()
         return site.page("admin.html", account, snapshot=found, standings=standings, agreement=agreement, waiting=waiting)
 
     @routes.get("/items/{item_id}")
-    def dispute(request: Request, item_id: int) -> Response:
-        account = site.admin(request)
+    def dispute(account: Annotated[Account, Depends(site.admin)], item_id: int) -> Response:
         return site.page("dispute.html", account, **_dispute(site, account, item_id))
 
     @routes.post("/items/{item_id}/adjudicate")
-    def adjudicate(request: Request, item_id: int, form: Annotated[AdjudicationForm, Form()]) -> Response:
-        account = site.admin(request)
+    def adjudicate(account: Annotated[Account, Depends(site.admin)], item_id: int, form: Annotated[AdjudicationForm, Form()]) -> Response:
         require_token(account, form.csrf)
         first, second = _dispute(site, account, item_id)["sides"]
         verdict = {"1": first, "2": second}.get(form.choice, UNDECIDABLE)
@@ -45,8 +42,7 @@ def admin_routes(site: Site) -> APIRouter:
         return RedirectResponse("/admin", 303)
 
     @routes.get("/export/{table}.parquet")
-    def export(request: Request, table: Table) -> Response:
-        site.admin(request)
+    def export(account: Annotated[Account, Depends(site.admin)], table: Table) -> Response:
         found = site.results.snapshot()
         rows = vote_table(site.database) if table == "votes" else verdict_table(found) if table == "verdicts" else attribute_table(found)
         sink = pa.BufferOutputStream()

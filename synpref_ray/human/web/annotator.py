@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Query, Request
+from fastapi import APIRouter, Depends, Form, Query
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from synpref_ray.human.accounts import Account
@@ -18,24 +18,20 @@ def annotator_routes(site: Site) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/")
-    def home(request: Request) -> Response:
-        account = site.account(request)
+    def home(account: Annotated[Account, Depends(site.account)]) -> Response:
         return site.page("home.html", account, progress=site.queue.progress(account.user_id))
 
     @routes.post("/next")
-    def next_pair(request: Request, form: Annotated[SignedForm, Form()]) -> Response:
-        account = site.account(request)
+    def next_pair(account: Annotated[Account, Depends(site.account)], form: Annotated[SignedForm, Form()]) -> Response:
         require_token(account, form.csrf)
         return _go_to(site.queue.lease_next(account.user_id))
 
     @routes.get("/assignments/{assignment_id}")
-    def pair(request: Request, assignment_id: int) -> Response:
-        account = site.account(request)
+    def pair(account: Annotated[Account, Depends(site.account)], assignment_id: int) -> Response:
         return _task_page(site, account, site.queue.open(account.user_id, assignment_id))
 
     @routes.post("/assignments/{assignment_id}/verdict")
-    def verdict(request: Request, assignment_id: int, form: Annotated[VerdictForm, Form()]) -> Response:
-        account = site.account(request)
+    def verdict(account: Annotated[Account, Depends(site.account)], assignment_id: int, form: Annotated[VerdictForm, Form()]) -> Response:
         require_token(account, form.csrf)
         given = form.given()
         lacking = problems(given, site.protocol)
@@ -44,31 +40,27 @@ def annotator_routes(site: Site) -> APIRouter:
         return _go_to(site.queue.answer(account.user_id, assignment_id, form.revision, given))
 
     @routes.post("/assignments/{assignment_id}/skip")
-    def skip(request: Request, assignment_id: int, form: Annotated[SkipForm, Form()]) -> Response:
-        account = site.account(request)
+    def skip(account: Annotated[Account, Depends(site.account)], assignment_id: int, form: Annotated[SkipForm, Form()]) -> Response:
         require_token(account, form.csrf)
         return _go_to(site.queue.skip(account.user_id, assignment_id, form.reason))
 
     @routes.post("/assignments/{assignment_id}/renew")
-    def renew(request: Request, assignment_id: int, form: Annotated[SignedForm, Form()]) -> Response:
-        account = site.account(request)
+    def renew(account: Annotated[Account, Depends(site.account)], assignment_id: int, form: Annotated[SignedForm, Form()]) -> Response:
         require_token(account, form.csrf)
         return JSONResponse({"leased_until": site.queue.renew(account.user_id, assignment_id)})
 
     @routes.post("/undo")
-    def undo(request: Request, form: Annotated[SignedForm, Form()]) -> Response:
-        account = site.account(request)
+    def undo(account: Annotated[Account, Depends(site.account)], form: Annotated[SignedForm, Form()]) -> Response:
         require_token(account, form.csrf)
         return _go_to(site.queue.undo(account.user_id))
 
     @routes.get("/guideline")
     def guideline(
-        request: Request,
+        account: Annotated[Account, Depends(site.account)],
         task_category: Annotated[str, Query(max_length=50)] = "",
         objectivity: Annotated[str, Query(max_length=50)] = "",
         controversiality: Annotated[str, Query(max_length=50)] = "",
     ) -> Response:
-        site.account(request)
         values = {"task_category": task_category, "objectivity": objectivity, "controversiality": controversiality}
         return JSONResponse({"guideline": site.guideline_of(values)})
 

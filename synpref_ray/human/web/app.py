@@ -2,13 +2,13 @@
 
 from typing import Annotated
 
-from fastapi import FastAPI, Form, Request
+from fastapi import Depends, FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from synpref_ray.human.accounts import same_token
+from synpref_ray.human.accounts import Account, same_token
 from synpref_ray.human.database import Refused
 from synpref_ray.human.web.admin import admin_routes
 from synpref_ray.human.web.annotator import annotator_routes
@@ -53,8 +53,8 @@ def _add_login(app: FastAPI, site: Site) -> None:
         return response
 
     @app.post("/logout")
-    def log_out(request: Request, form: Annotated[SignedForm, Form()]) -> Response:
-        require_token(site.account(request), form.csrf)
+    def log_out(request: Request, account: Annotated[Account, Depends(site.account)], form: Annotated[SignedForm, Form()]) -> Response:
+        require_token(account, form.csrf)
         site.accounts.log_out(request.cookies[site.session_cookie])
         response = RedirectResponse("/login", 303)
         response.delete_cookie(site.session_cookie, path="/", secure=site.secure, httponly=True, samesite="strict")
