@@ -7,6 +7,7 @@ import pytest
 
 from synpref_ray.config import Settings, load_config
 from synpref_ray.errors import ConfigError
+from synpref_ray.pipeline.annotation import AnnotateConfig
 from synpref_ray.pipeline.demo import DemoConfig
 from synpref_ray.pipeline.ingest import IngestConfig
 from synpref_ray.pipeline.stage1 import Stage1Config
@@ -20,6 +21,7 @@ JOBS: dict[str, type[Settings]] = {
     "stage2": Stage2Config,
     "train": TrainJobConfig,
     "demo": DemoConfig,
+    "annotate": AnnotateConfig,
 }
 
 
