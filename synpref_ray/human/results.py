@@ -158,7 +158,10 @@ class Results:
             seconds.setdefault(user_id, []).append(row.seconds)
         adjudicated = {pair_of[word.item_id]: (word.verdict, name_of[word.user_id]) for word in words}
         outcomes = settle_pairs({pair_id: row["required"] for pair_id, row in items.items()}, votes, adjudicated, self._config)
-        _, quality = dawid_skene(votes, self._config.max_iterations)
+        shared = {
+            pair_id for pair_id, given in edits.items() if len(given) > 1
+        }  # of a pair that one person judged, the model only learns to trust them
+        _, quality = dawid_skene([vote for vote in votes if vote.pair_id in shared], self._config.max_iterations)
         skipped = Counter(user_id for _, user_id, state in closings if state == State.SKIPPED.value)
         workers = tuple(
             Worker(u.name, u.role, u.active, len(s := seconds.get(u.id, [])), skipped[u.id], _median(s), quality.get(u.name)) for u in users
