@@ -79,7 +79,8 @@ class AnnotationQueue:
     def lease_next(self, user_id: int) -> int | None:
         """Return the assignment that this person holds, or a new one; None: nothing is left for them now."""
         with self._db.write() as session:
-            return self._lease(session, user_id)
+            found = self._lease(session, user_id)
+            return self._lease(session, user_id, wait=True) if found is None else found
 
     def open(self, user_id: int, assignment_id: int) -> Task:
         """Return what the page shows.
@@ -106,7 +107,7 @@ class AnnotationQueue:
             )
 
     def answer(self, user_id: int, assignment_id: int, revision: int, given: Given) -> int | None:
-        """Store a verdict and lease the next pair; return its assignment, None if nothing is left.
+        """Store a verdict and lease the next pair; return its assignment, None if there is none to be had without waiting (`lease_next` waits).
 
         Args:
             revision: the assignment's when the form was made; a form that was sent before is refused by it.
@@ -196,15 +197,18 @@ class AnnotationQueue:
             raise Refused("Your time for this pair ran out, and it went back to the queue: nothing was stored.")
         return assignment
 
-    def _lease(self, session: Session, user_id: int) -> int | None:
+    def _lease(self, session: Session, user_id: int, *, wait: bool = False) -> int | None:
+        """Give a place to a person. `wait`: also look at items that others hold locked this moment (PostgreSQL); only where no lock is held yet."""
         now = self._db.clock()
         held = select(Assignment.id).where(Assignment.user_id == user_id, Assignment.state == State.LEASED.value, Assignment.leased_until > now)
         mine = session.scalar(held.order_by(Assignment.opened_at.desc(), Assignment.id.desc()).limit(1))
         if mine is not None:
             return mine
         full: list[int] = []
-        while (found := session.execute(_free_items(user_id, now, full)).first()) is not None:
+        while (found := session.execute(_free_items(user_id, now, full, skip_locked=not wait)).first()) is not None:
             item_id, pair_id, required = found
+            if wait:
+                session.execute(select(Item.id).where(Item.id == item_id).with_for_update())
             if (session.scalar(select(_num_taken(item_id, now))) or 0) < required:
                 return self._give(session, user_id, item_id, pair_id)
             full.append(item_id)  # PostgreSQL: taken between the look and the lock
@@ -242,10 +246,11 @@ def _finished_by(user_id: int) -> Any:
     return exists().where(Assignment.item_id == Item.id, Assignment.user_id == user_id, closed).correlate(Item)
 
 
-def _free_items(user_id: int, now: float, but: Sequence[int]) -> Select[int, str, int]:
+def _free_items(user_id: int, now: float, but: Sequence[int], *, skip_locked: bool) -> Select[int, str, int]:
     rows = select(Item.id, Item.pair_id, Item.required)
     rows = rows.where(~Item.complete, Item.id.not_in(but), ~_finished_by(user_id), _num_taken(Item.id, now) < Item.required)
-    return rows.order_by(Item.rank, Item.id).limit(1).with_for_update(skip_locked=True, of=Item)
+    rows = rows.order_by(Item.rank, Item.id).limit(1)
+    return rows.with_for_update(skip_locked=True, of=Item) if skip_locked else rows
 
 
 def _earlier(row: VerdictRow, swapped: bool) -> dict[str, Any]:
