@@ -178,8 +178,10 @@ class AnnotationQueue:
         with self._db.read() as session:
             rows = select(Assignment.state, func.count()).where(Assignment.user_id == user_id).group_by(Assignment.state)
             counts = {state: count for state, count in session.execute(rows)}
-            waiting = select(func.count()).select_from(Item).where(~Item.complete, ~_finished_by(user_id))
-            return Progress(counts.get(State.DONE.value, 0), counts.get(State.SKIPPED.value, 0), session.scalar(waiting) or 0)
+            waiting = session.scalar(select(func.count()).select_from(Item).where(~Item.complete)) or 0
+            mine = select(func.count()).select_from(Assignment).join(Item, Item.id == Assignment.item_id)
+            finished = session.scalar(mine.where(Assignment.user_id == user_id, Assignment.state != State.LEASED.value, ~Item.complete)) or 0
+            return Progress(counts.get(State.DONE.value, 0), counts.get(State.SKIPPED.value, 0), waiting - finished)
 
     @property
     def _lease_seconds(self) -> float:

@@ -21,7 +21,7 @@ from tests.human.site import SECRET, TAGS, SmallSite, make_item
 
 NUM_ANNOTATORS = 100
 NUM_VERDICTS = int(os.environ.get("SYNPREF_LOAD_VERDICTS", "10000"))
-THINK_SECONDS = 2.0  # mean; a person takes 10 s at the least (paper), so this is five times the load of a real team of a hundred
+THINK_SECONDS = 3.0  # mean; a person takes 10 s at the least (paper), so this is three times the load of a real team of a hundred
 RETRIES = 120
 
 
