@@ -1,4 +1,5 @@
-"""Have people verify pairs in the browser, and export what they said for Stage 1. Verbs: queue, user, serve, status, export.
+"""Have people verify pairs in the browser, and export what they said for Stage 1. Verbs: queue, user, serve, status, export,
+to_label_studio, from_label_studio.
 
 Paper: Sec. 3.2 (human verification). Guide: docs/annotation.md.
 Inputs: `queue` takes a tagged pool of the workspace (Stage 1 says which); the rest works on the annotation database.

@@ -170,7 +170,7 @@ class Results:
         closed_by: dict[int, set[int]] = {}
         for item_id, user_id, _ in closings:
             closed_by.setdefault(item_id, set()).add(user_id)
-        stuck = {row["pair_id"] for row in found if not row["complete"] and row["id"] in closed_by and hands <= closed_by[row["id"]]}
+        stuck = {row["pair_id"] for row in found if not row["complete"] and hands and hands <= closed_by.get(row["id"], set())}
         return Snapshot(items, tuple(votes), {name: tuple(given) for name, given in edits.items()}, outcomes, workers, frozenset(stuck))
 
 

@@ -22,6 +22,7 @@ from synpref_ray.human.accounts import Accounts
 from synpref_ray.human.assignments import AnnotationQueue, NewItem
 from synpref_ray.human.consensus import ConsensusConfig
 from synpref_ray.human.database import Database, Role
+from synpref_ray.human.label_studio import import_annotations, labelling_config, make_tasks
 from synpref_ray.human.protocol import ProtocolConfig
 from synpref_ray.human.results import ATTRIBUTES, Results, Snapshot, attribute_table, verdict_table, vote_table
 from synpref_ray.human.serving import ServeConfig, check_files, serve
@@ -56,6 +57,7 @@ class AnnotateConfig(JobConfig):
     pool: str = "seed"
     attributes: str = ""  # fingerprint of the pool's attributes; empty: the only finished ones
     notes: str = ""  # JSONL: pair_id, chosen, rejected (what an LLM says of each reply: correct, incorrect, why)
+    label_studio: str = ""  # from_label_studio: a project's JSON export
     queue: QueueConfig = QueueConfig()
     protocol: ProtocolConfig = ProtocolConfig()
     consensus: ConsensusConfig = ConsensusConfig()
@@ -162,13 +164,50 @@ def show_status(config: AnnotateConfig, run: Run) -> str:
     return _status(found, run)
 
 
+def to_label_studio(config: AnnotateConfig, run: Run) -> str:
+    """Write the open pairs as Label Studio tasks, and the labelling config that goes with them."""
+    database, folder = config.open_database(), f"{config.export_folder}/label_studio"
+    tasks = make_tasks(database, config.protocol, _guideline_of)
+    database.close()
+    config.storage.write_json(f"{folder}/tasks.json", tasks)
+    config.storage.write_bytes(f"{folder}/labelling_config.xml", labelling_config().encode())
+    run.metrics["label_studio"] = {"tasks": len(tasks)}
+    return f"{len(tasks)} tasks: {config.storage.join(folder)}/tasks.json, with labelling_config.xml beside them"
+
+
+def from_label_studio(config: AnnotateConfig, run: Run) -> str:
+    """Take a JSON export of Label Studio in; verdicts then count like those of our own pages."""
+    if not config.label_studio:
+        raise ConfigError("name the JSON export of Label Studio: label_studio=FILE")
+    with open_binary(config.label_studio) as stream:
+        try:
+            text = stream.read().decode()
+        except UnicodeDecodeError:
+            raise InputError(f"{config.label_studio} is not UTF-8") from None
+    database = config.open_database()
+    report = import_annotations(database, config.protocol, text)
+    database.close()
+    run.metrics["label_studio"] = report.model_dump(mode="json")
+    rows = [("new", str(report.num_new)), ("unchanged", str(report.num_unchanged)), *((why, str(count)) for why, count in report.refused.items())]
+    return format_table(("annotations of Label Studio", str(report.num_annotations)), rows)
+
+
 VERBS: Mapping[str, Callable[[AnnotateConfig, Run], str]] = {
     "queue": fill_queue,
     "user": save_user,
     "serve": serve_pages,
     "status": show_status,
     "export": export,
+    "to_label_studio": to_label_studio,
+    "from_label_studio": from_label_studio,
 }
+
+
+def _guideline_of(attributes: Mapping[str, str | None]) -> str:
+    try:
+        return guideline_for(*(attributes.get(name) or "" for name in ATTRIBUTES[:3]))
+    except ValueError:
+        return ""  # the tagger gave no attributes
 
 
 def _item(pool: Pool, row: Mapping[str, Any], entry: Mapping[str, Any], notes: dict[str, str]) -> NewItem:
