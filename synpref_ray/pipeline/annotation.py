@@ -71,6 +71,7 @@ class AnnotateConfig(JobConfig):
         if not url:
             path = Path(self.storage.local_path(DATABASE))  # object storage has none, and says so
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # accounts are in it; SQLite gives its other files the same mode
             url = f"sqlite:///{path}"
         return Database(url)
 

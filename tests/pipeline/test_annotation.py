@@ -122,6 +122,7 @@ def test_an_account_is_made_and_its_secret_is_only_printed(tmp_path: Path, capsy
     account = accounts.find(accounts.log_in("ann", secret, "here"))
     assert account is not None
     assert account.role is Role.ADMIN
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "annotation").glob("annotations.db*")} == {0o600}
     database.close()
     assert not any(secret.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     (tmp_path / "secret").write_text("a secret from a file\n")
