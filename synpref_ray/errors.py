@@ -47,3 +47,7 @@ class CleanGoldError(SynprefError):
 
 class ParityError(SynprefError):
     """A reward model gives other rewards in one engine than in another, or nobody has checked: it is not used for curation."""
+
+
+class WaitingError(SynprefError):
+    """Nothing is wrong: the job goes on when people have done their part, which the message names."""

@@ -1,4 +1,5 @@
-"""The architecture: imports point one way, and ray, vllm, faiss and deepspeed stay in their rooms; read from the source, so lazy imports count."""
+"""The architecture: imports point one way, and ray, vllm, faiss, deepspeed, fastapi and sqlalchemy stay in their rooms; read from the source, so
+lazy imports count."""
 
 import ast
 import re
@@ -33,6 +34,7 @@ ROOMS_OF = {
     "vllm": (f"{PACKAGE}.llm.",),
     "faiss": (f"{PACKAGE}.retrieval.",),
     "deepspeed": (f"{PACKAGE}.reward.",),
+    **{library: (f"{PACKAGE}.human.",) for library in ("fastapi", "sqlalchemy", "starlette", "uvicorn")},
 }
 HEAVY = set(ROOMS_OF)
 # No module outside these may load Ray, not even through what it imports: the cores run in one process without it.

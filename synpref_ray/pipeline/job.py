@@ -2,12 +2,13 @@
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
 from synpref_ray.config import Settings, describe_settings, load_config
-from synpref_ray.errors import ConfigError, InputError, SynprefError
+from synpref_ray.errors import ConfigError, InputError, SynprefError, WaitingError
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.storage import OBJECT_STORAGE_ERRORS, Storage
@@ -15,6 +16,8 @@ from synpref_ray.tables.storage import OBJECT_STORAGE_ERRORS, Storage
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_WAITING = 3
+"""Nothing failed: people must do something first, and the last lines say what. A job that comes after this one must not start yet."""
 
 
 class JobConfig(Settings):
@@ -90,23 +93,51 @@ def run_job(
     check: Callable[[ConfigT], None] | None = None,
     usage: str | None = None,
 ) -> int:
-    """Run a job and return its exit code: 0 done or nothing to do, 2 bad usage, config or input (one line, no traceback), 1 anything else.
+    """Run a job and return its exit code.
+
+    0: done, or nothing to do; 2: bad usage, config or input (one line, no traceback); 3: it waits for people; 1: anything else.
 
     Args:
         body: does the work and returns the closing table; `run.metrics` becomes metrics.json.
         check: validates inputs without a GPU; all that `--dry-run` does after the config.
         usage: printed for `--help`.
     """
+    return _run(name, argv, config_class, {"": body}, check, usage, lambda config: ray_session(config.ray, config.storage))
+
+
+def run_verb(
+    name: str,
+    argv: Sequence[str],
+    config_class: type[ConfigT],
+    bodies: Mapping[str, Callable[[ConfigT, Run], str]],
+    *,
+    check: Callable[[ConfigT], None] | None = None,
+    usage: str | None = None,
+) -> int:
+    """Run a job that does one of several things, named by the first word, in this process alone (no Ray); see `run_job`."""
+    return _run(name, argv, config_class, bodies, check, usage, lambda _: nullcontext())
+
+
+def _run(
+    name: str,
+    argv: Sequence[str],
+    config_class: type[ConfigT],
+    bodies: Mapping[str, Callable[[ConfigT, Run], str]],
+    check: Callable[[ConfigT], None] | None,
+    usage: str | None,
+    session: Callable[[ConfigT], AbstractContextManager[None]],
+) -> int:
+    verbs = [verb for verb in bodies if verb]
     if any(word in ("-h", "--help") for word in argv):
         print(usage or "")  # noqa: T201  # asked for
-        print(f"usage: python jobs/{name}.py [--config FILE] [key=value ...] [--dry-run]\n\nsettings and their defaults:")  # noqa: T201
+        print(f"usage: python jobs/{name}.py {'VERB ' if verbs else ''}[--config FILE] [key=value ...] [--dry-run]\n\nsettings and their defaults:")  # noqa: T201
         print("\n".join(f"  {line}" for line in describe_settings(config_class)))  # noqa: T201
         return EXIT_DONE
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     for noisy in ("httpx", "transformers", "sentence_transformers", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        arguments = parse_arguments(argv)
+        arguments = parse_arguments(argv, verbs)
         config = load_config(config_class, arguments.config, arguments.overrides)
         if check is not None:
             check(config)
@@ -115,8 +146,12 @@ def run_job(
             return EXIT_DONE
         storage = config.storage
         run = _start_run(storage, name, config)
-        with ray_session(config.ray, storage):
-            summary = body(config, run)
+        code = EXIT_DONE
+        with session(config):
+            try:
+                summary = bodies[arguments.verb or ""](config, run)
+            except WaitingError as waiting:
+                summary, code = f"{name} waits: {waiting}", EXIT_WAITING
         run.finish()
     except SynprefError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201  # the one clear line
@@ -126,4 +161,4 @@ def run_job(
         return EXIT_USAGE
     print(summary)  # noqa: T201  # the job's summary
     print(f"run: {storage.join(run.folder)}")  # noqa: T201  # the job's last line
-    return EXIT_DONE
+    return code

@@ -88,7 +88,9 @@ def check_stage1(config: Stage1Config) -> None:
 
 
 def _check_annotator(config: Stage1Config) -> None:
-    """Refuse verdicts that no pool can use, or that leave nothing of the seed to train on."""
+    """Refuse verdicts that no pool can use, or that leave nothing of the seed to train on (an annotation queue is checked round by round)."""
+    if config.annotator.kind == "queue":
+        return
     annotator, path = config.annotator.open(), config.annotator.path
     seed, unverified = ({*open_pool(config.storage, name).read_all(["pair_id"])["pair_id"].to_pylist()} for name in ("seed", "unverified"))
     known = annotator.known(seed | unverified)

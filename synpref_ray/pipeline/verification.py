@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from synpref_ray.config import Settings
-from synpref_ray.errors import ConfigError
+from synpref_ray.errors import ConfigError, WaitingError
 from synpref_ray.human.simulated import SimulatedAnnotator
 from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.human.verdicts import Annotator
@@ -24,18 +24,28 @@ from synpref_ray.rules.selection import VerificationConfig, select_for_verificat
 from synpref_ray.schema import HUMAN_SCHEMA
 from synpref_ray.tables.pools import Pool, content_digest
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
+from synpref_ray.tables.storage import Storage
 
 VERIFY_VERSION = 1
+ANNOTATION = "annotation"
+VERDICTS = "verdicts.parquet"
+
+
+def queue_path(pool: str) -> str:
+    """Return where the workspace says which pairs of a pool people are asked about (jobs/annotate.py queue)."""
+    return f"{ANNOTATION}/queues/{pool}.parquet"
 
 
 class AnnotatorConfig(Settings):
     """Where human verdicts come from.
 
     `simulated` reads the truth file `path` for at most the budgeted pairs; `file` takes every verdict of `path` (pair_id, verdict, annotator).
+    `queue` takes what jobs/annotate.py exported for the pairs it queued (`path` empty: annotation/verdicts.parquet in the workspace).
     """
 
-    kind: Literal["simulated", "file"] = "file"
+    kind: Literal["simulated", "file", "queue"] = "file"
     path: str = ""
+    wait: bool = True  # queue only: stop until every queued pair of the round is settled; false takes what is there
     seed_pairs: int = Field(default=0, ge=0)  # simulated only: budget for the seed pool
     round_pairs: int = Field(default=0, ge=0)  # simulated only: budget for each round's selection
     random_fraction: float = Field(default=0.25, ge=0.0, le=1.0)  # ours: gold must not be only what was easy
@@ -45,6 +55,10 @@ class AnnotatorConfig(Settings):
         if self.kind == "simulated" and not self.seed_pairs:
             raise ValueError("a simulated annotator needs a budget: annotator.seed_pairs")
         return self
+
+    def located(self, storage: Storage) -> "AnnotatorConfig":
+        """Return the settings with the path that an empty one stands for."""
+        return self.model_copy(update={"path": storage.join(f"{ANNOTATION}/{VERDICTS}")}) if self.kind == "queue" and not self.path else self
 
     def open(self) -> Annotator:
         """Return the annotator."""
@@ -71,8 +85,13 @@ class VerifyWorker:
 
 
 def verify_pool(run: Run, name: str, pool: Pool, attributes: Sidecar, budget: int, config: AnnotatorConfig, gold: GoldConfig) -> StepResult:
-    """Make the sidecar `human` of a pool: verdicts on the queue's pairs, null with `not_selected` elsewhere."""
-    selected = _queue(pool, attributes, budget, config, gold.seed)
+    """Make the sidecar `human` of a pool: verdicts on the queue's pairs, null with `not_selected` elsewhere.
+
+    Raises:
+        WaitingError: the verdicts come from the annotation queue, and people have not settled all of the round's pairs yet.
+    """
+    config = config.located(pool.storage)
+    selected = _queued(pool, attributes, config) if config.kind == "queue" else _queue(pool, attributes, budget, config, gold.seed)
     with open_binary(config.path):  # a missing file is said before any work
         pass
     step = Step(
@@ -89,7 +108,7 @@ def verify_pool(run: Run, name: str, pool: Pool, attributes: Sidecar, budget: in
     result = run_step(step, [StepInput(pool, ("prompt_group",))])
     splits = [result.sidecars[0][0].read(shard.number, ["gold_split"])["gold_split"] for shard in pool.shards]
     verified = sum(len(column) - column.null_count for column in splits)
-    notes = {"annotator": "SIMULATED" if config.kind == "simulated" else "verdict file", "gold": verified}
+    notes = {"annotator": {"simulated": "SIMULATED", "file": "verdict file", "queue": "annotation queue"}[config.kind], "gold": verified}
     run.step(name, rows=result.rows, computed=result.rows_computed, rejected={}, seconds=result.seconds, **notes)
     return result
 
@@ -106,9 +125,32 @@ def _queue(pool: Pool, attributes: Sidecar, budget: int, config: AnnotatorConfig
     return frozenset(candidates)
 
 
+def _queued(pool: Pool, attributes: Sidecar, config: AnnotatorConfig) -> Set[str]:
+    """Return the pairs of a pool that people were asked about, once the verdicts that the settings wait for are there."""
+    storage = pool.storage
+    at = f"workspace={storage.url}"
+    if not storage.exists(queue_path(pool.name)):
+        raise WaitingError(
+            f"nobody has been asked about pool {pool.name}: run `python jobs/annotate.py queue {at} pool={pool.name} "
+            f"attributes={attributes.fingerprint[:8]}`, have people judge (`annotate.py serve {at}`), then `annotate.py export {at}`, "
+            "and run this job again"
+        )
+    asked = set(storage.read_table(queue_path(pool.name), ["pair_id"])["pair_id"].to_pylist())
+    ours = frozenset(asked & set(pool.read_all(["pair_id"])["pair_id"].to_pylist()))
+    is_there = storage.exists(f"{ANNOTATION}/{VERDICTS}") if config.path == storage.join(f"{ANNOTATION}/{VERDICTS}") else True
+    missing = len(ours) - len(import_verdicts(config.path).known(ours)) if is_there else len(ours)
+    if missing and (config.wait or not is_there):
+        raise WaitingError(
+            f"{missing} of {len(ours)} queued pairs of pool {pool.name} have no verdict in {config.path}: have people judge them, and an admin "
+            f"settle disputes (`python jobs/annotate.py serve {at}`), then `python jobs/annotate.py export {at}`, and run this job again "
+            "(annotator.wait=false takes the verdicts at hand)"
+        )
+    return ours
+
+
 def _digest(config: AnnotatorConfig, selected: Set[str]) -> str:
     """Name what the annotator would say of these pairs: verdicts added about other pairs change nothing here."""
-    if config.kind == "file":
+    if config.kind != "simulated":
         answers = import_verdicts(config.path).answers
         return content_digest([[pair_id, *astuple(answers[pair_id])] for pair_id in sorted(selected & set(answers))])
     with open_binary(config.path) as stream:

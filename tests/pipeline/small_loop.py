@@ -34,11 +34,12 @@ class SmallLoop:
         self.config = write_configs(root, self.backbone, self.truth)
 
     def command(self, job: str, workspace: Path, *more: str) -> list[str]:
-        """Return the command line of a job."""
+        """Return the command line of a job, with its verb behind its name if it has verbs."""
         config = ["--config", str(self.config[job])] if job in self.config else []
         if job == "ingest":
             config = [f"data={self.data}", "max_pairs_per_shard=8"]
-        return [sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *config, f"workspace={workspace}", *more]
+        name, *verb = job.split()
+        return [sys.executable, str(REPOSITORY / "jobs" / f"{name}.py"), *verb, *config, f"workspace={workspace}", *more]
 
     def run(self, job: str, workspace: Path, *more: str) -> dict[str, Any]:
         """Run a job to its end and return its metrics, with its events under `events`."""

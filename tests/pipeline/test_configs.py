@@ -7,6 +7,7 @@ import pytest
 
 from synpref_ray.config import Settings, load_config
 from synpref_ray.errors import ConfigError
+from synpref_ray.pipeline.annotation import AnnotateConfig
 from synpref_ray.pipeline.attack import AttackConfig
 from synpref_ray.pipeline.demo import DemoConfig
 from synpref_ray.pipeline.ingest import IngestConfig
@@ -22,6 +23,7 @@ JOBS: dict[str, type[Settings]] = {
     "train": TrainJobConfig,
     "demo": DemoConfig,
     "attack": AttackConfig,
+    "annotate": AnnotateConfig,
 }
 
 

@@ -1,0 +1,261 @@
+"""The verification queue: who gets which pair, for how long, and what they said. Every change is one transaction.
+
+Two people never hold the same place: an item has as many places as it needs verdicts, a lease takes one until it runs out, and the transaction that
+gives a lease holds the item (SQLite: the only writer; PostgreSQL: `FOR UPDATE SKIP LOCKED`, and a second look after the lock).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Select, and_, exists, func, or_, select
+from sqlalchemy.orm import Session
+
+from synpref_ray.human.database import Assignment, Database, Item, NotFound, Refused, State, User, VerdictRow, record
+from synpref_ray.human.protocol import WITHDRAWN, Given, ProtocolConfig, is_swapped
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """A pair for the queue. `rank` orders it (smallest first), `required` is how many people judge it, `selected_by` says why it is here."""
+
+    pair_id: str
+    pool: str
+    prompt: Sequence[dict[str, str]]
+    chosen: str
+    rejected: str
+    rank: int
+    selected_by: str
+    required: int = 1
+    attributes: dict[str, str | None] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the holder of an assignment sees. It does not say which reply was chosen at the source; `replies` stand in their order."""
+
+    assignment_id: int
+    revision: int
+    leased_until: float
+    prompt: list[dict[str, str]]
+    replies: tuple[str, str]
+    notes: tuple[str, str]
+    attributes: dict[str, str | None]
+    earlier: dict[str, Any]  # what this person said before an undo
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A person's own count, and how much of the queue waits for them."""
+
+    done: int
+    skipped: int
+    open_to_them: int
+
+
+class AnnotationQueue:
+    """Leases pairs and takes verdicts."""
+
+    def __init__(self, database: Database, config: ProtocolConfig):
+        self._db = database
+        self._config = config
+
+    def add(self, items: Sequence[NewItem]) -> int:
+        """Put pairs into the queue that are not there yet; return how many were new."""
+        with self._db.write() as session:
+            known: set[str] = set()
+            ids = [item.pair_id for item in items]
+            for start in range(0, len(ids), 500):
+                known |= set(session.scalars(select(Item.pair_id).where(Item.pair_id.in_(ids[start : start + 500]))))
+            new = {item.pair_id: item for item in items if item.pair_id not in known}
+            for item in new.values():
+                content = {"prompt": list(item.prompt), "chosen": item.chosen, "rejected": item.rejected}
+                row = Item(pair_id=item.pair_id, pool=item.pool, content=content, attributes=item.attributes, notes=item.notes, complete=False)
+                row.selected_by, row.rank, row.required = item.selected_by, item.rank, item.required
+                session.add(row)
+            return len(new)
+
+    def lease_next(self, user_id: int) -> int | None:
+        """Return the assignment that this person holds, or a new one; None: nothing is left for them now."""
+        with self._db.write() as session:
+            found = self._lease(session, user_id)
+            return self._lease(session, user_id, wait=True) if found is None else found
+
+    def open(self, user_id: int, assignment_id: int) -> Task:
+        """Return what the page shows.
+
+        Raises:
+            Refused: the assignment is not this person's, is answered, or its lease ran out.
+        """
+        with self._db.read() as session:
+            assignment = self._held(session, user_id, assignment_id, lock=False)
+            item = session.get_one(Item, assignment.item_id)
+            said = select(VerdictRow).where(VerdictRow.assignment_id == assignment.id, VerdictRow.verdict != WITHDRAWN)
+            before = session.scalars(said.order_by(VerdictRow.revision.desc()).limit(1)).first()
+            replies = (item.content["chosen"], item.content["rejected"])
+            notes = (item.notes.get("chosen", ""), item.notes.get("rejected", ""))
+            return Task(
+                assignment_id=assignment.id,
+                revision=assignment.revision,
+                leased_until=assignment.leased_until,
+                prompt=item.content["prompt"],
+                replies=replies[::-1] if assignment.swapped else replies,
+                notes=notes[::-1] if assignment.swapped else notes,
+                attributes=before.attributes if before else item.attributes,
+                earlier=_earlier(before, assignment.swapped) if before else {},
+            )
+
+    def answer(self, user_id: int, assignment_id: int, revision: int, given: Given) -> int | None:
+        """Store a verdict and lease the next pair; return its assignment, None if there is none to be had without waiting (`lease_next` waits).
+
+        Args:
+            revision: the assignment's when the form was made; a form that was sent before is refused by it.
+
+        Raises:
+            Refused: the assignment is not this person's, is answered already, or its lease ran out.
+        """
+        now = self._db.clock()
+        with self._db.write() as session:
+            assignment = self._held(session, user_id, assignment_id, lock=True)
+            if assignment.revision != revision:
+                raise Refused("This form was sent before: nothing was stored twice.")
+            item = session.get_one(Item, assignment.item_id, with_for_update=True)
+            assignment.revision += 1
+            assignment.state, assignment.closed_at = State.DONE.value, now
+            verdict = given.verdict(swapped=assignment.swapped)
+            row = VerdictRow(assignment_id=assignment.id, revision=assignment.revision, verdict=verdict, created_at=now)
+            row.strength, row.rationale = given.strength, given.rationale.strip()
+            row.evidence, row.attributes = given.evidence, {**item.attributes, **given.attributes}
+            row.seconds, row.focus_seconds = now - assignment.opened_at, given.focus_seconds
+            session.add(row)
+            self._recount(session, item)
+            record(session, at=now, user_id=user_id, action="verdict", subject=item.pair_id, verdict=verdict, revision=assignment.revision)
+            return self._lease(session, user_id)
+
+    def skip(self, user_id: int, assignment_id: int, reason: str) -> int | None:
+        """Give a pair back for good, with a reason; return the next assignment."""
+        if not reason.strip() or len(reason) > 500 or "\x00" in reason:
+            raise Refused("Say in a few words why you skip this pair.")
+        now = self._db.clock()
+        with self._db.write() as session:
+            assignment = self._held(session, user_id, assignment_id, lock=True)
+            assignment.state, assignment.closed_at = State.SKIPPED.value, now
+            item = session.get_one(Item, assignment.item_id)
+            record(session, at=now, user_id=user_id, action="skip", subject=item.pair_id, reason=reason.strip())
+            session.flush()
+            return self._lease(session, user_id)
+
+    def undo(self, user_id: int) -> int:
+        """Take this person's last verdict back and give them the pair again; the log keeps both. Return the assignment."""
+        now = self._db.clock()
+        with self._db.write() as session:
+            mine = select(Assignment).where(Assignment.user_id == user_id, Assignment.state == State.DONE.value)
+            last = session.scalars(mine.order_by(Assignment.closed_at.desc(), Assignment.id.desc()).limit(1).with_for_update()).first()
+            if last is None:
+                raise Refused("There is no verdict of yours to undo.")
+            item = session.get_one(Item, last.item_id, with_for_update=True)
+            last.revision += 1
+            last.state, last.closed_at = State.LEASED.value, None
+            last.opened_at, last.leased_until = now, now + self._lease_seconds
+            nothing: dict[str, Any] = {}
+            row = VerdictRow(assignment_id=last.id, revision=last.revision, verdict=WITHDRAWN, strength=0, rationale="", created_at=now)
+            row.evidence, row.attributes, row.seconds, row.focus_seconds = nothing, nothing, 0.0, 0.0
+            session.add(row)
+            self._recount(session, item)
+            record(session, at=now, user_id=user_id, action="undo", subject=item.pair_id, revision=last.revision)
+            return last.id
+
+    def renew(self, user_id: int, assignment_id: int) -> float:
+        """Prolong a lease that still holds; return its new end."""
+        with self._db.write() as session:
+            assignment = self._held(session, user_id, assignment_id, lock=True)
+            assignment.leased_until = self._db.clock() + self._lease_seconds
+            return assignment.leased_until
+
+    def progress(self, user_id: int) -> Progress:
+        """Count this person's work."""
+        with self._db.read() as session:
+            rows = select(Assignment.state, func.count()).where(Assignment.user_id == user_id).group_by(Assignment.state)
+            counts = {state: count for state, count in session.execute(rows)}
+            waiting = session.scalar(select(func.count()).select_from(Item).where(~Item.complete)) or 0
+            mine = select(func.count()).select_from(Assignment).join(Item, Item.id == Assignment.item_id)
+            finished = session.scalar(mine.where(Assignment.user_id == user_id, Assignment.state != State.LEASED.value, ~Item.complete)) or 0
+            return Progress(counts.get(State.DONE.value, 0), counts.get(State.SKIPPED.value, 0), waiting - finished)
+
+    @property
+    def _lease_seconds(self) -> float:
+        return 60 * self._config.lease_minutes
+
+    def _held(self, session: Session, user_id: int, assignment_id: int, *, lock: bool) -> Assignment:
+        if not 0 < assignment_id < 2**31:
+            raise NotFound("There is no such pair in your hands.")
+        assignment = session.get(Assignment, assignment_id, with_for_update=True if lock else None)
+        if assignment is None or assignment.user_id != user_id:
+            raise NotFound("There is no such pair in your hands.")
+        if assignment.state != State.LEASED.value:
+            raise Refused("This pair is answered or skipped already: nothing was stored twice.")
+        if assignment.leased_until <= self._db.clock():
+            raise Refused("Your time for this pair ran out, and it went back to the queue: nothing was stored.")
+        return assignment
+
+    def _lease(self, session: Session, user_id: int, *, wait: bool = False) -> int | None:
+        """Give a place to a person. `wait`: also look at items that others hold locked this moment (PostgreSQL); only where no lock is held yet."""
+        now = self._db.clock()
+        held = select(Assignment.id).where(Assignment.user_id == user_id, Assignment.state == State.LEASED.value, Assignment.leased_until > now)
+        mine = session.scalar(held.order_by(Assignment.opened_at.desc(), Assignment.id.desc()).limit(1))
+        if mine is not None:
+            return mine
+        full: list[int] = []
+        while (found := session.execute(_free_items(user_id, now, full, skip_locked=not wait)).first()) is not None:
+            item_id, pair_id, required = found
+            if wait:
+                session.execute(select(Item.id).where(Item.id == item_id).with_for_update())
+            if (session.scalar(select(_num_taken(item_id, now))) or 0) < required:
+                return self._give(session, user_id, item_id, pair_id)
+            full.append(item_id)  # PostgreSQL: taken between the look and the lock
+        return None
+
+    def _give(self, session: Session, user_id: int, item_id: int, pair_id: str) -> int:
+        now = self._db.clock()
+        assignment = session.scalar(select(Assignment).where(Assignment.item_id == item_id, Assignment.user_id == user_id))
+        if assignment is None:
+            name = session.get_one(User, user_id).name
+            assignment = Assignment(item_id=item_id, user_id=user_id, revision=0, swapped=is_swapped(self._config.seed, pair_id, name))
+            session.add(assignment)
+        assignment.state, assignment.closed_at = State.LEASED.value, None
+        assignment.opened_at, assignment.leased_until = now, now + self._lease_seconds
+        session.flush()
+        return assignment.id
+
+    @staticmethod
+    def _recount(session: Session, item: Item) -> None:
+        session.flush()
+        done = select(func.count()).where(Assignment.item_id == item.id, Assignment.state == State.DONE.value)
+        item.complete = (session.scalar(done) or 0) >= item.required
+        session.flush()
+
+
+def _num_taken(item_id: Any, now: float) -> Any:
+    """Count the places of an item that are taken: answered, or leased and not run out."""
+    leased = and_(Assignment.state == State.LEASED.value, Assignment.leased_until > now)
+    taken = select(func.count()).where(Assignment.item_id == item_id, or_(Assignment.state == State.DONE.value, leased))
+    return taken.correlate(Item).scalar_subquery()
+
+
+def _finished_by(user_id: int) -> Any:
+    closed = Assignment.state.in_([State.DONE.value, State.SKIPPED.value])
+    return exists().where(Assignment.item_id == Item.id, Assignment.user_id == user_id, closed).correlate(Item)
+
+
+def _free_items(user_id: int, now: float, but: Sequence[int], *, skip_locked: bool) -> Select[int, str, int]:
+    rows = select(Item.id, Item.pair_id, Item.required)
+    rows = rows.where(~Item.complete, Item.id.not_in(but), ~_finished_by(user_id), _num_taken(Item.id, now) < Item.required)
+    rows = rows.order_by(Item.rank, Item.id).limit(1)
+    return rows.with_for_update(skip_locked=True, of=Item) if skip_locked else rows
+
+
+def _earlier(row: VerdictRow, swapped: bool) -> dict[str, Any]:
+    first, second = ("rejected", "chosen") if swapped else ("chosen", "rejected")
+    choice = {first: "1", second: "2"}.get(row.verdict, row.verdict)
+    return {"choice": choice, "strength": row.strength, "rationale": row.rationale, **row.evidence, "own_judgement": True}

@@ -1,0 +1,101 @@
+"""Serving the annotation app: on this machine alone unless told otherwise, and never in plain text to a network by accident."""
+
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import Field, model_validator
+
+from synpref_ray.config import Settings
+from synpref_ray.errors import InputError
+from synpref_ray.human.accounts import LoginConfig
+
+logger = logging.getLogger(__name__)
+
+
+class ServeConfig(Settings):
+    """Where the app listens, and how people sign in."""
+
+    host: str = "127.0.0.1"  # ours: nobody else reaches it
+    port: int = Field(default=8400, ge=0, le=65535)  # ours; 0: any free one
+    tls_certificate: str = ""
+    tls_key: str = ""
+    allow_plain_http: bool = False  # behind a proxy that ends TLS
+    login: LoginConfig = LoginConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("TLS needs both files: serve.tls_certificate and serve.tls_key")
+        if not (is_loopback(self.host) or self.tls_key or self.allow_plain_http):
+            raise ValueError(
+                f"serve.host={self.host} opens the app to a network in plain text: give serve.tls_certificate and serve.tls_key, or say "
+                "serve.allow_plain_http=true if a proxy before it ends TLS"
+            )
+        return self
+
+    @property
+    def secure(self) -> bool:
+        """Whether this server itself ends TLS; cookies are then marked Secure."""
+        return bool(self.tls_key)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_files(config: ServeConfig) -> None:
+    """Raise `InputError` where a TLS file is not there."""
+    for file in filter(None, (config.tls_certificate, config.tls_key)):
+        if not Path(file).is_file():
+            raise InputError(f"there is no TLS file {file}")
+
+
+def serve(app: FastAPI, config: ServeConfig) -> None:
+    """Answer requests until SIGINT or SIGTERM; requests in flight are finished.
+
+    Raises:
+        InputError: the address cannot be used.
+    """
+    check_files(config)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listener = socket.create_server((config.host, config.port), family=family, backlog=512)
+    except OSError as error:
+        raise InputError(f"cannot listen on {config.host}, port {config.port}: {error.strerror or error}") from None
+    settings = uvicorn.Config(
+        app,
+        ssl_certfile=config.tls_certificate or None,
+        ssl_keyfile=config.tls_key or None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # an address in a header is the client's own claim
+        lifespan="off",
+    )
+    host = f"[{config.host}]" if family == socket.AF_INET6 else config.host
+    logger.info("serving on %s://%s:%d (Ctrl-C ends it)", "https" if config.secure else "http", host, listener.getsockname()[1])
+    with listener, _quiet_signals():
+        uvicorn.Server(settings).run(sockets=[listener])
+
+
+@contextmanager
+def _quiet_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the server and nothing more: uvicorn raises them once again after it has stopped."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

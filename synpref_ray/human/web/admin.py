@@ -1,0 +1,75 @@
+"""Pages of an admin: the queue's state, annotators, agreement, disputes to settle, and the export."""
+
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fastapi import APIRouter, Depends, Form
+from fastapi.responses import RedirectResponse, Response
+from sqlalchemy import select
+
+from synpref_ray.human.accounts import Account
+from synpref_ray.human.database import Adjudication, Assignment, Item, NotFound, State, User, VerdictRow
+from synpref_ray.human.protocol import UNDECIDABLE, is_swapped
+from synpref_ray.human.results import attribute_table, verdict_table, vote_table
+from synpref_ray.human.web.forms import AdjudicationForm
+from synpref_ray.human.web.site import Site, require_token
+
+Table = Literal["verdicts", "votes", "attributes"]
+
+
+def admin_routes(site: Site) -> APIRouter:
+    """Return the routes; each one checks that an admin asks."""
+    routes = APIRouter(prefix="/admin")
+
+    @routes.get("")
+    def overview(account: Annotated[Account, Depends(site.admin)]) -> Response:
+        found = site.results.snapshot()
+        waiting = [{"id": found.items[pair_id]["id"], "stuck": pair_id in found.stuck} for pair_id in found.to_adjudicate]
+        standings, agreement = found.standings, found.agreement()
+        return site.page("admin.html", account, snapshot=found, standings=standings, agreement=agreement, waiting=waiting)
+
+    @routes.get("/items/{item_id}")
+    def dispute(account: Annotated[Account, Depends(site.admin)], item_id: int) -> Response:
+        return site.page("dispute.html", account, **_dispute(site, account, item_id))
+
+    @routes.post("/items/{item_id}/adjudicate")
+    def adjudicate(account: Annotated[Account, Depends(site.admin)], item_id: int, form: Annotated[AdjudicationForm, Form()]) -> Response:
+        require_token(account, form.csrf)
+        first, second = _dispute(site, account, item_id)["sides"]
+        verdict = {"1": first, "2": second}.get(form.choice, UNDECIDABLE)
+        site.results.adjudicate(account.user_id, item_id, verdict, form.rationale)
+        return RedirectResponse("/admin", 303)
+
+    @routes.get("/export/{table}.parquet")
+    def export(account: Annotated[Account, Depends(site.admin)], table: Table) -> Response:
+        found = site.results.snapshot()
+        rows = vote_table(site.database) if table == "votes" else verdict_table(found) if table == "verdicts" else attribute_table(found)
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows, sink, compression="zstd")
+        headers = {"Content-Disposition": f'attachment; filename="{table}.parquet"'}
+        return Response(sink.getvalue().to_pybytes(), media_type="application/vnd.apache.parquet", headers=headers)
+
+    return routes
+
+
+def _dispute(site: Site, account: Account, item_id: int) -> dict[str, Any]:
+    """Return what a dispute's page shows: the pair in an order of the admin's own, and each vote as reply 1 or 2 in that order."""
+    with site.database.read() as session:
+        item = session.get(Item, item_id) if 0 < item_id < 2**31 else None
+        if item is None:
+            raise NotFound("There is no such pair.")
+        said = select(VerdictRow, User.name).join(Assignment, VerdictRow.assignment_id == Assignment.id).join(User, Assignment.user_id == User.id)
+        said = said.where(Assignment.item_id == item.id, Assignment.state == State.DONE.value, VerdictRow.revision == Assignment.revision)
+        votes = [(row, name) for row, name in session.execute(said.order_by(VerdictRow.id))]
+        words = list(session.scalars(select(Adjudication).where(Adjudication.item_id == item.id).order_by(Adjudication.id)))
+    sides = ("rejected", "chosen") if is_swapped(site.protocol.seed, item.pair_id, account.name) else ("chosen", "rejected")
+    names = {sides[0]: "reply 1", sides[1]: "reply 2", UNDECIDABLE: "cannot decide"}
+    return {
+        "item": item,
+        "sides": sides,
+        "replies": tuple(item.content[side] for side in sides),
+        "votes": [(row, name, names[row.verdict]) for row, name in votes],
+        "word": names[words[-1].verdict] if words else "",
+        "guideline": site.guideline_of(item.attributes),
+    }

@@ -1,0 +1,281 @@
+"""The annotation job: a pool's queue goes in, people judge it in the browser, verdicts come out where Stage 1 reads them.
+
+Paper: Sec. 3.2 (human verification of the seed and of every round's selection). Layout: `annotation/queues/<pool>.parquet` says which pairs of a
+pool people are asked about, `annotation/verdicts.parquet` what they said; the database holds everything else.
+"""
+
+import getpass
+import json
+import logging
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field, SecretStr
+
+from synpref_ray.config import Settings
+from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.human.accounts import Accounts
+from synpref_ray.human.assignments import AnnotationQueue, NewItem
+from synpref_ray.human.consensus import ConsensusConfig
+from synpref_ray.human.database import Database, Role
+from synpref_ray.human.label_studio import import_annotations, labelling_config, make_tasks
+from synpref_ray.human.protocol import ProtocolConfig
+from synpref_ray.human.results import ATTRIBUTES, Results, Snapshot, attribute_table, verdict_table, vote_table
+from synpref_ray.human.serving import ServeConfig, check_files, serve
+from synpref_ray.human.web import Site, create_app
+from synpref_ray.ingest.readers import open_binary
+from synpref_ray.llm.guidelines import guideline_for
+from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.verification import ANNOTATION, VERDICTS, queue_path
+from synpref_ray.reporting.run import Run
+from synpref_ray.reporting.table import format_table
+from synpref_ray.rules.annotation_queue import QueueConfig, order_queue
+from synpref_ray.tables.pools import Pool, open_pool
+from synpref_ray.tables.sidecars import open_sidecar, zip_shard
+
+DATABASE = f"{ANNOTATION}/annotations.db"
+logger = logging.getLogger(__name__)
+
+
+class UserConfig(Settings):
+    """The account that `annotate.py user` adds or changes."""
+
+    name: str = ""
+    role: Role = Role.ANNOTATOR
+    active: bool = True
+    secret_file: str = ""  # empty: asked for on a terminal, else made up and printed once; never part of a config
+
+
+class AnnotateConfig(JobConfig):
+    """Everything the annotation job needs."""
+
+    database: SecretStr = SecretStr("")  # empty: SQLite in the workspace; else postgresql+psycopg://user@host/name
+    pool: str = "seed"
+    attributes: str = ""  # fingerprint of the pool's attributes; empty: the only finished ones
+    notes: str = ""  # JSONL: pair_id, chosen, rejected (what an LLM says of each reply: correct, incorrect, why)
+    label_studio: str = ""  # from_label_studio: a project's JSON export
+    queue: QueueConfig = QueueConfig()
+    protocol: ProtocolConfig = ProtocolConfig()
+    consensus: ConsensusConfig = ConsensusConfig()
+    serve: ServeConfig = ServeConfig()
+    user: UserConfig = UserConfig()
+    export_folder: str = Field(default=ANNOTATION, pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")  # under the workspace
+
+    def open_database(self) -> Database:
+        """Return the database, made if it is not there."""
+        url = self.database.get_secret_value()
+        if not url:
+            path = Path(self.storage.local_path(DATABASE))  # object storage has none, and says so
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)  # accounts are in it; SQLite gives its other files the same mode
+            url = f"sqlite:///{path}"
+        return Database(url)
+
+
+def check_annotate(config: AnnotateConfig) -> None:
+    """Check what can be checked without writing anything."""
+    check_files(config.serve)
+    if config.notes:
+        _read_notes(config.notes)
+
+
+def fill_queue(config: AnnotateConfig, run: Run) -> str:
+    """Put a pool's pairs into the queue; what is there already stays as it is."""
+    pool = open_pool(config.storage, config.pool)
+    attributes = open_sidecar(pool, "attributes", config.attributes or None)
+    columns = {name: name for name in ATTRIBUTES}
+    pool_columns = ["prompt_group", "prompt", "chosen", "rejected"]
+    tables = [zip_shard(pool, shard.number, pool_columns, [(attributes, columns)]) for shard in pool.shards]
+    if not tables:
+        raise InputError(f"pool {pool.name!r} has no pairs")
+    pairs = pa.concat_tables(tables)
+    is_retrieved = "source_pool" in pool.read(pool.shards[0].number).column_names
+    order = order_queue(pairs, config.queue, retrieved=is_retrieved)
+    if not order.num_rows:
+        raise InputError(f"queue.max_fraction={config.queue.max_fraction:g} of the {pool.num_rows} pairs of pool {pool.name!r} is not one pair")
+    notes = _read_notes(config.notes) if config.notes else {}
+    rows = {row["pair_id"]: row for row in pairs.to_pylist()}
+    items = [_item(pool, rows[entry["pair_id"]], entry, notes.get(entry["pair_id"], {})) for entry in order.to_pylist()]
+    database = config.open_database()
+    num_new = AnnotationQueue(database, config.protocol).add(items)
+    database.close()
+    config.storage.write_table(queue_path(pool.name), order)
+    counts = {"pool": pool.name, "queued": len(items), "new": num_new, "verdicts_wanted": sum(item.required for item in items)}
+    run.metrics["queue"] = counts
+    return format_table(("queue", "pairs", "new", "verdicts wanted"), [(pool.name, *(str(counts[k]) for k in ("queued", "new", "verdicts_wanted")))])
+
+
+def serve_pages(config: AnnotateConfig, run: Run) -> str:
+    """Serve the app until it is stopped."""
+    database = config.open_database()
+    results = Results(database, config.consensus)
+    site = Site(
+        database=database,
+        accounts=Accounts(database, config.serve.login),
+        queue=AnnotationQueue(database, config.protocol),
+        results=results,
+        protocol=config.protocol,
+        guideline=guideline_for,
+        secure=config.serve.secure,
+    )
+    if not results.snapshot().workers:
+        logger.warning("nobody can sign in yet: python jobs/annotate.py user user.name=NAME workspace=%s", config.workspace)
+    serve(create_app(site), config.serve)
+    summary = _status(results.snapshot(), run)
+    database.close()
+    return summary
+
+
+def save_user(config: AnnotateConfig, run: Run) -> str:
+    """Add or change an account; a made-up secret is shown once and stored only as a hash."""
+    user = config.user
+    if not user.name:
+        raise ConfigError("name the account: user.name=NAME")
+    secret, made = _secret(user)
+    database = config.open_database()
+    Accounts(database, config.serve.login).save_user(user.name, user.role, secret, active=user.active)
+    database.close()
+    run.metrics["user"] = {"name": user.name, "role": user.role.value, "active": user.active}
+    shown = f"\nsecret (shown this once): {secret}" if made else ""
+    return f"{user.role.value} {user.name} {'may sign in' + shown if user.active else 'is closed'}"
+
+
+def export(config: AnnotateConfig, run: Run) -> str:
+    """Write verdicts, votes, attributes and agreement into the workspace."""
+    database, storage, folder = config.open_database(), config.storage, config.export_folder
+    found = Results(database, config.consensus).snapshot()
+    storage.write_table(f"{folder}/{VERDICTS}", verdict_table(found))
+    storage.write_table(f"{folder}/votes.parquet", vote_table(database))
+    storage.write_table(f"{folder}/attributes.parquet", attribute_table(found))
+    agreement = {name: entry.model_dump(mode="json") for name, entry in found.agreement().items()}
+    storage.write_json(f"{folder}/agreement.json", agreement)
+    database.close()
+    return _status(found, run) + f"\nverdicts: {storage.join(f'{folder}/{VERDICTS}')}"
+
+
+def show_status(config: AnnotateConfig, run: Run) -> str:
+    """Say where the work stands."""
+    database = config.open_database()
+    found = Results(database, config.consensus).snapshot()
+    database.close()
+    return _status(found, run)
+
+
+def to_label_studio(config: AnnotateConfig, run: Run) -> str:
+    """Write the open pairs as Label Studio tasks, and the labelling config that goes with them."""
+    database, folder = config.open_database(), f"{config.export_folder}/label_studio"
+    tasks = make_tasks(database, config.protocol, _guideline_of)
+    database.close()
+    config.storage.write_json(f"{folder}/tasks.json", tasks)
+    config.storage.write_bytes(f"{folder}/labelling_config.xml", labelling_config().encode())
+    run.metrics["label_studio"] = {"tasks": len(tasks)}
+    return f"{len(tasks)} tasks: {config.storage.join(folder)}/tasks.json, with labelling_config.xml beside them"
+
+
+def from_label_studio(config: AnnotateConfig, run: Run) -> str:
+    """Take a JSON export of Label Studio in; verdicts then count like those of our own pages."""
+    if not config.label_studio:
+        raise ConfigError("name the JSON export of Label Studio: label_studio=FILE")
+    with open_binary(config.label_studio) as stream:
+        try:
+            text = stream.read().decode()
+        except UnicodeDecodeError:
+            raise InputError(f"{config.label_studio} is not UTF-8") from None
+    database = config.open_database()
+    report = import_annotations(database, config.protocol, text)
+    database.close()
+    run.metrics["label_studio"] = report.model_dump(mode="json")
+    rows = [("new", str(report.num_new)), ("unchanged", str(report.num_unchanged)), *((why, str(count)) for why, count in report.refused.items())]
+    return format_table(("annotations of Label Studio", str(report.num_annotations)), rows)
+
+
+VERBS: Mapping[str, Callable[[AnnotateConfig, Run], str]] = {
+    "queue": fill_queue,
+    "user": save_user,
+    "serve": serve_pages,
+    "status": show_status,
+    "export": export,
+    "to_label_studio": to_label_studio,
+    "from_label_studio": from_label_studio,
+}
+
+
+def _guideline_of(attributes: Mapping[str, str | None]) -> str:
+    try:
+        return guideline_for(*(attributes.get(name) or "" for name in ATTRIBUTES[:3]))
+    except ValueError:
+        return ""  # the tagger gave no attributes
+
+
+def _item(pool: Pool, row: Mapping[str, Any], entry: Mapping[str, Any], notes: dict[str, str]) -> NewItem:
+    return NewItem(
+        pair_id=row["pair_id"],
+        pool=pool.name,
+        prompt=row["prompt"],
+        chosen=row["chosen"],
+        rejected=row["rejected"],
+        rank=entry["rank"],
+        selected_by=entry["selected_by"],
+        required=entry["num_verdicts"],
+        attributes={name: row[name] for name in ATTRIBUTES},
+        notes=notes,
+    )
+
+
+def _read_notes(path: str) -> dict[str, dict[str, str]]:
+    """Return by pair what was noted of each reply.
+
+    Raises:
+        InputError: the file is missing, or a line is not a note.
+    """
+    notes: dict[str, dict[str, str]] = {}
+    with open_binary(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                notes[row["pair_id"]] = {side: str(row.get(side) or "") for side in ("chosen", "rejected")}
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise InputError(f"{path}, row {number}: expected an object with pair_id, chosen and rejected") from None
+    return notes
+
+
+def _secret(user: UserConfig) -> tuple[str, bool]:
+    """Return the account's secret, and whether it was made up here."""
+    if user.secret_file:
+        with open_binary(user.secret_file) as stream:
+            try:
+                return stream.read().decode().strip(), False
+            except UnicodeDecodeError:
+                raise InputError(f"{user.secret_file} is not UTF-8") from None
+    if sys.stdin is not None and sys.stdin.isatty():
+        given = getpass.getpass(f"secret of {user.name} (empty: make one up): ")
+        if given:
+            return given, False
+    return secrets.token_urlsafe(18), True
+
+
+def _status(found: Snapshot, run: Run) -> str:
+    agreement = found.agreement()
+    standings = dict(found.standings)
+    run.metrics["annotation"] = {
+        "standings": standings,
+        "to_adjudicate": len(found.to_adjudicate),
+        "agreement": {name: entry.model_dump(mode="json") for name, entry in agreement.items()},
+        "annotators": {person.name: {"verdicts": person.num_verdicts, "quality": person.quality} for person in found.workers},
+    }
+    shared = agreement["all"].num_shared_pairs
+    rows = [(name, str(standings.get(name, 0))) for name in ("waiting", "settled", "disputed", "adjudicated")]
+    rows += [
+        ("to adjudicate", str(len(found.to_adjudicate))),
+        ("verdicts", str(agreement["all"].num_votes)),
+        ("pairs judged by several", str(shared)),
+    ]
+    for label, value in (("Krippendorff's alpha", agreement["all"].krippendorff_alpha), ("Cohen's kappa", agreement["all"].cohen_kappa)):
+        rows.append((label, "-" if value is None else f"{value:.3f}"))
+    return format_table(("annotation", "pairs"), rows)

@@ -1,0 +1,135 @@
+"""Agreement and consensus by hand, adjudication, and an export that reads back as verdicts."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from synpref_ray.human.agreement import Vote, agreement_by_category, measure_agreement
+from synpref_ray.human.consensus import ConsensusConfig, Standing, dawid_skene, settle_pairs
+from synpref_ray.human.database import Role
+from synpref_ray.human.results import attribute_table, verdict_table, vote_table
+from synpref_ray.human.verdict_file import import_verdicts
+from synpref_ray.schema import Verdict
+from tests.human.site import SmallSite, better, judge, make_item, take, token_of
+
+
+def votes(text: str, category: str = "math") -> list[Vote]:
+    """Read votes: a word a pair, a letter an annotator (c, r, u; a dot: none)."""
+    names = {"c": "chosen", "r": "rejected", "u": "undecidable"}
+    return [
+        Vote(f"p{pair}", f"a{person}", names[letter], category)
+        for pair, word in enumerate(text.split())
+        for person, letter in enumerate(word)
+        if letter != "."
+    ]
+
+
+def test_agreement_of_two_people_by_hand() -> None:
+    found = measure_agreement(votes("cc cc cr rr"))
+    # Observed 3/4. Cohen: a0 says c, c, c, r; a1 c, c, r, r: chance 3/4 x 2/4 + 1/4 x 2/4 = 1/2, so (3/4 - 1/2) / (1 - 1/2) = 1/2.
+    # Krippendorff: 8 values, 5 c and 3 r: expected disagreement 2 x 5 x 3 / (8 x 7) = 30/56, observed 1/4: 1 - (1/4) / (30/56) = 8/15.
+    assert (found.num_votes, found.num_shared_pairs, found.percent_agreement) == (8, 4, 0.75)
+    assert found.cohen_kappa == pytest.approx(0.5)
+    assert found.krippendorff_alpha == pytest.approx(8 / 15)
+
+
+def test_a_figure_that_is_not_defined_is_none() -> None:
+    alone, same = measure_agreement(votes("c. .r")), measure_agreement(votes("cc cc"))
+    assert (alone.num_shared_pairs, alone.percent_agreement, alone.krippendorff_alpha, alone.cohen_kappa) == (0, None, None, None)
+    assert (same.percent_agreement, same.krippendorff_alpha, same.cohen_kappa) == (1.0, None, None)
+    assert measure_agreement([]).num_votes == 0
+
+
+def test_agreement_by_category() -> None:
+    mixed = [*votes("cc rr"), *(Vote(f"x{vote.pair_id}", vote.annotator, vote.verdict, "coding") for vote in votes("cr rc"))]
+    found = agreement_by_category(mixed)
+    assert list(found) == ["coding", "math"]
+    assert (found["math"].cohen_kappa, found["coding"].cohen_kappa) == (pytest.approx(1.0), pytest.approx(-1.0))
+
+
+def test_the_majority_settles_a_tie_is_a_dispute_and_an_admin_stands_above() -> None:
+    given = votes("ccr cr. cu. uu. c.. ccc")
+    required = {"p0": 3, "p1": 2, "p2": 2, "p3": 2, "p4": 2, "p5": 3, "p6": 1}
+    found = settle_pairs(required, given, {"p5": ("undecidable", "root")}, ConsensusConfig())
+    said = {pair: (outcome.standing, outcome.verdict) for pair, outcome in found.items()}
+    assert said == {
+        "p0": (Standing.SETTLED, "chosen"),
+        "p1": (Standing.DISPUTED, None),
+        "p2": (Standing.DISPUTED, None),
+        "p3": (Standing.SETTLED, "undecidable"),
+        "p4": (Standing.WAITING, None),
+        "p5": (Standing.ADJUDICATED, "undecidable"),
+        "p6": (Standing.WAITING, None),
+    }
+    assert found["p0"].confidence == pytest.approx(2 / 3)
+    more = settle_pairs(required, given, {}, ConsensusConfig(min_verdicts=3))
+    assert more["p3"].standing is Standing.WAITING
+
+
+def test_dawid_skene_believes_those_who_are_usually_right() -> None:
+    careful = "crcrcrcrcrcrcrcrcrcr"
+    lines = [word * 2 + ("c" if place % 3 else word) for place, word in enumerate(careful)]  # the third says c whatever it is
+    given = votes(" ".join([*lines, "rrc"]))
+    by_pair, quality = dawid_skene(given, 100)
+    assert quality["a0"] > 0.95 > 0.8 > quality["a2"]
+    assert by_pair["p20"]["rejected"] > 0.9
+    shuffled, _ = dawid_skene(given[::-1], 100)
+    assert shuffled == by_pair
+    found = settle_pairs({"p20": 3}, [vote for vote in given if vote.pair_id == "p20"], {}, ConsensusConfig(rule="dawid_skene", threshold=0.6))
+    assert found["p20"].verdict == "rejected"
+    assert dawid_skene([], 10) == ({}, {})
+
+
+def test_what_people_say_in_the_browser_reads_back_as_verdicts(tmp_path: Path) -> None:
+    """Three people, four pairs: agreement, a dispute that an admin settles, doubt, and edited attributes."""
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(number, required=2 if number < 2 else 1) for number in range(4)])
+    ann, bob, root = site.signed_in("ann"), site.signed_in("bob"), site.signed_in("root", Role.ADMIN)
+    other = {"1": "2", "2": "1"}
+    for client, answers in ((ann, ["right", "right", "undecidable", "right"]), (bob, ["right", "wrong"])):
+        for answer in answers:
+            path = take(client)
+            choice = {"right": (right := better(client, path)), "wrong": other[right]}.get(answer, answer)
+            edited = {"task_category": "reasoning", "desired_attributes": ""} if answer == "undecidable" else {}
+            assert judge(client, path, choice=choice, **edited).status_code == 303
+    assert take(ann) == take(bob) == "/"
+    page = root.get("/admin").text
+    assert 'id="count-disputed">1<' in page
+    assert "/admin/items/2" in page
+    before = verdict_table(site.results.snapshot())
+    assert before["pair_id"].to_pylist() == [f"{number:032x}" for number in (0, 2, 3)]
+    dispute = root.get("/admin/items/2").text
+    choice = "1" if dispute.index("good reply") < dispute.index("bad reply") else "2"
+    assert root.post("/admin/items/2/adjudicate", data={"csrf": token_of(root), "choice": choice, "rationale": "sums"}).status_code == 303
+
+    file = tmp_path / "verdicts.parquet"
+    file.write_bytes(root.get("/admin/export/verdicts.parquet").content)
+    found = import_verdicts(str(file)).answers
+    chosen, abstain = Verdict.CHOSEN, Verdict.ABSTAIN
+    assert {int(pair, 16): answer.verdict for pair, answer in found.items()} == {0: chosen, 1: chosen, 2: abstain, 3: chosen}
+    assert found[f"{0:032x}"].annotator == "ann, bob"
+    assert found[f"{1:032x}"].annotator == "ann, bob, root"
+
+    attributes = {row["pair_id"]: row for row in attribute_table(site.results.snapshot()).to_pylist()}
+    edited = attributes[f"{2:032x}"]
+    assert (edited["task_category"], edited["desired_attributes"], edited["changed"]) == ("reasoning", None, ["task_category", "desired_attributes"])
+    assert attributes[f"{0:032x}"]["changed"] == []
+    log = vote_table(site.database)
+    assert (log.num_rows, sum(log["counts"].to_pylist())) == (6, 6)
+    for name in ("votes", "attributes"):
+        (tmp_path / name).write_bytes(root.get(f"/admin/export/{name}.parquet").content)
+        assert pq.read_table(tmp_path / name).num_rows in (4, 6)
+
+
+def test_a_pair_that_everybody_skipped_is_for_the_admin(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0)])
+    ann, root = site.signed_in("ann"), site.signed_in("root", Role.ADMIN)
+    assert site.results.snapshot().to_adjudicate == []
+    ann.post(f"{take(ann)}/skip", data={"csrf": token_of(ann), "reason": "needs an expert"})
+    assert site.results.snapshot().to_adjudicate == [f"{0:032x}"]
+    assert "nobody is left" in root.get("/admin").text
+    root.post("/admin/items/1/adjudicate", data={"csrf": token_of(root), "choice": "undecidable"})
+    found = site.results.snapshot()
+    assert (found.to_adjudicate, found.standings["adjudicated"]) == ([], 1)

@@ -1,0 +1,155 @@
+"""From a pool to gold through the annotation job: Stage 1 waits and says for what, people judge over HTTP, and a rerun goes on."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from fastapi.testclient import TestClient
+
+from jobs import annotate
+from synpref_ray.config import load_config
+from synpref_ray.errors import ConfigError, SynprefError, WaitingError
+from synpref_ray.human.accounts import Accounts
+from synpref_ray.human.assignments import AnnotationQueue
+from synpref_ray.human.consensus import ConsensusConfig
+from synpref_ray.human.database import Role
+from synpref_ray.human.protocol import ProtocolConfig
+from synpref_ray.human.results import Results
+from synpref_ray.human.serving import ServeConfig
+from synpref_ray.human.web import Site, create_app
+from synpref_ray.llm.guidelines import guideline_for
+from synpref_ray.pipeline.annotation import AnnotateConfig
+from synpref_ray.pipeline.ingest import IngestConfig
+from synpref_ray.pipeline.job import EXIT_WAITING, JobConfig, run_verb
+from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
+from synpref_ray.reporting.run import Run
+from synpref_ray.rules.gold import GoldConfig
+from synpref_ray.schema import ATTRIBUTES_SCHEMA
+from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
+from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.storage import Storage
+from tests.builders import make_pairs
+from tests.human.site import QUICK_HASHER, SECRET, judge, log_in, take
+
+
+@pytest.fixture
+def seed(tmp_path: Path) -> tuple[Pool, Sidecar]:
+    storage = Storage(str(tmp_path / "ws"))
+    pairs = make_pairs(8)
+    pool = commit_pool(storage, "seed", "seed", [write_pool_shard(storage, "seed", 0, pairs)], {})
+    attributes = Sidecar(pool, "attributes", "a" * 32)
+    values = {"task_category": "math", "objectivity": "objective", "controversiality": "low"}
+    rows = [{"pair_id": pair_id, **values} for pair_id in pairs["pair_id"].to_pylist()]
+    attributes.write(0, ATTRIBUTES_SCHEMA.empty_table().from_pylist(rows, schema=ATTRIBUTES_SCHEMA))
+    storage.write_json(f"{attributes.folder}/manifest.json", {"pool_digest": pool.digest, "fingerprint": attributes.fingerprint})
+    return pool, attributes
+
+
+def job(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    code = annotate.main(list(argv))
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert said.out.strip().splitlines()[-1].startswith("run: ")
+    return said.out
+
+
+def browser(config: AnnotateConfig, name: str) -> TestClient:
+    """Sign a person in to an app over the job's own database."""
+    database = config.open_database()
+    accounts = Accounts(database, config.serve.login, QUICK_HASHER)
+    accounts.save_user(name, Role.ANNOTATOR, SECRET)
+    queue, results = AnnotationQueue(database, ProtocolConfig()), Results(database, ConsensusConfig())
+    client = TestClient(create_app(Site(database, accounts, queue, results, ProtocolConfig(), guideline_for)), follow_redirects=False)
+    assert log_in(client, name, SECRET).status_code == 303
+    return client
+
+
+def test_a_round_waits_for_people_and_goes_on_with_what_they_said(seed: tuple[Pool, Sidecar], capsys: pytest.CaptureFixture[str]) -> None:
+    pool, attributes = seed
+    workspace = pool.storage.url
+    run = Run(pool.storage, "stage1", IngestConfig())
+    config, loose = AnnotatorConfig(kind="queue"), AnnotatorConfig(kind="queue", wait=False)
+
+    def verify(annotator: AnnotatorConfig) -> list[object]:
+        human = verify_pool(run, "verify", pool, attributes, 0, annotator, GoldConfig()).sidecars[0][0]
+        return [human.read_all()[name].to_pylist() for name in ("human_verdict", "drop_reason", "annotator")]
+
+    with pytest.raises(WaitingError, match=r"annotate\.py queue .*pool=seed attributes=aaaaaaaa"):
+        verify(loose)
+    said = job(capsys, "queue", f"workspace={workspace}", "queue.repeat_share=0")
+    assert "seed" in said
+    assert len(said.splitlines()) == 4
+    for annotator in (config, loose):
+        with pytest.raises(WaitingError, match=r"4 of 4 queued pairs.*export"):
+            verify(annotator)
+
+    client = browser(AnnotateConfig(workspace=workspace), "ann")
+    for choice in ("1", "undecidable"):
+        judge(client, take(client), choice=choice)
+    job(capsys, "export", f"workspace={workspace}")
+    with pytest.raises(WaitingError, match="2 of 4 queued pairs"):
+        verify(config)
+    assert sum(verdict is not None for verdict in verify(loose)[0]) == 2  # type: ignore[attr-defined]
+    for choice in ("2", "1"):
+        judge(client, take(client), choice=choice)
+    job(capsys, "export", f"workspace={workspace}")
+    verdicts, reasons, people = verify(config)
+    assert sorted(map(str, reasons)) == ["None"] * 3 + ["not_selected"] * 4 + ["undecidable"]  # type: ignore[call-overload]
+    assert {verdict for verdict in verdicts} <= {"chosen", "rejected", "abstain", None}  # type: ignore[attr-defined]
+    assert {person for person in people} == {"ann", None}  # type: ignore[attr-defined]
+    assert pq.read_table(Path(workspace) / "annotation" / "attributes.parquet").num_rows == 4
+    assert json.loads((Path(workspace) / "annotation" / "agreement.json").read_text())["all"]["num_votes"] == 4
+    assert "settled" in job(capsys, "status", f"workspace={workspace}")
+
+
+def test_waiting_has_an_exit_code_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def body(config: JobConfig, run: Run) -> str:
+        raise WaitingError("do this first")
+
+    assert run_verb("small", ["go", f"workspace={tmp_path}"], JobConfig, {"go": body}) == EXIT_WAITING == 3
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == "small waits: do this first"
+    assert said.out.splitlines()[-1].startswith("run: ")
+    assert not said.err
+
+
+def test_an_account_is_made_and_its_secret_is_only_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = job(capsys, "user", f"workspace={tmp_path}", "user.name=ann", "user.role=admin")
+    secret = said.split("once): ")[1].splitlines()[0]
+    database = AnnotateConfig(workspace=str(tmp_path)).open_database()
+    accounts = Accounts(database, ServeConfig().login)
+    account = accounts.find(accounts.log_in("ann", secret, "here"))
+    assert account is not None
+    assert account.role is Role.ADMIN
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "annotation").glob("annotations.db*")} == {0o600}
+    database.close()
+    assert not any(secret.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    (tmp_path / "secret").write_text("a secret from a file\n")
+    assert "secret" not in job(capsys, "user", f"workspace={tmp_path}", "user.name=bob", f"user.secret_file={tmp_path / 'secret'}")
+    for bad in (["user"], ["user", "user.name=a b"], ["user", "user.name=x", "user.role=root"], [], ["fly"]):
+        assert annotate.main([*bad, f"workspace={tmp_path}"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])
+def test_a_network_is_not_served_in_plain_text_by_accident(host: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="plain text"):
+        load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}"])
+    load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.allow_plain_http=true"])
+    load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.tls_certificate=c.pem", "serve.tls_key=k.pem"])
+    with pytest.raises(ConfigError, match="both files"):
+        load_config(AnnotateConfig, None, ["serve.tls_key=k.pem"])
+    assert annotate.main(["serve", f"workspace={tmp_path}", "serve.tls_certificate=c.pem", "serve.tls_key=k.pem", "--dry-run"]) == 2
+
+
+def test_a_database_password_is_in_no_run_folder(tmp_path: Path) -> None:
+    code = annotate.main(["status", f"workspace={tmp_path}", "database=postgresql+psycopg://me:hidden-word@127.0.0.1:1/none"])
+    assert code == 2
+    assert not any(b"hidden-word" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_other_databases_are_refused() -> None:
+    for url in ("mysql://x", "nonsense", "sqlite:////no/such/folder/a.db"):
+        with pytest.raises(SynprefError):
+            load_config(AnnotateConfig, None, [f"database={url}"]).open_database()
