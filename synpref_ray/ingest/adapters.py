@@ -49,6 +49,8 @@ class PairAdapter(Settings):
     chosen: Path = "chosen"
     rejected: Path = "rejected"
     replies: TextForm = TextForm.PLAIN
+    lead: str = ""
+    """Path of a text that both replies begin with; absent means none."""
     strip: bool = False
     """White space around a reply belongs to the format, as after a transcript's last marker."""
 
@@ -190,11 +192,14 @@ def propose_pairs(row: Row, adapter: RowAdapter) -> list[Proposal]:
 
 
 def _propose_pair(row: Row, adapter: PairAdapter) -> Proposal:
+    lead = dig(row, adapter.lead) if adapter.lead else None
     replies = []
     for path in (adapter.chosen, adapter.rejected):
         reply = read_form(dig(row, path), adapter.replies)
         if isinstance(reply, DropReason):
             return Refusal(reply)
+        if isinstance(lead, str) and isinstance(reply, str):
+            reply = lead + reply
         replies.append(reply.strip() if adapter.strip and isinstance(reply, str) else reply)
     return _with_prompt(row, adapter.prompt, replies[0], replies[1])
 
