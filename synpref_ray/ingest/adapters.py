@@ -154,7 +154,7 @@ class RatedRowsAdapter(Settings):
     prompt: PromptFields = PromptFields()
     reply: Path
     scores: tuple[Path, ...] = Field(min_length=1)
-    values: dict[str, float] = {}
+    values: dict[str, float] = Field(default={})
     """What labels are worth, where a score is a label; empty: scores are numbers."""
     span: Span = Span.RUN
     max_rows: int = Field(default=1_000_000, ge=1)  # ours: what a worker holds of a `file` source, some GB; more is an error, not a swap

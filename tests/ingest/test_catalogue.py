@@ -39,7 +39,7 @@ def reasons_of(chunks: list[Chunk]) -> dict[str, int]:
 def test_rows_are_counted_and_so_are_the_unconfirmed(capsys: pytest.CaptureFixture[str]) -> None:
     confirmed = [row for row in catalogue().values() if row.confirmed]
     with capsys.disabled():
-        print(f"\ncatalogue: {len(catalogue())} sources, {len(confirmed)} confirmed, {len(catalogue()) - len(confirmed)} not")
+        print(f"\ncatalogue: {len(catalogue())} sources, {len(confirmed)} confirmed, {len(catalogue()) - len(confirmed)} not")  # noqa: T201  # asked for
     assert (len(catalogue()), len(confirmed)) == (NUM_ROWS, NUM_CONFIRMED)
     for row in confirmed:  # a page, or a repository and a file in it; never a bare word
         assert re.fullmatch(r"https://[^ ]+|github\.com/[^/ ]+/[^/ ]+: [^ ]+\.[a-z]+", row.confirmed), row.name
