@@ -1,7 +1,8 @@
 """The catalogue: published preference sets as declared rows (YAML beside this file), each with what its columns are and who has shown that.
 
-Paper: Sec. 3 and App. C (more than 40 public sets; the list is not published). Our choice: which sets. A row's route follows the paper: the 80K set is
-the seed, originally human-labelled sets are unverified, everything else is wild. A row is `confirmed` only by a page or file that shows its columns.
+Paper: Sec. 3 and App. C (more than 40 public sets; the list is not published). Our choice: which sets. A row's route follows the paper: the 80K set
+is the seed, originally human-labelled sets are unverified, everything else is wild. A row is `confirmed` only by a page or file that shows its
+columns.
 """
 
 from functools import lru_cache
