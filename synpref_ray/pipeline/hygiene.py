@@ -5,8 +5,8 @@ can be run again whenever pools grow. Near-duplicates are a column of their own 
 
 Three passes. Each shard's texts become keys (a sidecar `text_keys`); tasks compare the keys of all pools, by prompt group for cycles and by bands of
 hashes for near-duplicates; each shard then reads its marks. The driver holds lists of shards and counts. A comparing task reads every shard's keys
-and holds some of its pairs' (40M pairs: 0.7 GB, and as much for sorting); the links of near-duplicates go through one task, and every worker holds
-the clusters and the places of pairs in cycles.
+and holds some of its pairs' (below 1 GB for cycles; for near-duplicates 16 bytes a pair and three times that to sort, 2.5 GB at 40M pairs); the
+links of near-duplicates go through one task, and every worker holds the clusters and the places of pairs in cycles.
 """
 
 import time
@@ -53,7 +53,7 @@ from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
 
 HYGIENE_VERSION = 1
-MAX_PAIRS_PER_PART = 4_000_000  # ours: a cycle task sorts this many pairs at once, some 400 MB
+MAX_PAIRS_PER_PART = 4_000_000  # ours: some 750 MB in a cycle task (2M pairs: 364 MB and 9 CPU seconds)
 MAX_BANDS_OF_PAIRS = 20_000_000  # ours: pairs times bands of a near-duplicate task, unless one band has more; 16 bytes each
 
 CYCLES_SCHEMA = pa.schema([("pool", pa.string()), ("shard", pa.int32()), ("row", pa.int32())])
