@@ -57,6 +57,12 @@ class DropReason(StrEnum):
     BAD_ROLE_ORDER = "bad_role_order"
     DIVERGING_TURNS = "diverging_turns"
     IDENTICAL_REPLIES = "identical_replies"
+    UNSUPPORTED_CONTENT = "unsupported_content"
+    MISSING_SCORE = "missing_score"
+    UNKNOWN_LABEL = "unknown_label"
+    TIED = "tied"
+    NO_COMPARISON = "no_comparison"
+    CONTAMINATED = "contaminated"
     DUPLICATE = "duplicate"
     TOO_LONG = "too_long"
     SPECIAL_TOKEN_TEXT = "special_token_text"
@@ -163,6 +169,19 @@ REWARDS_SCHEMA = pa.schema(
         pa.field("drop_reason", pa.string()),
     ]
 )
+HYGIENE_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("language", pa.string()),
+        pa.field("language_probability", pa.float32()),
+        pa.field("prompt_characters", pa.int32(), nullable=False),
+        pa.field("chosen_characters", pa.int32(), nullable=False),
+        pa.field("rejected_characters", pa.int32(), nullable=False),
+        pa.field("in_cycle", pa.bool_(), nullable=False),
+        pa.field("near_duplicate_group", pa.string(), nullable=False),
+    ]
+)
+"""Pairs of one prompt group have one `near_duplicate_group`: the head (16 hex digits) of the smallest prompt group of their cluster."""
 HUMAN_SCHEMA = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

@@ -1,7 +1,8 @@
 """A chunk: some thousand rows of one file, split into pairs that passed the structural filter and rows that did not.
 
 Chunks are what ingest stages between its two passes over the data. `pairs` has the pool's columns plus where each pair came from and its
-size; `rejects` keeps every refused row whole with its reason, so that rows read == pairs + rejects, always.
+size; `rejects` keeps every refused row whole with its reason. Where a row is a pair, rows read == pairs + rejects; where a row makes several pairs
+(an adapter's business), records == pairs + rejects, and every row has at least one record.
 """
 
 import base64
@@ -41,10 +42,12 @@ class Chunk(NamedTuple):
 
     pairs: pa.Table
     rejects: pa.Table
+    num_rows_read: int
+    """Rows of the file that this chunk accounts for."""
 
     @property
-    def num_rows_read(self) -> int:
-        """Rows of the file that this chunk accounts for."""
+    def num_records(self) -> int:
+        """Pairs proposed and rows refused; what becomes of each is counted."""
         return int(self.pairs.num_rows + self.rejects.num_rows)
 
 
@@ -123,6 +126,8 @@ class ChunkBuilder:
         self._source_ids: list[str | None] = []
         self._rows: list[int] = []
         self._rejects: list[tuple[int, str, str]] = []
+        self.num_bytes = 0
+        """Size of what was taken so far, refused rows included; an upper bound for pairs."""
 
     @property
     def num_rows(self) -> int:
@@ -142,6 +147,7 @@ class ChunkBuilder:
             return DropReason.INVALID_UTF8
         self._names.append(names[:3])
         self._num_bytes.append(names.num_bytes + self._label_bytes + own_bytes)
+        self.num_bytes += self._num_bytes[-1]
         self._turns.extend(pair.prompt)
         self._offsets.append(len(self._turns))
         self._replies.append((pair.chosen, pair.rejected))
@@ -152,9 +158,10 @@ class ChunkBuilder:
     def reject(self, row: int, reason: DropReason, row_json: str) -> None:
         """Keep a refused row whole."""
         self._rejects.append((row, reason.value, row_json))
+        self.num_bytes += len(row_json)
 
-    def finish(self) -> Chunk:
-        """Return what was collected."""
+    def finish(self, num_rows_read: int | None = None) -> Chunk:
+        """Return what was collected; without a number, every pair and every reject is a row of its own."""
         num_pairs = len(self._rows)
         names = list(zip(*self._names, strict=True)) or [(), (), ()]
         replies = list(zip(*self._replies, strict=True)) or [(), ()]
@@ -172,7 +179,8 @@ class ChunkBuilder:
             pa.array(self._rows, pa.int64()),
             pa.array(self._num_bytes, pa.int64()),
         ]
-        return Chunk(pa.Table.from_arrays(columns, schema=STAGED_SCHEMA), self._finish_rejects())
+        rows_read = self.num_rows if num_rows_read is None else num_rows_read
+        return Chunk(pa.Table.from_arrays(columns, schema=STAGED_SCHEMA), self._finish_rejects(), rows_read)
 
     def _finish_rejects(self) -> pa.Table:
         num_rejects = len(self._rejects)

@@ -17,16 +17,26 @@ _READ_BUFFER_BYTES = 2**20  # ours: column chunks are read in pieces of this siz
 
 def read_parquet_chunks(stream: IO[bytes], file: str, source: SourceConfig, *, max_rows: int, max_bytes: int) -> Iterator[Chunk]:
     """Read an open Parquet file as chunks; `readers.read_pair_file` states the contract."""
-    try:
-        parquet = pq.ParquetFile(stream, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file} is not a complete Parquet file: {_one_line(error)}; fetch it again") from None
+    parquet = open_parquet(stream, file)
     _check_columns(parquet.schema_arrow, file, source)
     first_row = 0
+    for batch in parquet_batches(parquet, file, max_rows=max_rows, max_bytes=max_bytes):
+        yield _read_batch(batch, file, source, first_row)
+        first_row += batch.num_rows
+
+
+def open_parquet(stream: IO[bytes], file: str) -> pq.ParquetFile:
+    """Open a Parquet file; one that is not complete is an `InputError`."""
+    try:
+        return pq.ParquetFile(stream, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file} is not a complete Parquet file: {_one_line(error)}; fetch it again") from None
+
+
+def parquet_batches(parquet: pq.ParquetFile, file: str, *, max_rows: int, max_bytes: int) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a Parquet file in batches of at most `max_rows` rows and about `max_bytes` bytes, none of them empty."""
     for group in range(parquet.num_row_groups):
-        for batch in _batches(parquet, group, file, max_rows, max_bytes):
-            yield _read_batch(batch, file, source, first_row)
-            first_row += batch.num_rows
+        yield from _batches(parquet, group, file, max_rows, max_bytes)
 
 
 def _batches(parquet: pq.ParquetFile, group: int, file: str, max_rows: int, max_bytes: int) -> Iterator[pa.RecordBatch]:
@@ -123,17 +133,17 @@ def _row_json(batch: pa.RecordBatch, place: int) -> str:
     try:
         return row_to_json(row.to_pylist()[0])
     except ValueError:  # text that is no UTF-8, or a date beyond Python's range
-        return row_to_json({name: _plain(column[0]) for name, column in zip(row.schema.names, row.columns, strict=True)})
+        return row_to_json({name: scalar_to_plain(column[0]) for name, column in zip(row.schema.names, row.columns, strict=True)})
 
 
-def _plain(scalar: pa.Scalar) -> Any:
+def scalar_to_plain(scalar: pa.Scalar) -> Any:
     """Return a scalar as Python values, text that is no UTF-8 as bytes."""
     if not scalar.is_valid:
         return None
     if isinstance(scalar, pa.StructScalar):
-        return {name: _plain(scalar[name]) for name in scalar}
+        return {name: scalar_to_plain(scalar[name]) for name in scalar}
     if isinstance(scalar, (pa.ListScalar, pa.LargeListScalar)):
-        return [_plain(scalar.values[place]) for place in range(len(scalar.values))]
+        return [scalar_to_plain(scalar.values[place]) for place in range(len(scalar.values))]
     try:
         return scalar.as_py()
     except UnicodeDecodeError:

@@ -4,29 +4,26 @@ A file that cannot be read to its end, or lacks a column, is an error of one lin
 lost in between.
 """
 
-import codecs
 import contextlib
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, cast
 
 import fsspec
 
 from synpref_ray.errors import InputError
+from synpref_ray.ingest.adapt import adapt_rows
 from synpref_ray.ingest.chunk import Chunk, ChunkBuilder, bytes_to_json, own_id
+from synpref_ray.ingest.lines import JSON_WHITE_SPACE, numbered_lines
 from synpref_ray.ingest.parquet import missing_columns, read_parquet_chunks
+from synpref_ray.ingest.rows import FileRow, csv_rows, json_rows, jsonl_rows, parquet_rows
 from synpref_ray.ingest.source import FileFormat, SourceConfig, file_format, list_source_files
 from synpref_ray.schema import DropReason
 
 MAX_CHUNK_ROWS = 8192  # ours: a pool shard's default size
 MAX_CHUNK_BYTES = 64 * 2**20  # ours: a pool shard's default size
-MAX_LINE_BYTES = 256 * 2**20  # ours: a longer line is some other format, and would not fit the memory of a small worker
 _MAX_NAMED_KEYS = 64  # ours: enough keys to recognise a file by in an error message
-_GZIP_MAGIC = b"\x1f\x8b"
-_JSON_WHITE_SPACE = b" \t\r\n"
 
 
 def read_source(source: SourceConfig, *, max_rows: int = MAX_CHUNK_ROWS, max_bytes: int = MAX_CHUNK_BYTES) -> Iterator[Chunk]:
@@ -48,12 +45,28 @@ def read_pair_file(file: str, source: SourceConfig, *, max_rows: int = MAX_CHUNK
         InputError: the file is missing, empty, truncated, or not of its format.
         SchemaError: a needed column is missing from the whole file, or has an unusable type.
     """
-    if file_format(file, source.format) is FileFormat.PARQUET:
-        with open_binary(file) as stream:
+    form = file_format(file, source.format)
+    with open_binary(file) as stream:
+        if source.adapter is not None or form in (FileFormat.JSON, FileFormat.CSV):
+            yield from adapt_rows(_file_rows(stream, file, form, max_rows, max_bytes), source, file, max_rows=max_rows, max_bytes=max_bytes)
+        elif form is FileFormat.PARQUET:
             yield from read_parquet_chunks(stream, file, source, max_rows=max_rows, max_bytes=max_bytes)
-    else:
-        with open_binary(file) as stream:
+        else:
             yield from _read_jsonl_chunks(stream, file, source, max_rows=max_rows, max_bytes=max_bytes)
+
+
+def read_file_rows(file: str, declared: FileFormat) -> Iterator[FileRow]:
+    """Read the rows of one file of any format as plain values."""
+    with open_binary(file) as stream:
+        yield from _file_rows(stream, file, file_format(file, declared), MAX_CHUNK_ROWS, MAX_CHUNK_BYTES)
+
+
+def _file_rows(stream: IO[bytes], file: str, form: FileFormat, max_rows: int, max_bytes: int) -> Iterator[FileRow]:
+    if form is FileFormat.PARQUET:
+        return parquet_rows(stream, file, max_rows=max_rows, max_bytes=max_bytes)
+    if form is FileFormat.JSON:
+        return json_rows(stream, file)
+    return csv_rows(stream, file) if form is FileFormat.CSV else jsonl_rows(stream, file)
 
 
 @contextlib.contextmanager
@@ -86,9 +99,9 @@ def _read_jsonl_chunks(stream: IO[bytes], file: str, source: SourceConfig, *, ma
     columns = _SeenColumns(source, file)
     builder = ChunkBuilder(source, file)
     num_lines = num_bytes = 0
-    for number, line in _numbered_lines(stream, file):
+    for number, line in numbered_lines(stream, file):
         num_lines += 1
-        if not line.strip(_JSON_WHITE_SPACE):
+        if not line.strip(JSON_WHITE_SPACE):
             continue
         _add_line(builder, columns, source, number, line)
         num_bytes += len(line)
@@ -122,28 +135,6 @@ def _add_line(builder: ChunkBuilder, columns: "_SeenColumns", source: SourceConf
     columns.note(row, reason)
     if reason is not None:
         builder.reject(number, reason, text)
-
-
-def _numbered_lines(stream: IO[bytes], file: str) -> Iterator[tuple[int, bytes]]:
-    """Yield every line without its line break, numbered from 0; gzip is recognised by its first bytes, whatever the name."""
-    is_gzip = stream.read(2) == _GZIP_MAGIC
-    stream.seek(0)
-    lines = cast(IO[bytes], gzip.GzipFile(fileobj=stream)) if is_gzip else stream
-    number = 0
-    while True:
-        try:
-            line = lines.readline(MAX_LINE_BYTES + 1)
-        except (EOFError, OSError, zlib.error) as error:
-            found = " ".join(str(error).split())
-            raise InputError(f"{file} is truncated or damaged after line {number}: {found}; fetch it again") from None
-        if not line:
-            return
-        if len(line) > MAX_LINE_BYTES:
-            raise InputError(f"{file}: line {number + 1} is longer than {MAX_LINE_BYTES >> 20} MiB; expected one JSON object per line")
-        if number == 0:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        yield number, line.removesuffix(b"\n")
-        number += 1
 
 
 class _SeenColumns:

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 
 from synpref_ray.config import Settings
 from synpref_ray.errors import InputError
+from synpref_ray.ingest.adapters import Adapter
 
 
 class Route(StrEnum):
@@ -39,6 +40,10 @@ class FileFormat(StrEnum):
     AUTO = "auto"
     PARQUET = "parquet"
     JSONL = "jsonl"
+    JSON = "json"
+    """One array of objects in a file, held in memory whole; plain or gzip."""
+    CSV = "csv"
+    """With a header line; every value is text; plain or gzip."""
 
 
 PARQUET_SUFFIXES = (".parquet",)
@@ -59,17 +64,38 @@ class PairColumns(Settings):
     """Columns that may hold an id of the source's own; the first one with a value is kept as `source_id`."""
 
 
+class HubDataset(Settings):
+    """A data set on the Hugging Face hub."""
+
+    dataset: str = ""
+    """Its id, as in `nvidia/HelpSteer3`; empty: none."""
+    revision: str = ""
+    """A commit; empty: whatever is there when ingest begins, and the record says which commit that was."""
+    config: str = ""
+    split: str = "train"
+    files: str = ""
+    """Path or pattern of the files inside the data set's folder, where not all of them are meant."""
+
+
 class SourceConfig(Settings):
     """One source of pairs and the pool it feeds."""
 
     name: str = Field(min_length=1)
-    """The source's name, in the column `source` of its pairs."""
-    path: str = Field(min_length=1)
-    """A file, a folder (read recursively) or a glob pattern; local or any fsspec URL."""
+    """The source's name, in the column `source` of its pairs; the name of a catalogue row brings that row's settings, where none are given here."""
+    path: str = ""
+    """A file, a folder (read recursively) or a glob pattern; local or any fsspec URL. Empty: a catalogue source's own place."""
+    catalogue: str = ""
+    """The catalogue row to take settings from, where it is not the one called `name`."""
     format: FileFormat = FileFormat.AUTO
     """How the files are written; `auto` tells Parquet from JSONL by the file name."""
     columns: PairColumns = PairColumns()
-    """Which columns hold the pair."""
+    """Which columns hold the pair, where a row is one."""
+    adapter: Adapter | None = None
+    """How rows become pairs, where a row is not one (see `ingest/adapters.py`)."""
+    hub: HubDataset = HubDataset()
+    """Where the data set is published."""
+    licence: str = ""
+    """As its publisher names it; for reports and exports."""
     route: Route = Route.WILD  # ours: the pool that trusts a label least
     """The pool that the pairs go to."""
     label_kind: LabelKind = LabelKind.UNKNOWN
@@ -78,7 +104,7 @@ class SourceConfig(Settings):
     @field_validator("path")
     @classmethod
     def _is_not_blank(cls, path: str) -> str:
-        if not path.strip():
+        if path and not path.strip():
             raise ValueError("must name a file, folder or pattern")
         return path
 
@@ -91,6 +117,8 @@ def list_source_files(source: SourceConfig) -> tuple[str, ...]:
     Raises:
         InputError: nothing is there, or nothing there is a pair file.
     """
+    if not source.path:
+        raise InputError(f"source {source.name!r} has no path, and is no row of the catalogue that could be read from elsewhere")
     try:
         files, named = _find_files(source.path)
     except (OSError, ValueError, ImportError) as error:
@@ -163,5 +191,7 @@ def _is_pair_file(file: str, declared: FileFormat) -> bool:
         FileFormat.AUTO: (*PARQUET_SUFFIXES, *JSONL_SUFFIXES),
         FileFormat.PARQUET: PARQUET_SUFFIXES,
         FileFormat.JSONL: _NAMED_JSONL_SUFFIXES,
+        FileFormat.JSON: (".json", ".json.gz"),
+        FileFormat.CSV: (".csv", ".csv.gz"),
     }[declared]
     return name.endswith(suffixes)

@@ -1,46 +1,75 @@
 """Ingest on Ray: pair files become staged chunks, one plan over all ids decides, pool shards are written; every row read is in a pool or a reject.
 
-Paper: Sec. 3.1 and App. C (structural filter, global exact dedup on conversation and both replies, pools by source). Our choice: three passes, of
-which only the plan runs on the driver, over 128-bit ids and sizes (32 bytes a pair).
+Paper: Sec. 3.1 and App. C (structural filter, global exact dedup on conversation and both replies, decontamination, pools by source). Our choice:
+three passes, of which only the plan runs on the driver, over 128-bit ids and sizes (32 bytes a pair). Pairs that hold a benchmark's prompt are taken
+out in the first pass, before duplicates, so that each pair is counted once.
 """
 
 import glob
 import posixpath
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from fsspec.core import url_to_fs
 from pydantic import Field
 
-from synpref_ray.config import Settings
-from synpref_ray.errors import ConfigError, InputError, RunConflictError, SynprefError
-from synpref_ray.ingest.chunk import count_reasons
+from synpref_ray.errors import ConfigError, InputError, RunConflictError
+from synpref_ray.ingest.accounts import StagedFile, account
+from synpref_ray.ingest.catalogue import with_catalogue
+from synpref_ray.ingest.chunk import Chunk, count_reasons
+from synpref_ray.ingest.decontamination import (
+    MATCHES_SCHEMA,
+    Action,
+    BenchmarkIndex,
+    DecontaminateConfig,
+    MatchKind,
+    drop_contaminated,
+    find_matches,
+    matches_table,
+    read_benchmarks,
+)
+from synpref_ray.ingest.hub import hub_address, pin_revision, read_hub_chunks
 from synpref_ray.ingest.plan import (
     INDEX_COLUMNS,
     DuplicatePart,
-    IngestPlan,
     ShardPlan,
     build_shard,
     duplicate_rejects,
     index_chunk,
     ingest_plan,
 )
-from synpref_ray.ingest.readers import digest_file, read_pair_file
+from synpref_ray.ingest.readers import MAX_CHUNK_BYTES, MAX_CHUNK_ROWS, digest_file, read_pair_file
 from synpref_ray.ingest.source import PairColumns, Route, SourceConfig, check_source_names, list_source_files
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.steps import unwrap
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
+from synpref_ray.schema import DropReason
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.pools import MAX_BYTES_PER_SHARD, MAX_PAIRS_PER_SHARD, Pool, Shard, commit_pool, open_pool, pool_exists, write_pool_shard
+from synpref_ray.tables.pools import (
+    MAX_BYTES_PER_SHARD,
+    MAX_PAIRS_PER_SHARD,
+    Pool,
+    Shard,
+    commit_pool,
+    content_digest,
+    open_pool,
+    pool_exists,
+    write_pool_shard,
+)
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 
 INGEST_VERSION = 1
 INLINE_TASKS = 4  # ours: so few files or shards are done before Ray has started its workers
+_EXPECTED_REASONS = (DropReason.TIED, DropReason.NO_COMPARISON, DropReason.CONTAMINATED)
+"""Reasons that say nothing about a wrong format, however many rows have them."""
 
 
 class IngestConfig(JobConfig):
@@ -48,21 +77,17 @@ class IngestConfig(JobConfig):
 
     data: str = ""
     sources: tuple[SourceConfig, ...] = ()
+    copies: str = ""
+    """A folder with local copies of catalogue sources, a folder for each by its name; for those without a path."""
+    from_hub: bool = False
+    """Whether catalogue sources without a path or a copy are streamed from the Hugging Face hub."""
     columns: PairColumns = PairColumns()
     """Which columns hold what, for `data`; a source of `sources` says it itself."""
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
+    """Which benchmarks' prompts no pair may hold."""
     max_pairs_per_shard: int = Field(default=MAX_PAIRS_PER_SHARD, ge=1)
     max_bytes_per_shard: int = Field(default=MAX_BYTES_PER_SHARD, ge=1)
     max_rejected_fraction: float = Field(default=0.5, ge=0.0, le=1.0)  # ours: duplicates aside, most rows refused means a wrong format
-
-
-class _Staged(Settings):
-    """One file after pass 1."""
-
-    source: int
-    file: str
-    rows: int
-    chunks: int
-    rejected: dict[str, int]
 
 
 def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:
@@ -78,8 +103,9 @@ def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:
     if bool(config.data) == bool(config.sources):
         raise ConfigError("give either data=FOLDER or a list of sources, not both and not neither")
     if config.sources:
-        check_source_names(config.sources)
-        return config.sources
+        placed = tuple(_place(with_catalogue(source), config) for source in config.sources)
+        check_source_names(placed)
+        return placed
     found = list_source_files(SourceConfig(name="data", path=config.data))
     folder = _data_folder(config.data)
     sources = []
@@ -88,6 +114,20 @@ def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:
         route = next((route for route in Route if name.startswith(route.value)), Route.WILD)
         sources.append(SourceConfig(name=name, path=file, route=route, columns=config.columns))
     return tuple(sources)
+
+
+def _place(source: SourceConfig, config: IngestConfig) -> SourceConfig:
+    """Say where a source is read: its path, its local copy, or (an empty path) the hub."""
+    path = source.path or (f"{config.copies.rstrip('/')}/{source.name}" if config.copies else "")
+    if not path:
+        if not source.hub.dataset or not config.from_hub:
+            remedy = "give it a path, or copies=FOLDER, or from_hub=true" if source.hub.dataset else "give it a path"
+            raise ConfigError(f"source {source.name!r} has no path; {remedy}")
+        return source
+    filesystem, root = url_to_fs(path)
+    if source.hub.files and filesystem.isdir(root):
+        path = f"{path.rstrip('/')}/{source.hub.files}"
+    return source.model_copy(update={"path": path})
 
 
 def _data_folder(data: str) -> str:
@@ -102,19 +142,23 @@ def _data_folder(data: str) -> str:
 
 
 def check_ingest(config: IngestConfig) -> None:
-    """Check that every source has files, without reading them."""
+    """Check that every source has files and every benchmark prompts, without reading the sources."""
     for source in resolve_sources(config):
-        list_source_files(source)
+        if source.path:
+            list_source_files(source)
+    read_benchmarks(config.decontaminate)
 
 
 def run_ingest(config: IngestConfig, run: Run) -> str:
     """Read all sources into the pools seed, unverified and wild; return the closing table."""
     storage = config.storage
-    sources = resolve_sources(config)
-    files = [(number, file) for number, source in enumerate(sources) for file in list_source_files(source)]
-    digests = _map(digest_file, [(file,) for _, file in files])
+    sources = tuple(source if source.path else source.model_copy(update={"hub": pin_revision(source.hub)}) for source in resolve_sources(config))
+    files = [(number, file) for number, source in enumerate(sources) for file in _files_of(source)]
+    digests = _map(_digest, [(sources[number], file) for number, file in files])
     settings = config.model_dump(mode="json", include={"max_pairs_per_shard", "max_bytes_per_shard"})
-    settings["sources"] = [source.model_dump(mode="json", exclude={"path", "label_kind"}) for source in sources]
+    settings["sources"] = [_result_settings(source) for source in sources]
+    if config.decontaminate.benchmarks:
+        settings["decontaminate"] = _decontamination_settings(config.decontaminate)
     name = fingerprint(
         "ingest", INGEST_VERSION, settings, {f"{number}:{i}": d for i, ((number, _), d) in enumerate(zip(files, digests, strict=True))}
     )
@@ -131,6 +175,28 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
     return _closing_table(summary)
 
 
+def _files_of(source: SourceConfig) -> tuple[str, ...]:
+    return list_source_files(source) if source.path else (hub_address(source.hub),)
+
+
+def _digest(source: SourceConfig, file: str) -> str:
+    return digest_file(file) if source.path else file  # a data set of the hub is named by its commit
+
+
+def _result_settings(source: SourceConfig) -> dict[str, Any]:
+    """Return what of a source decides its pairs; settings of later versions only where they are used, so that older pools stay valid."""
+    settings = source.model_dump(mode="json", include={"name", "format", "columns", "route"})
+    if source.adapter is not None:
+        settings["adapter"] = source.adapter.model_dump(mode="json")
+    return settings
+
+
+def _decontamination_settings(config: DecontaminateConfig) -> dict[str, Any]:
+    """Return what of a decontamination decides its result: the prompts themselves, wherever their files lie."""
+    items = [[item.benchmark, item.item, list(item.words)] for item in read_benchmarks(config)]
+    return {"prompts": content_digest(items), **config.model_dump(mode="json", include={"action", "candidates"})}
+
+
 def _refuse_other_pools(storage: Storage, name: str) -> None:
     for route in Route:
         if pool_exists(storage, route.value) and open_pool(storage, route.value).fingerprint != name:
@@ -145,8 +211,8 @@ def _ingest(
 ) -> dict[str, Any]:
     started = time.monotonic()
     staging = f"staging/{name[:8]}"
-    arguments = [(storage, f"{staging}/file-{i:05d}", sources[n], n, file, config.max_rejected_fraction) for i, (n, file) in enumerate(files)]
-    staged = [_Staged.model_validate(entry) for entry in _map(_stage_file, arguments)]
+    arguments = [(storage, f"{staging}/file-{i:05d}", sources[n], n, file, config) for i, (n, file) in enumerate(files)]
+    staged = [StagedFile.model_validate(entry) for entry in _map(_stage_file, arguments)]
     chunks = [(i, entry, chunk) for i, entry in enumerate(staged) for chunk in range(entry.chunks)]
     paths = [f"{staging}/file-{i:05d}/pairs-{chunk:05d}.parquet" for i, _, chunk in chunks]
     index = []
@@ -157,7 +223,7 @@ def _ingest(
     pools = {route: _write_pool(storage, name, route, plan.shards[route], paths) for route in Route}
     for number, part in enumerate(plan.duplicates):
         _write_duplicates(storage, name, number, part, paths)
-    summary = _account(sources, staged, plan, {route: pool for route, pool in pools.items() if pool is not None})
+    summary = account(sources, staged, plan, {route: pool.num_rows for route, pool in pools.items() if pool is not None})
     for path in storage.list_files(staging):
         storage.delete(path)
     rejected = {reason: count for reason, count in summary["rejected"].items() if count}
@@ -176,28 +242,59 @@ def _map(function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return results
 
 
-def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int, file: str, max_rejected_fraction: float) -> dict[str, Any]:
+def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int, file: str, config: IngestConfig) -> dict[str, Any]:
     """Pass 1: one file's rows as staged chunks and rejects; done when its `done.json` is there."""
     if storage.exists(f"{folder}/done.json"):
         done: dict[str, Any] = storage.read_json(f"{folder}/done.json")
         return done
     rejected: Counter[str] = Counter()
-    rows = chunks = 0
-    for chunk in read_pair_file(file, source):
+    matches: dict[str, Counter[str]] = {}
+    rows = records = chunks = 0
+    name = folder.replace("staging/", "")
+    for chunk, report in _cleaned(_read_chunks(source, file), config.decontaminate):
         storage.write_table(f"{folder}/pairs-{chunks:05d}.parquet", chunk.pairs)
         if chunk.rejects.num_rows:
-            storage.write_table(f"rejects/ingest/{folder.replace('staging/', '')}-{chunks:05d}.parquet", chunk.rejects)
+            storage.write_table(f"rejects/ingest/{name}-{chunks:05d}.parquet", chunk.rejects)
+        if report.num_rows:
+            storage.write_table(f"decontamination/{name}-{chunks:05d}.parquet", report)
+            for benchmark, kind in set(zip(*(report.column(column).to_pylist() for column in ("benchmark", "kind")), strict=True)):
+                mine = pc.and_(pc.equal(report["benchmark"], benchmark), pc.equal(report["kind"], kind))
+                matches.setdefault(benchmark, Counter())[kind] += pc.count_distinct(report["pair_id"].filter(mine)).as_py()
         rejected.update(count_reasons(chunk.rejects))
-        rows += chunk.pairs.num_rows + chunk.rejects.num_rows
+        rows += chunk.num_rows_read
+        records += chunk.num_records
         chunks += 1
-    if rows and rejected.total() > max_rejected_fraction * rows:
+    unexpected = rejected.total() - sum(rejected[reason.value] for reason in _EXPECTED_REASONS)
+    if records and unexpected > config.max_rejected_fraction * records:
         raise InputError(
-            f"{file}: {rejected.total()} of {rows} rows refused ({dict(rejected)}), more than {max_rejected_fraction:.0%}; "
+            f"{file}: {unexpected} of {records} rows refused ({dict(rejected)}), more than {config.max_rejected_fraction:.0%}; "
             f"the rows are under {storage.join('rejects/ingest')}; see the formats in the README, or raise max_rejected_fraction"
         )
-    done = {"source": number, "file": file, "rows": rows, "chunks": chunks, "rejected": dict(rejected)}
+    done = {"source": number, "file": file, "rows": rows, "records": records, "chunks": chunks, "rejected": dict(rejected)}
+    done["matches"] = {benchmark: dict(sorted(counts.items())) for benchmark, counts in sorted(matches.items())}
     storage.write_json(f"{folder}/done.json", done)
     return done
+
+
+def _read_chunks(source: SourceConfig, file: str) -> Iterator[Chunk]:
+    if source.path:
+        return read_pair_file(file, source)
+    return read_hub_chunks(source, max_rows=MAX_CHUNK_ROWS, max_bytes=MAX_CHUNK_BYTES)
+
+
+def _cleaned(chunks: Iterator[Chunk], config: DecontaminateConfig) -> Iterator[tuple[Chunk, pa.Table]]:
+    """Yield chunks without contaminated pairs (where they are to be dropped) and the report on each."""
+    index = _benchmark_index(config)
+    for chunk in chunks:
+        found = find_matches(chunk.pairs, index) if config.benchmarks else []
+        report = matches_table(chunk.pairs, found) if found else MATCHES_SCHEMA.empty_table()
+        yield (drop_contaminated(chunk, found) if found and config.action is Action.DROP else chunk), report
+
+
+@lru_cache(maxsize=1)
+def _benchmark_index(config: DecontaminateConfig) -> BenchmarkIndex:
+    """Return the index of a worker; every process that stages files builds it once."""
+    return BenchmarkIndex(read_benchmarks(config), candidates=config.candidates)
 
 
 def _write_pool(storage: Storage, name: str, route: Route, shards: Sequence[ShardPlan], paths: Sequence[str]) -> Pool | None:
@@ -219,34 +316,22 @@ def _write_duplicates(storage: Storage, name: str, number: int, part: DuplicateP
     storage.write_table(f"rejects/ingest/{name[:8]}/duplicates-{number:05d}.parquet", rejects)
 
 
-def _account(sources: Sequence[SourceConfig], staged: Sequence[_Staged], plan: IngestPlan, pools: dict[Route, Pool]) -> dict[str, Any]:
-    rejected: Counter[str] = Counter()
-    for entry in staged:
-        rejected.update(entry.rejected)
-    rejected["duplicate"] += sum(plan.num_duplicates().values())
-    rows_read = sum(entry.rows for entry in staged)
-    pooled = {route.value: pool.num_rows for route, pool in pools.items()}
-    if rows_read != sum(pooled.values()) + rejected.total():
-        raise SynprefError(f"ingest lost rows: {rows_read} read, {sum(pooled.values())} in pools, {rejected.total()} rejected; please report this")
-    contradicted = {route.value: sum(shard.num_contradicted for shard in plan.shards[route]) for route in pools}
-    per_source = {}
-    for number, source in enumerate(sources):
-        mine = [entry for entry in staged if entry.source == number]
-        per_source[source.name] = {"rows": sum(entry.rows for entry in mine), "route": source.route.value}
-    return {
-        "rows_read": rows_read,
-        "pools": pooled,
-        "rejected": dict(sorted(rejected.items())),
-        "contradicted": contradicted,
-        "sources": per_source,
-    }
-
-
 def _closing_table(summary: dict[str, Any]) -> str:
     rows = [("read", str(summary["rows_read"]))]
+    if summary.get("records", summary["rows_read"]) != summary["rows_read"]:
+        rows.append(("  pairs and rejects that these rows make", str(summary["records"])))
     rows += [(f"pool {name}", str(count)) for name, count in summary["pools"].items()]
     rows += [(f"  of them contradicted, {name}", str(count)) for name, count in summary["contradicted"].items() if count]
     rows += [(f"rejected: {reason}", str(count)) for reason, count in summary["rejected"].items() if count]
+    for benchmark, counts in summary.get("benchmarks", {}).items():
+        rows += [(f"{benchmark}: {_MATCH_WORDS[MatchKind(kind)]}", str(count)) for kind, count in counts.items()]
     absent = [route.value for route in (Route.SEED, Route.UNVERIFIED) if not summary["pools"].get(route.value)]
     hints = [f"no file fed the pool {name}, which Stage 1 needs: give it files whose names begin with {name}, in a new workspace" for name in absent]
     return "\n".join([format_table(("pairs", "count"), rows), *hints])
+
+
+_MATCH_WORDS = {
+    MatchKind.OVERLAP: "share 13 words",
+    MatchKind.EXACT: "equal a short prompt",
+    MatchKind.CANDIDATE: "share 5 to 12 words (kept, for a judge)",
+}

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from synpref_ray.errors import InputError, SchemaError
-from synpref_ray.ingest import readers
+from synpref_ray.ingest import lines
 from synpref_ray.ingest.chunk import Chunk, count_reasons
 from synpref_ray.ingest.readers import read_pair_file, read_source
 from synpref_ray.ingest.source import FileFormat, PairColumns, SourceConfig
@@ -258,7 +258,7 @@ def test_parquet_without_rows_has_no_chunks(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 2**20)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"[" + b'{"prompt": "q"},' * 100_000)
     with pytest.raises(InputError, match="line 1 is longer than 1 MiB"):

@@ -1,0 +1,115 @@
+"""What became of every row: per source, records read == kept + rejected by reason + duplicates + contaminated, checked; and the licences.
+
+A record is a pair that a row proposes, or a refused row: a row, where a row is a pair.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import Field
+
+from synpref_ray.config import Settings
+from synpref_ray.errors import SynprefError
+from synpref_ray.ingest.plan import IngestPlan
+from synpref_ray.ingest.source import Route, SourceConfig
+from synpref_ray.schema import DropReason
+
+
+class StagedFile(Settings):
+    """What reading one file gave: its source (by number), rows, records, staged chunks, and rejects by reason."""
+
+    source: int
+    file: str
+    rows: int
+    records: int
+    chunks: int
+    rejected: dict[str, int]
+    matches: dict[str, dict[str, int]] = Field(default={})
+    """By benchmark, the pairs that match it, by kind."""
+
+
+def account(sources: Sequence[SourceConfig], staged: Sequence[StagedFile], plan: IngestPlan, pools: Mapping[Route, int]) -> dict[str, Any]:
+    """Count what became of everything that was read.
+
+    Args:
+        staged: in the order of the plan's chunks.
+        pools: the pools that were made, and how many pairs each holds.
+
+    Raises:
+        SynprefError: counts do not add up, for a source or in all: a fault of ours.
+    """
+    kept: Counter[int] = Counter()
+    source_of_chunk = [entry.source for entry in staged for _ in range(entry.chunks)]
+    for shards in plan.shards.values():
+        for part in (part for shard in shards for part in shard.parts):
+            kept[source_of_chunk[part.chunk]] += len(part.rows)
+    duplicates = plan.num_duplicates()
+    per_source = {
+        source.name: _account_source(source, [entry for entry in staged if entry.source == number], kept[number], duplicates.get(source.name, 0))
+        for number, source in enumerate(sources)
+    }
+    rejected: Counter[str] = Counter()
+    for counts in per_source.values():
+        rejected.update(counts["rejected"])
+        rejected.update({DropReason.CONTAMINATED.value: counts["contaminated"], DropReason.DUPLICATE.value: counts["duplicates"]})
+    pooled = {route.value: count for route, count in pools.items()}
+    records = sum(entry.records for entry in staged)
+    if records != sum(pooled.values()) + rejected.total():
+        raise SynprefError(f"ingest lost rows: {records} records, {sum(pooled.values())} in pools, {rejected.total()} rejected; please report this")
+    summary = {
+        "rows_read": sum(entry.rows for entry in staged),
+        "records": records,
+        "pools": pooled,
+        "rejected": {reason: count for reason, count in sorted(rejected.items()) if count or reason == DropReason.DUPLICATE},
+        "contradicted": {route.value: sum(shard.num_contradicted for shard in plan.shards[route]) for route in pools},
+        "sources": per_source,
+        "licences": _licence_table(per_source),
+    }
+    matches = _sum_matches(staged)
+    return {**summary, "benchmarks": matches} if matches else summary
+
+
+def _account_source(source: SourceConfig, staged: Sequence[StagedFile], kept: int, duplicates: int) -> dict[str, Any]:
+    rejected: Counter[str] = Counter()
+    for entry in staged:
+        rejected.update(entry.rejected)
+    contaminated = rejected.pop(DropReason.CONTAMINATED.value, 0)
+    records = sum(entry.records for entry in staged)
+    if records != kept + rejected.total() + duplicates + contaminated:
+        raise SynprefError(
+            f"ingest lost rows of source {source.name!r}: {records} records, {kept} kept, {rejected.total()} rejected, {duplicates} duplicates, "
+            f"{contaminated} contaminated; please report this"
+        )
+    counts: dict[str, Any] = {
+        "rows": sum(entry.rows for entry in staged),
+        "records": records,
+        "kept": kept,
+        "rejected": dict(sorted(rejected.items())),
+        "duplicates": duplicates,
+        "contaminated": contaminated,
+        "route": source.route.value,
+        "label_kind": source.label_kind.value,
+        "licence": source.licence or "unknown",
+    }
+    published = {"catalogue": source.catalogue, "hub": source.hub.dataset, "revision": source.hub.revision}
+    return {**counts, **{name: value for name, value in published.items() if value}}
+
+
+def _licence_table(per_source: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the pairs kept and the sources, by licence."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, counts in per_source.items():
+        entry = table.setdefault(counts["licence"], {"pairs": 0, "sources": []})
+        entry["pairs"] += counts["kept"]
+        entry["sources"].append(name)
+    return dict(sorted(table.items()))
+
+
+def _sum_matches(staged: Sequence[StagedFile]) -> dict[str, dict[str, int]]:
+    """Return by benchmark how many staged pairs match it, by kind."""
+    totals: dict[str, Counter[str]] = {}
+    for entry in staged:
+        for benchmark, counts in entry.matches.items():
+            totals.setdefault(benchmark, Counter()).update(counts)
+    return {benchmark: dict(sorted(counts.items())) for benchmark, counts in sorted(totals.items())}

@@ -1,0 +1,287 @@
+"""Benchmark prompts in preference pairs: overlaps of 13 words, equal short prompts, and shorter overlaps that a judge has yet to confirm.
+
+Paper: App. C drops a pair whose text shares a 13-gram with the first-turn prompt of a benchmark; v3 looks for n = 5..13 on prompt, chosen and
+rejected and lets a judge strike false alarms. Our choice, all else:
+
+- Words are runs of letters and digits, case-folded; a Han or kana character is a word of its own. Prompt turns and replies are looked at one by one,
+  so that no n-gram spans two of them.
+- A benchmark prompt of fewer than 13 words has no 13-gram: it matches a user turn that equals it after this normalisation.
+- Overlaps of 5 to 12 words only propose: one candidate a pair, the longest; nothing is dropped for it.
+
+Speed: words become numbers of a vocabulary of the benchmarks alone, and n-grams rolling hashes, so that most texts cost one pass; a hit is then
+compared word by word. N benchmark items, W words of a text.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field
+
+from synpref_ray.config import Settings
+from synpref_ray.errors import InputError
+from synpref_ray.ingest.chunk import REJECTS_SCHEMA, Chunk, row_to_json
+from synpref_ray.ingest.readers import read_file_rows
+from synpref_ray.ingest.source import FileFormat, SourceConfig, list_source_files
+from synpref_ray.schema import DropReason, Role
+
+FULL_NGRAM = 13  # App. C
+MIN_NGRAM = 5  # App. C (v3)
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # ours: odd, so that powers do not vanish; collisions only cost a comparison
+_UNKNOWN = -1
+
+Words = tuple[str, ...]
+
+
+class MatchKind(StrEnum):
+    """How a pair meets a benchmark prompt."""
+
+    OVERLAP = "overlap"
+    """A shared n-gram of 13 words."""
+    EXACT = "exact"
+    """A user turn equals a prompt of fewer than 13 words."""
+    CANDIDATE = "candidate"
+    """A shared n-gram of 5 to 12 words: for a judge to say."""
+
+
+class Action(StrEnum):
+    """What happens to pairs with an overlap or an exact match."""
+
+    DROP = "drop"
+    REPORT = "report"
+
+
+class BenchmarkFile(Settings):
+    """A benchmark's file or folder of files."""
+
+    path: str = Field(min_length=1)
+    name: str = ""
+    """Empty: the path, as given."""
+    format: FileFormat = FileFormat.AUTO
+    """A `.json` file is one array, or JSON lines where it says so here."""
+    prompt: tuple[str, ...] = ("prompt", "question", "conversation_input", "instruction")  # ours: the names in the benchmarks of the paper
+    """Columns that may hold the prompt (text or messages); the first that a row has."""
+    id: tuple[str, ...] = ("id", "pair_id", "pair_uid")
+    """Columns that may hold the item's id; else its number in the file."""
+
+
+class DecontaminateConfig(Settings):
+    """Which benchmarks to look for, and what to do."""
+
+    benchmarks: tuple[BenchmarkFile, ...] = ()
+    action: Action = Action.DROP
+    candidates: bool = True
+    """Whether overlaps of 5 to 12 words are looked for and reported."""
+
+
+class BenchmarkItem(NamedTuple):
+    """A first-turn prompt of a benchmark, as words."""
+
+    benchmark: str
+    item: str
+    words: Words
+
+
+class Match(NamedTuple):
+    """One meeting of a text with a benchmark prompt; `ngram` is the normalised text they share."""
+
+    kind: MatchKind
+    benchmark: str
+    item: str
+    field: str
+    n: int
+    ngram: str
+
+
+MATCHES_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        *(pa.field(name, pa.string(), nullable=False) for name in ("kind", "benchmark", "item", "field")),
+        pa.field("n", pa.int32(), nullable=False),
+        pa.field("ngram", pa.string(), nullable=False),
+    ]
+)
+
+
+def split_words(text: str) -> Words:
+    """Return a text's words as they are compared."""
+    return tuple(_WORD.findall(text.casefold()))
+
+
+def first_turn(prompt: object) -> str | None:
+    """Return the first user message of a prompt (text or messages), None if there is none."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, list | tuple):
+        for message in prompt:
+            if isinstance(message, Mapping) and message.get("role") == Role.USER and isinstance(message.get("content"), str):
+                return str(message["content"])
+    return None
+
+
+def read_benchmarks(config: DecontaminateConfig) -> list[BenchmarkItem]:
+    """Read the first-turn prompts of all benchmarks, in order.
+
+    Raises:
+        InputError: a file is not there or not readable, or has not one prompt.
+    """
+    items = []
+    for benchmark in config.benchmarks:
+        name = benchmark.name or benchmark.path
+        files = list_source_files(SourceConfig(name=name, path=benchmark.path, format=benchmark.format))
+        for file in files:
+            found = list(_read_items(file, name, benchmark))
+            if not found:
+                raise InputError(f"benchmark {name}: no row of {file} has a prompt in one of the columns {', '.join(benchmark.prompt)}")
+            items += found
+    return items
+
+
+def _read_items(file: str, name: str, benchmark: BenchmarkFile) -> Iterator[BenchmarkItem]:
+    named_json = file.lower().endswith((".json", ".json.gz")) and benchmark.format is FileFormat.AUTO
+    for row in read_file_rows(file, FileFormat.JSON if named_json else benchmark.format):
+        prompt = next((text for column in benchmark.prompt if (text := first_turn(row.values.get(column))) is not None), None)
+        own = next((row.values[column] for column in benchmark.id if row.values.get(column) is not None), row.number)
+        if prompt is not None and (words := split_words(prompt)):
+            yield BenchmarkItem(name, str(own), words)
+
+
+class BenchmarkIndex:
+    """The n-grams of benchmark prompts, ready to be looked up; built once per process, some hundred bytes a word."""
+
+    def __init__(self, items: Sequence[BenchmarkItem], *, candidates: bool = True):
+        self._items = items
+        self._sizes = range(MIN_NGRAM if candidates else FULL_NGRAM, FULL_NGRAM + 1)
+        self._vocabulary: dict[str, int] = {}
+        self._exact: dict[Words, list[int]] = {}
+        places: dict[int, dict[int, list[tuple[int, int]]]] = {n: {} for n in self._sizes}
+        for number, item in enumerate(items):
+            ids = np.array([self._vocabulary.setdefault(word, len(self._vocabulary)) for word in item.words], np.int64)
+            if len(item.words) < FULL_NGRAM:
+                self._exact.setdefault(item.words, []).append(number)
+            for n, hashes in _rolling_hashes(ids, FULL_NGRAM):
+                if n in places:
+                    for start, key in enumerate(hashes.tolist()):
+                        places[n].setdefault(key, []).append((number, start))
+        self._places = places
+        self._known = {n: np.sort(np.fromiter(found, np.uint64, len(found))) for n, found in places.items()}
+
+    def find(self, prompt: Sequence[Mapping[str, str]], chosen: str, rejected: str) -> list[Match]:
+        """Return the matches of a pair: every benchmark item with an overlap or an exact match once, else at most one candidate."""
+        texts = [(f"prompt.{place}", message["content"], message["role"] == Role.USER) for place, message in enumerate(prompt)]
+        texts += [("chosen", chosen, False), ("rejected", rejected, False)]
+        sure: dict[int, Match] = {}
+        best: tuple[int, Match] | None = None
+        for field, text, is_user in texts:
+            words = split_words(text)
+            if is_user:
+                for number in self._exact.get(words, ()):
+                    sure.setdefault(number, self._match(MatchKind.EXACT, number, field, words))
+            for n, number, ngram in self._overlaps(words):
+                if n == FULL_NGRAM:
+                    sure.setdefault(number, self._match(MatchKind.OVERLAP, number, field, ngram))
+                elif best is None or n > best[0]:
+                    best = n, self._match(MatchKind.CANDIDATE, number, field, ngram)
+        return list(sure.values()) or ([best[1]] if best is not None else [])
+
+    def _match(self, kind: MatchKind, number: int, field: str, ngram: Words) -> Match:
+        item = self._items[number]
+        return Match(kind, item.benchmark, item.item, field, len(ngram), " ".join(ngram))
+
+    def _overlaps(self, words: Words) -> Iterator[tuple[int, int, Words]]:
+        """Yield (n, item, n-gram) for every item with a 13-gram in these words, and for one item of the longest shorter n-gram."""
+        ids = np.fromiter(map(self._vocabulary.get, words, repeat(_UNKNOWN)), np.int64, len(words))
+        if len(ids) < self._sizes[0] or not (ids >= 0).any():
+            return
+        shorter: tuple[int, int, Words] | None = None
+        for n, hashes in _rolling_hashes(ids, FULL_NGRAM):
+            if n not in self._places:
+                continue
+            windows = _known_windows(ids, n)
+            if len(windows) == 0:
+                break  # nor has any longer window only words of the vocabulary
+            for start in windows[_contains(self._known[n], hashes[windows])].tolist():
+                ngram = words[start : start + n]
+                numbers = [
+                    number for number, at in self._places[n][int(hashes[start])] if self._items[number].words[at : at + n] == ngram
+                ]  # a hash may collide; words do not
+                if n == FULL_NGRAM:
+                    yield from ((n, number, ngram) for number in dict.fromkeys(numbers))
+                elif numbers:
+                    shorter = n, numbers[0], ngram
+                    break
+        if shorter is not None:
+            yield shorter
+
+
+def _rolling_hashes(ids: npt.NDArray[np.int64], longest: int) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+    """Yield (n, hash of every window of n words) for n = 1 … longest; one step longer costs one multiplication and one addition a window."""
+    values = (ids + 1).astype(np.uint64)
+    hashes = np.zeros(len(ids), np.uint64)
+    for n in range(1, min(longest, len(ids)) + 1):
+        hashes = hashes[: len(ids) - n + 1] * _BASE + values[n - 1 :]
+        yield n, hashes
+
+
+def _known_windows(ids: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.int64]:
+    """Return where windows of n words start that the vocabulary has every word of."""
+    unknown = np.concatenate([[0], np.cumsum(ids < 0)])
+    return np.flatnonzero(unknown[n:] == unknown[:-n])
+
+
+def _contains(known: npt.NDArray[np.uint64], hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    if len(known) == 0:
+        return np.zeros(len(hashes), np.bool_)
+    places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+    result: npt.NDArray[np.bool_] = known[places] == hashes
+    return result
+
+
+def find_matches(pairs: pa.Table, index: BenchmarkIndex) -> list[list[Match]]:
+    """Return the matches of every pair of a table with prompt, chosen and rejected."""
+    columns = (pairs.column(name).to_pylist() for name in ("prompt", "chosen", "rejected"))
+    return [index.find(*values) for values in zip(*columns, strict=True)]
+
+
+def drop_contaminated(chunk: Chunk, matches: Sequence[Sequence[Match]]) -> Chunk:
+    """Move pairs with an overlap or an exact match to the rejects, each with the first such match."""
+    hits = [place for place, found in enumerate(matches) if is_contaminated(found)]
+    if not hits:
+        return chunk
+    pairs = chunk.pairs.take(pa.array(hits))
+    texts = []
+    for place, row in zip(hits, pairs.select(["prompt", "chosen", "rejected", "source_id"]).to_pylist(), strict=True):
+        match = next(match for match in matches[place] if match.kind is not MatchKind.CANDIDATE)
+        texts.append(row_to_json({**row, "contamination": {**match._asdict(), "kind": match.kind.value}}))
+    columns = {name: pairs.column(name) for name in ("source", "file", "row")}
+    columns |= {"reason": pa.repeat(pa.scalar(DropReason.CONTAMINATED.value), len(hits)), "row_json": pa.array(texts, pa.string())}
+    rejects = pa.concat_tables([chunk.rejects, pa.table(columns).cast(REJECTS_SCHEMA)])
+    keep = np.ones(chunk.pairs.num_rows, np.bool_)
+    keep[hits] = False
+    return chunk._replace(pairs=chunk.pairs.filter(pa.array(keep)), rejects=rejects)
+
+
+def is_contaminated(matches: Iterable[Match]) -> bool:
+    """Whether matches say more than that a judge should look."""
+    return any(match.kind is not MatchKind.CANDIDATE for match in matches)
+
+
+def matches_table(pairs: pa.Table, matches: Sequence[Sequence[Match]]) -> pa.Table:
+    """Return the report: one line a match, naming pair, benchmark item and n-gram (MATCHES_SCHEMA)."""
+    names = ("pair_id", "source", "file", "row")
+    rows = zip(*(pairs.column(name).to_pylist() for name in names), strict=True)
+    lines = [
+        dict(zip(names, row, strict=True)) | {**match._asdict(), "kind": match.kind.value}
+        for row, found in zip(rows, matches, strict=True)
+        for match in found
+    ]
+    return pa.Table.from_pylist(lines, schema=MATCHES_SCHEMA)

@@ -1,0 +1,46 @@
+"""Streaming with `datasets`, from a local folder in the hub's layout: the same pairs as the files give."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from synpref_ray.errors import InputError
+from synpref_ray.ingest.catalogue import with_catalogue
+from synpref_ray.ingest.hub import hub_address, pin_revision, read_hub_chunks
+from synpref_ray.ingest.readers import read_pair_file
+from synpref_ray.ingest.source import FileFormat, HubDataset, SourceConfig
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.mark.parametrize(("name", "files"), [("helpsteer3", "preference/train.jsonl"), ("skywork_80k", "train.jsonl"), ("helpsteer2", "train.jsonl")])
+def test_streamed_rows_make_the_same_pairs(tmp_path: Path, name: str, files: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set" / files).parent.mkdir(parents=True)
+    shutil.copy(FIXTURES / f"{name}.jsonl", tmp_path / "set" / files)
+    source = with_catalogue(SourceConfig(name=name, format=FileFormat.JSONL)).model_copy(
+        update={"hub": HubDataset(dataset=str(tmp_path / "set"), files=files)}
+    )
+    streamed = list(read_hub_chunks(source, max_rows=2, max_bytes=1 << 20))
+    read = list(read_pair_file(str(FIXTURES / f"{name}.jsonl"), source))
+    assert len(streamed) > 1 or name == "helpsteer2"
+    columns = ["pair_id", "source_id", "row"]
+    assert [pair for chunk in streamed for pair in chunk.pairs.select(columns).to_pylist()] == [
+        pair for chunk in read for pair in chunk.pairs.select(columns).to_pylist()
+    ]
+    assert sum(chunk.num_rows_read for chunk in streamed) == sum(chunk.num_rows_read for chunk in read)
+
+
+def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read hf://datasets/"):
+        list(read_hub_chunks(SourceConfig(name="a", hub=HubDataset(dataset=str(tmp_path / "gone"))), max_rows=1, max_bytes=1))
+    with pytest.raises(InputError, match="give a local copy as its path"):
+        pin_revision(HubDataset(dataset="nobody/nothing"))  # the tests are offline
+    with pytest.raises(InputError, match="is a folder"):
+        pin_revision(HubDataset(dataset=str(tmp_path)))
+
+
+def test_an_address_says_what_was_read() -> None:
+    hub = HubDataset(dataset="nvidia/HelpSteer3", revision="abc", config="preference")
+    assert hub_address(hub) == "hf://datasets/nvidia/HelpSteer3@abc#preference,train"
