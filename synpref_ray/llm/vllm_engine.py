@@ -8,7 +8,6 @@ outlive a parent that is killed with SIGKILL, so whoever runs it that way must s
 """
 
 import logging
-import math
 import os
 import queue
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.errors import ConfigError
+from synpref_ray.llm.choices import Watched, normalise_logprobs, watched_tokens
 from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment
 from synpref_ray.llm.tokens import PlainEncoder
 
@@ -32,7 +32,7 @@ class _Job:
     tokens: list[int]
     outbox: "queue.SimpleQueue[Reply | str]"  # the reply, or why there will be none
     max_tokens: int
-    watched: tuple[int, tuple[int, ...]] | None  # where the choices first differ, and the token of each there
+    watched: Watched | None  # where the choices first differ
 
 
 class VllmEngine:
@@ -125,7 +125,7 @@ class VllmEngine:
             return _Job(request, tokens, outbox, request.max_new_tokens, None)
         choices = [self._encoder.encode_text(choice) for choice in request.choices]
         # The last token of the longest choice ends the reply; waiting for an end-of-text token would cost every vote one more forward pass.
-        return _Job(request, tokens, outbox, min(request.max_new_tokens, max(map(len, choices))), _watched_tokens(choices))
+        return _Job(request, tokens, outbox, min(request.max_new_tokens, max(map(len, choices))), watched_tokens(choices))
 
     def _submit(self, jobs: list[_Job]) -> None:
         with self._lock:
@@ -209,16 +209,6 @@ class VllmEngine:
                 job.outbox.put(reason)
 
 
-def _watched_tokens(choices: list[list[int]]) -> tuple[int, tuple[int, ...]] | None:
-    """Return the first position at which all choices differ, with their tokens there; None when some differ earlier than others."""
-    for position, column in enumerate(zip(*choices, strict=False)):
-        if len(set(column)) == len(column):
-            return position, column
-        if len(set(column)) > 1:
-            break
-    return None
-
-
 def _set_environment(config: EngineConfig) -> None:
     wanted = engine_environment(config)
     if "torch" in sys.modules and os.environ.get("OMP_WAIT_POLICY") != wanted.get("OMP_WAIT_POLICY"):
@@ -297,7 +287,7 @@ def _sampling(job: _Job, config: EngineConfig) -> Any:
     )
 
 
-def _choice_logprobs(watched: tuple[int, tuple[int, ...]] | None, completion: Any) -> tuple[float, ...] | None:
+def _choice_logprobs(watched: Watched | None, completion: Any) -> tuple[float, ...] | None:
     """Normalise the log-probabilities of the tokens that tell the choices apart; None when the reply went another way."""
     if watched is None or not completion.logprobs or len(completion.logprobs) <= watched[0]:
         return None
@@ -305,7 +295,4 @@ def _choice_logprobs(watched: tuple[int, tuple[int, ...]] | None, completion: An
     table = completion.logprobs[position]
     if completion.token_ids[position] not in tokens or any(token not in table for token in tokens):
         return None
-    raw = [table[token].logprob for token in tokens]
-    top = max(raw)
-    total = top + math.log(sum(math.exp(value - top) for value in raw))
-    return tuple(value - total for value in raw)
+    return normalise_logprobs([table[token].logprob for token in tokens])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from synpref_ray.errors import ConfigError
+from synpref_ray.llm.choices import Watched, log_sum, normalise_logprobs, watched_tokens
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import REFUSED, Reply, Request
 from synpref_ray.llm.tokens import PlainEncoder
@@ -60,7 +61,7 @@ class WireRequest:
     known_tokens: int
     worst_prompt_tokens: int
     max_tokens: int
-    watched: tuple[int, tuple[int, ...]] | None
+    watched: Watched | None
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Wire:
         if request.choices is not None:
             choices = [self._encoder.encode_text(choice) for choice in request.choices]
             max_tokens = min(max_tokens, max(map(len, choices)))  # as VllmEngine: no pass for an end-of-text token
-            watched = _watched_tokens(choices)
+            watched = watched_tokens(choices)
             if self._config.logprobs and (watched is not None or self._config.guidance != "vllm"):
                 body["logprobs"] = _TOP_COMPLETIONS
         if self._config.guidance == "vllm":
@@ -173,9 +174,7 @@ class Wire:
         text = "".join(message["content"] for message in messages)
         return self._finish(request, "/chat/completions", body, max_tokens, self.count_tokens(text), None)
 
-    def _finish(
-        self, request: Request, path: str, body: dict[str, Any], max_tokens: int, known_tokens: int, watched: tuple[int, tuple[int, ...]] | None
-    ) -> WireRequest:
+    def _finish(self, request: Request, path: str, body: dict[str, Any], max_tokens: int, known_tokens: int, watched: Watched | None) -> WireRequest:
         config = self._config
         max_tokens += config.extra_output_tokens
         body |= {"model": config.model, "temperature": request.temperature, config.max_tokens_field: max_tokens}
@@ -289,23 +288,15 @@ def _unwrap_choice(text: str) -> str:
     return value["choice"] if isinstance(value, dict) and isinstance(value.get("choice"), str) else text
 
 
-def _watched_tokens(choices: Sequence[Sequence[int]]) -> tuple[int, tuple[int, ...]] | None:
-    """Return the first position at which all choices differ, with their tokens there; None when some differ earlier than others."""
-    for position, column in enumerate(zip(*choices, strict=False)):
-        if len(set(column)) == len(column):
-            return position, column
-        if len(set(column)) > 1:
-            break
-    return None
-
-
-def _of_tokens(watched: tuple[int, tuple[int, ...]], steps: Sequence[tuple[str, Mapping[str, float]]]) -> tuple[float, ...] | None:
+def _of_tokens(watched: Watched, steps: Sequence[tuple[str, Mapping[str, float]]]) -> tuple[float, ...] | None:
     position, tokens = watched
     if len(steps) <= position:
         return None
     names = [f"token_id:{token}" for token in tokens]
     chosen, table = steps[position]
-    return _normalise([table.get(name) for name in names]) if chosen in names else None
+    if chosen not in names or any(name not in table for name in names):
+        return None
+    return normalise_logprobs([table[name] for name in names])
 
 
 def _of_texts(choices: Sequence[str], steps: Sequence[tuple[str, Mapping[str, float]]]) -> tuple[float, ...] | None:
@@ -318,7 +309,7 @@ def _of_texts(choices: Sequence[str], steps: Sequence[tuple[str, Mapping[str, fl
             name = _named(choices, token)
             if name is not None:
                 found[name].append(value)
-        return _normalise([_log_sum(found[choice]) if found[choice] else None for choice in choices])
+        return normalise_logprobs([log_sum(found[choice]) for choice in choices]) if all(found.values()) else None
     return None
 
 
@@ -326,16 +317,3 @@ def _named(choices: Sequence[str], token: str) -> str | None:
     text = token.strip(" \n\t\"'")
     fits = [choice for choice in choices if text and choice.startswith(text)]
     return fits[0] if len(fits) == 1 else None
-
-
-def _normalise(raw: Sequence[float | None]) -> tuple[float, ...] | None:
-    known = [value for value in raw if value is not None]
-    if len(known) != len(raw):
-        return None
-    total = _log_sum(known)
-    return tuple(value - total for value in known)
-
-
-def _log_sum(values: Sequence[float]) -> float:
-    top = max(values)
-    return top + math.log(sum(math.exp(value - top) for value in values))
