@@ -22,6 +22,7 @@ _CHOICE_JSON_TOKENS = 16  # of {"choice": ""}, with spaces
 _TOP_CHAT, _TOP_COMPLETIONS = 20, 5  # the most that the two interfaces give
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # else vLLM takes the checkpoint's own sampling defaults
 _STRICT_LACKS = frozenset({"minLength", "maxLength"})  # keywords that strict schemas of hosted providers refuse
+_MOST_TOKENS = 10**12  # ours: no request has so many
 _CONTROL_NAMES = "s|bos|eos|pad|unk|mask|cls|sep|think|sys|system|user|assistant|turn|image|video|audio|tool|pre|suf|mid|eot|eod"
 _BAR = "\uff5c"
 _CONTROL = re.compile(
@@ -212,16 +213,31 @@ class Wire:
 
 
 def read_usage(answer: Any) -> Usage | None:
-    """Return the tokens that a body reports, None if it does not (also one that is otherwise malformed)."""
+    """Return the tokens that a body reports, also one that is otherwise malformed; None if it does not, or reports what cannot be.
+
+    All that is in `total_tokens` beside the prompt was written: some providers leave thinking out of `completion_tokens` (xAI).
+    """
     usage = answer.get("usage") if isinstance(answer, Mapping) else None
     if not isinstance(usage, Mapping):
         return None
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    try:
-        return Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0), min(int(cached or 0), int(usage["prompt_tokens"])))
-    except (KeyError, TypeError, ValueError):
+    reported = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens") if usage.get(name) is not None}
+    counts = {name: _count(value) for name, value in reported.items()}
+    prompt, written, total = (counts.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
+    if None in counts.values() or prompt is None or (written is None and total is None):
         return None
+    output = max(written or 0, (total or prompt) - prompt)
+    return Usage(prompt, output, min(_count(cached) or 0, prompt))
+
+
+def _count(value: Any) -> int | None:
+    """Return a number of tokens as a server reports it; None if it is no such number."""
+    try:
+        count = int(value)
+    except (TypeError, ValueError, OverflowError):  # 1e999 is JSON, and infinite
+        return None
+    return count if 0 <= count <= _MOST_TOKENS else None
 
 
 def _first_choice(answer: Any) -> Mapping[str, Any] | str:

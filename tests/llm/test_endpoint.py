@@ -329,6 +329,14 @@ def test_costs_are_counted_from_what_the_server_reports() -> None:
         assert engine.counts().cached_prompt_tokens == 600
 
 
+@pytest.mark.parametrize("usage", [b'{"prompt_tokens": 1e999, "completion_tokens": 1}', b'{"prompt_tokens": 5, "completion_tokens": -1}', b"null"])
+def test_a_reply_whose_usage_cannot_be_read_costs_its_worst(usage: bytes, tokenizer: str) -> None:
+    body = b'{"choices": [{"index": 0, "text": "ok", "finish_reason": "stop"}], "usage": %b}' % usage
+    with serve(lambda seen, number: Answer(body), **PRICES, api="completions", tokenizer=tokenizer) as (_, engine):
+        [reply] = engine.generate([request("12345", chat=False)])
+        assert (reply.text, reply.cost) == ("ok", pytest.approx((5 * 100 + 4 * 1000) / 1e6))
+
+
 def test_an_attempt_that_may_have_been_billed_costs_its_worst_and_one_that_was_not_costs_nothing(tokenizer: str) -> None:
     def script(seen: Seen, number: int) -> Answer:
         return Answer(completion("ok", prompt_tokens=5, output_tokens=1), fault=("reset", "429", "500", None)[number])

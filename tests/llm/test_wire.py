@@ -14,7 +14,7 @@ from synpref_ray.errors import ConfigError
 from synpref_ray.llm.endpoint_config import ENDPOINT_SETTINGS, AnyEngineConfig, EndpointConfig
 from synpref_ray.llm.engine import REFUSED, EngineConfig, Reply, Request
 from synpref_ray.llm.tokens import PlainEncoder
-from synpref_ray.llm.wire import Wire, break_control_text
+from synpref_ray.llm.wire import Usage, Wire, break_control_text, read_usage
 from tests.llm.http_server import chat, completion
 from tests.llm.test_tokens import CONTROL_IDS, TOKENIZER
 
@@ -215,6 +215,32 @@ def test_refusals_and_usage_are_read() -> None:
     del silent["usage"]
     reply = read(request("x" * 30), silent)
     assert (reply.prompt_tokens, reply.output_tokens) == (10, 2)  # our estimates
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}, Usage(10, 2, 0)),
+        ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 512}, Usage(10, 502, 0)),  # thinking beside the completion
+        ({"prompt_tokens": 10, "completion_tokens": 2}, Usage(10, 2, 0)),
+        ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 5}, Usage(10, 2, 0)),
+        ({"prompt_tokens": 10, "completion_tokens": None, "total_tokens": 13}, Usage(10, 3, 0)),
+        ({"prompt_tokens": 10, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 99}}, Usage(10, 2, 10)),
+        ({"prompt_tokens": 10, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": -1}}, Usage(10, 2, 0)),
+        ({"prompt_tokens": 10}, None),
+        ({"prompt_tokens": 10, "completion_tokens": -1}, None),
+        ({"prompt_tokens": 10, "completion_tokens": -1, "total_tokens": 12}, None),
+        ({"prompt_tokens": -10, "completion_tokens": 2, "total_tokens": 5}, None),
+        ({"completion_tokens": 2}, None),
+        ({"prompt_tokens": math.inf, "completion_tokens": 2}, None),
+        ({"prompt_tokens": 10, "completion_tokens": math.nan}, None),
+        ({"prompt_tokens": 10, "completion_tokens": 10**400}, None),
+        ({"prompt_tokens": "many", "completion_tokens": 2}, None),
+        (None, None),
+    ],
+)
+def test_what_cannot_be_a_usage_is_none(usage: Any, expected: Usage | None) -> None:
+    assert read_usage({"usage": usage}) == expected
 
 
 @pytest.mark.parametrize(
