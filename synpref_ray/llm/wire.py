@@ -117,6 +117,7 @@ class Wire:
         text, refused = found
         usage = read_usage(answer)
         text = text if refused or self._config.api == "completions" else self._mend(sent.request, text)
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is JSON, but no table takes it
         return Reply(
             key=sent.request.key,
             text=text,

@@ -206,6 +206,19 @@ def test_replies_asked_for_in_words_are_freed_of_what_is_around_them() -> None:
     assert read(request(reply_start=" "), chat(" as is "), guidance="vllm").text == " as is "
 
 
+@pytest.mark.parametrize("settings", [COMPLETIONS, {"guidance": "vllm"}, {"guidance": "openai"}, {"guidance": "none"}])
+def test_half_a_surrogate_pair_becomes_a_question_mark(settings: dict[str, Any]) -> None:
+    make = completion if settings.get("api") == "completions" else chat
+    body = json.loads(json.dumps(make("a\ud83d b \ud83d\ude00")))  # the second one is whole
+    assert read(request(), body, **settings).text == "a? b \U0001f600"
+    refused = json.loads(json.dumps(make("\udc00", finish_reason="content_filter")))
+    assert read(request(), refused, **settings).text == "?"
+
+
+def test_half_a_surrogate_pair_inside_of_a_choice_becomes_a_question_mark() -> None:
+    assert read(request(choices=("1", "2")), chat('{"choice": "\\ud800"}'), guidance="openai").text == "?"
+
+
 def test_refusals_and_usage_are_read() -> None:
     assert read(request(), chat(None, refusal="no")).finish_reason == REFUSED
     assert read(request(), chat(None, finish_reason="length")) == Reply(
