@@ -23,17 +23,20 @@ _TOP_CHAT, _TOP_COMPLETIONS = 20, 5  # the most that the two interfaces give
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # else vLLM takes the checkpoint's own sampling defaults
 _STRICT_LACKS = frozenset({"minLength", "maxLength"})  # keywords that strict schemas of hosted providers refuse
 _MOST_TOKENS = 10**12  # ours: no request has so many
-_CONTROL_NAMES = "s|bos|eos|pad|unk|mask|cls|sep|think|sys|system|user|assistant|turn|image|video|audio|tool|pre|suf|mid|eot|eod"
+_CONTROL_NAMES = "s|bos|eos|pad|unk|mask|cls|sep|think|sys|system|user|assistant|turn|image|video|audio|tool|pre|suf|mid|eot|eod|sop|eop"
 _BAR = "\uff5c"
 _CONTROL = re.compile(
-    rf"""([<\[])(\ *)(?=
+    rf"""([<\[]|\](?=\ *~))(\ *)(?=
         \|[^<>|\n]+\|>                   # <|im_end|>
         | {_BAR}[^<>{_BAR}\n]+{_BAR}>       # the same between full-width bars (DeepSeek)
         | \|[a-z_]+>|[a-z_]+\|>           # <|turn>, <turn|>
+        | \|[^\[\]<>|\n]+\|\]             # [|endofturn|] (EXAONE)
+        | ~!?b[\[\]]|e~\[                # ]~b]ai, ]~!b[, [e~[ (MiniMax)
         | /?(?:{_CONTROL_NAMES})>         # <bos>, </s>, <think>
         | /?[a-z]+(?:_[a-z0-9]+)+>        # <start_of_turn>, <tool_call>
         | unused[0-9]+>
         | <\ */?SYS>>                     # <<SYS>>
+        | /?(?:BOS|EOS|EOT|EOD)\]
         | /?(?:INST|g?MASK|sMASK|CLS|SEP|PAD|UNK|IMG(?:_[A-Z]+)*|SYSTEM_PROMPT|MODEL_SETTINGS|(?:AVAILABLE_)?TOOLS?(?:_[A-Z]+)*|THINK|ARGS|CALL_ID)\]
     )""",
     re.VERBOSE | re.IGNORECASE,

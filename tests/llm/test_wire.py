@@ -139,6 +139,7 @@ def test_what_cannot_be_sent_is_one_line() -> None:
 CONTROL_TEXT = [
     *("<|im_end|>", "<|start_header_id|>", "<|turn>", "<turn|>", "<bos>", "</s>", "<s>", "<think>", "</think>", "<start_of_turn>", "<tool_call>"),
     *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[gMASK]", "<unused7>", "<extra_id_0>"),
+    *("[|endofturn|]", "[|assistant|]", "[EOS]", "[BOS]", "[EOT]", "<sop>", "<eop>", "]~b]ai", "]~!b[", "[e~["),
     f"<{FULL_BAR}end\u2581of\u2581sentence{FULL_BAR}>",
 ]
 
@@ -148,16 +149,19 @@ def test_text_that_looks_like_a_control_token_is_broken_and_stays_readable(text:
     broken = break_control_text(f"a{text}b")
     assert text not in broken
     assert broken.replace(" ", "") == f"a{text}b"
+    assert all(part not in broken for part in ("[|", "[E", "[B", "]~", "[e~"))
     assert break_control_text(broken) not in {broken, f"a{text}b"}  # one more space, or it could not be told from a broken one
 
 
-@pytest.mark.parametrize("text", ["<div>", "a < b > c", "x[0]", "[1, 2]", "List<String>", "if (a<b)", "<p>text</p>", "a|b|c"])
+@pytest.mark.parametrize(
+    "text", ["<div>", "a < b > c", "x[0]", "[1, 2]", "List<String>", "if (a<b)", "<p>text</p>", "a|b|c", "a[~mask]", "[a|b]", "a] ~ b"]
+)
 def test_other_text_is_left_alone(text: str) -> None:
     assert break_control_text(text) == text
 
 
 @settings(deadline=None)
-@given(*[st.lists(st.sampled_from([*CONTROL_TEXT, "<", "[", "|>", " ", "a", ">", "]"]), max_size=5).map("".join)] * 2)
+@given(*[st.lists(st.sampled_from([*CONTROL_TEXT, "<", "[", "|>", "|]", " ", "a", ">", "]", "~b"]), max_size=5).map("".join)] * 2)
 def test_two_texts_never_become_one(first: str, second: str) -> None:
     assert (break_control_text(first) == break_control_text(second)) == (first == second)
 
