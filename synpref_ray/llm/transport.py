@@ -23,7 +23,7 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)  # it writes a line per re
 
 _CONNECT_SECONDS = 10.0
 _TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx
-_GATEWAY = frozenset({502, 504})  # the server behind may have answered
+_MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})  # ours: somebody lost patience or the answer, so there may have been one
 _NO_MONEY = frozenset({"insufficient_quota", "billing_not_active", "billing_hard_limit_reached", "insufficient_funds", "insufficient_balance"})
 _REFUSAL_CODES = frozenset(
     {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation", "data_inspection_failed"}
@@ -102,7 +102,9 @@ class Transport:
             return Fatal(EndpointError(f"{self._where}: the account has no credit or quota left ({said}); finished replies are kept"))
         if status in _TRANSIENT or status >= 500:
             asked = _retry_after(error.response.headers)
-            return Failed(f"HTTP {status}: {said}", may_be_billed=status in _GATEWAY, retry_after_seconds=asked, for_all=status == 429 and asked > 0)
+            return Failed(
+                f"HTTP {status}: {said}", may_be_billed=status in _MAYBE_BILLED, retry_after_seconds=asked, for_all=status == 429 and asked > 0
+            )
         if status == 401 or (status == 403 and not _is_refusal(words, error)):
             variable = f"the variable {self._config.api_key_env} (api_key_env)" if self._config.api_key_env else "no key, as api_key_env is empty"
             return Fatal(ConfigError(f"{self._where}: HTTP {status}, the key was not accepted ({said}); it comes from {variable}"))

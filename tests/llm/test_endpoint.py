@@ -329,6 +329,16 @@ def test_costs_are_counted_from_what_the_server_reports() -> None:
         assert engine.counts().cached_prompt_tokens == 600
 
 
+@pytest.mark.parametrize(("status", "attempts_paid"), [(408, 2), (429, 1), (500, 1), (502, 2), (503, 1), (504, 2), (520, 2), (521, 1), (524, 2)])
+def test_which_errors_may_have_been_billed(status: int, attempts_paid: int, tokenizer: str) -> None:
+    def script(seen: Seen, number: int) -> Answer:
+        return error(status, "no") if number == 0 else Answer(completion("ok", prompt_tokens=5, output_tokens=4))
+
+    with serve(script, **PRICES, api="completions", tokenizer=tokenizer) as (_, engine):
+        [reply] = engine.generate([request("12345", chat=False)])
+        assert reply.cost == pytest.approx(attempts_paid * (5 * 100 + 4 * 1000) / 1e6)
+
+
 @pytest.mark.parametrize("usage", [b'{"prompt_tokens": 1e999, "completion_tokens": 1}', b'{"prompt_tokens": 5, "completion_tokens": -1}', b"null"])
 def test_a_reply_whose_usage_cannot_be_read_costs_its_worst(usage: bytes, tokenizer: str) -> None:
     body = b'{"choices": [{"index": 0, "text": "ok", "finish_reason": "stop"}], "usage": %b}' % usage
