@@ -11,10 +11,14 @@ from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.engine import EngineConfig
 
+WIRE_VERSION = 1
+"""Raise it with any change of what `wire.py` sends for a request, or of how it mends and reads replies: it is part of every fingerprint."""
 ENDPOINT_SETTINGS = frozenset(
     {"model", "revision", "api", "guidance", "logprobs", "seed_requests", "bytes_per_token", "extra_output_tokens", "extra_body"}
 )
-"""Of an endpoint, what changes replies, besides the tokenizer's digest. Not its address: a server that moves keeps its name and `revision`."""
+"""Of an endpoint, what changes replies, besides the tokenizer's digest. Not its address: a server that moves keeps its name and `revision`.
+
+`bytes_per_token` counts only without a tokenizer."""
 
 _OURS = frozenset({"model", "prompt", "messages", "n", "best_of", "stream", "max_tokens", "max_completion_tokens"})
 
@@ -107,8 +111,11 @@ class EndpointConfig(Settings):
 
     def settings(self) -> dict[str, Any]:
         """Return what changes replies, for fingerprints."""
-        values = self.model_dump(mode="json", include=set(ENDPOINT_SETTINGS))
-        return values | ({"tokenizer": digest_folder(resolve_model(self.tokenizer))} if self.tokenizer else {})
+        values = {**self.model_dump(mode="json", include=set(ENDPOINT_SETTINGS)), "wire": WIRE_VERSION}
+        if self.tokenizer:
+            del values["bytes_per_token"]
+            values["tokenizer"] = digest_folder(resolve_model(self.tokenizer))
+        return values
 
     def share(self, num_workers: int) -> "EndpointConfig":
         """Return what one of several workers may ask for, so that together they keep the provider's limits. The spending limit is not split."""

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from synpref_ray.config import Settings, describe_settings, load_config
 from synpref_ray.errors import ConfigError
-from synpref_ray.llm.endpoint_config import ENDPOINT_SETTINGS, AnyEngineConfig, EndpointConfig
+from synpref_ray.llm.endpoint_config import ENDPOINT_SETTINGS, WIRE_VERSION, AnyEngineConfig, EndpointConfig
 from synpref_ray.llm.engine import REFUSED, EngineConfig, Reply, Request
 from synpref_ray.llm.tokens import PlainEncoder
 from synpref_ray.llm.wire import Usage, Wire, break_control_text, read_usage
@@ -308,11 +309,23 @@ def test_help_lists_the_settings_of_both_kinds_once() -> None:
     assert {"engine.model", "engine.dtype", "engine.base_url", "others.0.base_url"} <= set(keys)
 
 
+def test_the_fingerprint_has_the_wires_version_and_no_estimate_that_nobody_uses(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    exact = EndpointConfig(**BASE, tokenizer=str(tmp_path))
+    assert exact.settings()["wire"] == EndpointConfig(**BASE).settings()["wire"] == WIRE_VERSION
+    assert exact.model_copy(update={"bytes_per_token": 2.0}).settings() == exact.settings()
+    before = exact.settings()
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    assert exact.settings() != before
+
+
 def test_what_changes_replies_is_named_and_shares_keep_the_limits() -> None:
     assert set(EndpointConfig.model_fields) >= ENDPOINT_SETTINGS
     config = EndpointConfig(**BASE, requests_per_minute=60, tokens_per_minute=900, max_concurrent_requests=2)
     moved = config.model_copy(update={"base_url": "https://elsewhere/v1", "timeout_seconds": 1.0})
     assert moved.settings() == config.settings()
     assert config.model_copy(update={"revision": "2"}).settings() != config.settings()
+    assert config.model_copy(update={"bytes_per_token": 2.0}).settings() != config.settings()
     third = config.share(3)
     assert (third.requests_per_minute, third.tokens_per_minute, third.max_concurrent_requests) == (20.0, 300.0, 1)
