@@ -224,6 +224,8 @@ def _is_choice(text: str) -> bool:
 
 def _vote(order: int, sample: int, reply: Reply, origin: Mapping[str, str]) -> dict[str, Any]:
     vote: dict[str, Any] = {**origin, "order": order, "sample": sample, "raw": reply.text, "verdict": Verdict.ABSTAIN.value, "logprob": None}
+    if reply.finish_reason == REFUSED:
+        return vote  # whatever its text reads: the filter cut in
     try:
         choice = parse_choice(reply.text)
     except ReplyParseError:

@@ -230,6 +230,16 @@ def test_a_refusal_is_an_abstention_with_a_reason_of_its_own_and_not_asked_again
     assert engine.counts().requests_sent == 2
 
 
+def test_a_refused_reply_is_an_abstention_whatever_its_text_reads() -> None:
+    def refuse(request: Request) -> Reply:
+        logprobs = (math.log(0.9), math.log(0.1))
+        return Reply(key=request.key, text="1", finish_reason=REFUSED, prompt_tokens=1, output_tokens=1, choice_logprobs=logprobs)
+
+    table = judge_pairs(tagged(1), NO_EXEMPLARS, ScriptedEngine(refuse), config())
+    assert table["drop_reason"].to_pylist() == ["refused_by_model"]
+    assert [(vote["raw"], vote["verdict"], vote["logprob"]) for vote in table["votes"].to_pylist()[0]] == [("1", "abstain", None)] * 2
+
+
 def test_votes_say_where_they_come_from() -> None:
     [votes] = judge_pairs(tagged(1), NO_EXEMPLARS, ScriptedEngine(lambda request: "1"), config())["votes"].to_pylist()
     origins = {(vote["model"], vote["revision"], vote["prompt_version"]) for vote in votes}
