@@ -88,6 +88,7 @@ class Ledger:
         self._held_parts = 0
         self._lost: dict[str, int] = {}
         self._recorded = self._before
+        self._has_granted = False
 
     @property
     def spent(self) -> float:
@@ -106,6 +107,7 @@ class Ledger:
         name = uuid.uuid4().hex
         self._held[name] = (wanted, self._clock() + self._expires_seconds)
         self._held_parts += wanted
+        self._has_granted = True
         return name
 
     def settle(self, reservation: str, actual_cost: float) -> None:
@@ -117,8 +119,11 @@ class Ledger:
             self._spent += _parts(actual_cost)
 
     def save(self) -> None:
-        """Bring the record down to what is known now; it is raised again if more is spent."""
-        if self._record is not None:
+        """Bring the record down to what is known now; it is raised again if more is spent.
+
+        Who never spent writes nothing: the record may be that of another driver at work (a second one, whom the table's lease sent away).
+        """
+        if self._has_granted:
             self._write(self._spent + self._held_parts)
 
     def _expire(self) -> None:
@@ -137,9 +142,9 @@ class Ledger:
             self._write(max(total, min(self._limit, total + self._limit // _STEP)))
 
     def _write(self, total: int) -> None:
-        assert self._record is not None
-        self._record.write(total / _PARTS)
-        self._recorded = total
+        if self._record is not None:
+            self._record.write(total / _PARTS)
+            self._recorded = total
 
     def _why(self, wanted: int) -> str:
         earlier = f", {_show(self._before)} of it by earlier runs" if self._before else ""

@@ -80,6 +80,24 @@ def test_a_run_that_was_killed_is_remembered_with_a_little_more_than_it_spent() 
         next_run.reserve(9.0)
 
 
+def test_who_never_spent_leaves_the_record_of_who_does_alone() -> None:
+    storage = MemoryStorage()
+    record = SpendingRecord(storage, "spending")
+    first = Ledger(10.0, record)
+    assert first.reserve(4.0) is not None
+    second = Ledger(10.0, record)  # its driver finds the table taken
+    assert first.reserve(4.0) is not None
+    at_work = record.read()
+    with pytest.raises(SpendingLimitError):
+        second.reserve(9.0)
+    second.settle("unknown", 3.0)
+    second.save()
+    assert record.read() == at_work >= 8.0
+    untouched = MemoryStorage()
+    LocalBudget(1.0, SpendingRecord(untouched, "spending")).save()
+    assert untouched.objects == {}
+
+
 @pytest.mark.parametrize("damage", [b"", b"[]", b'{"spent": "x"}', b'{"spent": -1}', b'{"spent": NaN}'])
 def test_a_damaged_record_is_an_error(damage: bytes) -> None:
     storage = MemoryStorage()
