@@ -95,6 +95,7 @@ class EndpointEngine:
         self._end: SynprefError | None = None
         self._ended = asyncio.Event()
         self._slots = asyncio.Semaphore(config.max_concurrent_requests)
+        self._turn = asyncio.Lock()  # of the one request that is about to start
         self._counts = EngineCounts(requests_sent=0, replies=0, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=0, start_seconds=0.0)
         self._num_refused = 0
         self._warned = False
@@ -205,14 +206,11 @@ class EndpointEngine:
                     return self._deliver(refused, None)
 
     async def _attempt(self, trial: _Trial, call: _Call) -> "Outcome":
-        """Pace, set money aside, send, and settle."""
-        self._check_open(call)
+        """Wait for its turn, send, and settle."""
         taken = trial.sent.known_tokens + trial.sent.max_tokens
-        await self._sleep(self._pacer.take(taken))
-        while (held := self._pacer.held_seconds()) > 0 and self._end is None:
-            await self._sleep(held)
         worst = self._config.worst_cost(trial.sent.worst_prompt_tokens, trial.sent.max_tokens)
-        reservation = await self._reserve(worst, call)
+        async with self._turn:
+            reservation = await self._take_turn(taken, worst, call)
         actual, outcome = 0.0, None
         try:
             self._check_open(call)
@@ -223,12 +221,34 @@ class EndpointEngine:
         finally:  # also when the engine is closed meanwhile
             trial.cost += actual
             self._counts = replace(self._counts, cost=self._counts.cost + actual)
-            if self._budget is not None and reservation is not None:
-                self._budget.settle(reservation, actual)
+            self._settle(reservation, actual)
         usage = read_usage(getattr(outcome, "body", None))
         if usage is not None:
             self._pacer.give_back(taken - usage.prompt_tokens - usage.output_tokens)
         return outcome
+
+    async def _take_turn(self, tokens: int, worst: float, call: _Call) -> str | None:
+        """Wait until the server lets requests start, there is money, and the rates allow one more; return what is set aside.
+
+        One request at a time waits here, so none takes its place in the rates before it may start, and money is not set aside for long.
+        """
+        while True:
+            while (held := self._pacer.held_seconds()) > 0 and self._end is None:
+                await self._sleep(held)
+            reservation = await self._reserve(worst, call)
+            try:
+                await self._sleep(self._pacer.take(tokens))
+            except asyncio.CancelledError:
+                self._settle(reservation, 0.0)
+                raise
+            if self._pacer.held_seconds() <= 0 or self._end is not None:
+                return reservation
+            self._settle(reservation, 0.0)  # the server asked for a pause meanwhile
+            self._pacer.give_back(tokens, requests=1)
+
+    def _settle(self, reservation: str | None, actual: float) -> None:
+        if self._budget is not None and reservation is not None:
+            self._budget.settle(reservation, actual)
 
     def _cost_of(self, outcome: "Outcome", worst: float) -> float:
         from synpref_ray.llm.transport import Answered, Failed
@@ -249,6 +269,7 @@ class EndpointEngine:
         return cost
 
     async def _reserve(self, worst: float, call: _Call) -> str | None:
+        self._check_open(call)
         if self._budget is None or worst <= 0:
             return None
         while True:
@@ -266,9 +287,8 @@ class EndpointEngine:
 
     def _release(self, asking: "Future[str | None]") -> None:
         """Return what was set aside for a request that was dropped meanwhile."""
-        if not asking.cancelled() and asking.exception() is None and (name := asking.result()) is not None:
-            assert self._budget is not None
-            self._budget.settle(name, 0.0)
+        if not asking.cancelled() and asking.exception() is None:
+            self._settle(asking.result(), 0.0)
 
     async def _back_off(self, trial: _Trial, failed: "Failed") -> None:
         """Wait before the next attempt, or give up."""

@@ -1,5 +1,6 @@
 """An endpoint as an engine, against a real HTTP server on loopback: what is retried, what ends the job, what is never sent twice or overspent."""
 
+import asyncio
 import contextlib
 import threading
 from collections import Counter
@@ -175,6 +176,28 @@ def test_rates_are_kept() -> None:
     with LocalServer(script) as server, EndpointEngine(config(server, **settings), clock=lambda: now[0], pause=pause) as engine:
         engine.generate([request(f"p{number}") for number in range(6)])
     assert [at - 1000.0 for at in sent_at] == pytest.approx([0, 1, 3, 5, 7, 9])  # a second's worth at once, then one every 2 s
+
+
+def test_after_a_pause_that_the_server_asked_for_the_rates_still_hold() -> None:
+    now, long_waits = [1000.0], [0]
+
+    async def pause(seconds: float) -> None:
+        """Wait in virtual time: who keeps the pace until the server has asked for its pause; that one until two wait for it."""
+        until, is_long = now[0] + seconds, seconds > 50.0
+        long_waits[0] += is_long
+        while long_waits[0] < 1 + is_long:
+            await asyncio.sleep(0.001)
+        now[0] = max(now[0], until)
+
+    def script(seen: Seen, number: int) -> Answer:
+        return error(429, "slow down", **{"Retry-After": "100"}) if number == 0 else echo(seen)
+
+    settings = {"requests_per_minute": 60.0, "max_concurrent_requests": 6, "give_up_seconds": 1e6}
+    with LocalServer(script) as server, EndpointEngine(config(server, **settings), clock=lambda: now[0], pause=pause) as engine:
+        replies = engine.generate([request(f"p{number}") for number in range(6)])
+        assert [reply.text for reply in replies] == [f"P{number}" for number in range(6)]
+    # Two are sent at once. The other four, and the one that is tried again, begin after the pause: two at once, then one a second.
+    assert now[0] == pytest.approx(1103.0)
 
 
 def test_an_endpoint_that_stays_away_ends_the_engine_with_one_line() -> None:
