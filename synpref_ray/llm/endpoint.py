@@ -34,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 MAX_MALFORMED = 5
 """Bodies that are no answer, for one request, before it is given up: each may have been paid for."""
-REFUSALS_AT_START = 20
-"""If so many requests are refused and none is answered, the job ends: something is wrong with the prompts, the key or the model."""
+REFUSED_PROMPTS_TO_WARN = 50
+"""If so many different prompts are refused and none is answered, the log says so. No job ends for it: a run that goes on after another may have
+nothing left to send but what is refused, and a table with too many refused rows fails its step in the end (`max_failed_fraction`).
+"""
 _BUDGET_WAIT_SECONDS = 5.0
 _CLOSED = "the engine was closed"
 
@@ -97,7 +99,7 @@ class EndpointEngine:
         self._slots = asyncio.Semaphore(config.max_concurrent_requests)
         self._turn = asyncio.Lock()  # of the one request that is about to start
         self._counts = EngineCounts(requests_sent=0, replies=0, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=0, start_seconds=0.0)
-        self._num_refused = 0
+        self._refused_prompts: set[str] | None = set()  # until one is answered, or there are many
         self._warned = False
         self._lock = threading.Lock()  # guards _is_closed: no request may be given to a loop that has stopped
         self._is_closed = False
@@ -118,7 +120,7 @@ class EndpointEngine:
 
         Raises:
             ConfigError: a request does not fit the settings; nothing is sent then. Or the server does not accept the key, the model or the body.
-            EndpointError: the endpoint gave no answer for `give_up_seconds`, only refusals, or has no quota left.
+            EndpointError: the endpoint gave no answer for `give_up_seconds`, or has no quota left.
             SpendingLimitError: the budget is spent.
             EngineDied: the engine was closed.
         """
@@ -199,11 +201,11 @@ class EndpointEngine:
                 elif isinstance(outcome, Answered):
                     reply = self._wire.read(sent, outcome.body)
                     if isinstance(reply, Reply):
-                        return self._deliver(replace(reply, cost=trial.cost), outcome.body)
+                        return self._deliver(replace(reply, cost=trial.cost), outcome.body, sent.request.prompt)
                     await self._back_off(trial, Failed(reply, may_be_billed=True, malformed=True))
                 else:
                     refused = Reply(key=sent.request.key, text="", finish_reason=REFUSED, prompt_tokens=0, output_tokens=0, cost=trial.cost)
-                    return self._deliver(refused, None)
+                    return self._deliver(refused, None, sent.request.prompt)
 
     async def _attempt(self, trial: _Trial, call: _Call) -> "Outcome":
         """Wait for its turn, send, and settle."""
@@ -340,7 +342,7 @@ class EndpointEngine:
         first = trial.attempts == 1
         self._counts = replace(self._counts, requests_sent=self._counts.requests_sent + first, retries=self._counts.retries + (not first))
 
-    def _deliver(self, reply: Reply, body: Any) -> Reply:
+    def _deliver(self, reply: Reply, body: Any, prompt: str) -> Reply:
         usage = read_usage(body)
         self._counts = replace(
             self._counts,
@@ -349,9 +351,19 @@ class EndpointEngine:
             cached_prompt_tokens=self._counts.cached_prompt_tokens + (usage.cached_tokens if usage is not None else 0),
             output_tokens=self._counts.output_tokens + reply.output_tokens,
         )
-        self._num_refused += reply.finish_reason == REFUSED
-        if self._counts.replies == self._num_refused == REFUSALS_AT_START:
-            self._give_up(f"refused all of the first {REFUSALS_AT_START} requests, for their content")
+        if reply.finish_reason != REFUSED:
+            self._refused_prompts = None
+        elif self._refused_prompts is not None:
+            self._refused_prompts.add(prompt)
+            if len(self._refused_prompts) >= REFUSED_PROMPTS_TO_WARN:
+                self._refused_prompts = None
+                logger.warning(
+                    "%s at %s refused the first %s prompts, all that it was sent, for their content; it goes on, but look at the prompts, the key "
+                    "and the model: a table with too many refused rows fails in the end",
+                    self._config.model,
+                    self._config.base_url,
+                    REFUSED_PROMPTS_TO_WARN,
+                )
         return reply
 
     async def _shut_down(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from synpref_ray.errors import ConfigError, EndpointError, SpendingLimitError, SynprefError
-from synpref_ray.llm.endpoint import MAX_MALFORMED, REFUSALS_AT_START, EndpointEngine, open_engine
+from synpref_ray.llm.endpoint import MAX_MALFORMED, REFUSED_PROMPTS_TO_WARN, EndpointEngine, open_engine
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import REFUSED, EngineDied, Reply, Request
 from synpref_ray.llm.journal import Journal, generate_once
@@ -305,17 +305,21 @@ def test_a_refusal_is_a_reply_and_is_asked_again_by_the_next_run(kind: str) -> N
         assert server.num_seen() == 1
 
 
-def test_nothing_but_refusals_ends_the_job() -> None:
-    with serve(lambda seen, number: REFUSALS["400"], max_concurrent_requests=1) as (server, engine):
-        with pytest.raises(EndpointError, match=f"refused all of the first {REFUSALS_AT_START} requests"):
-            engine.generate([request(f"p{number}") for number in range(50)])
-        assert server.num_seen() == REFUSALS_AT_START
+def test_nothing_but_refusals_is_said_once_and_ends_no_job(caplog: pytest.LogCaptureFixture) -> None:
+    with serve(lambda seen, number: REFUSALS["400"]) as (_, engine):
+        few = [request("one pair", sample=number) for number in range(60)] + [request(f"p{number}") for number in range(REFUSED_PROMPTS_TO_WARN - 2)]
+        assert {reply.finish_reason for reply in engine.generate(few)} == {REFUSED}
+        assert "refused the first" not in caplog.text  # samples of one prompt are one prompt
+        more = [request(f"q{number}") for number in range(60)]
+        assert {reply.finish_reason for reply in engine.generate(more)} == {REFUSED}
+        assert caplog.text.count(f"refused the first {REFUSED_PROMPTS_TO_WARN} prompts") == 1
 
 
-def test_some_refusals_do_not() -> None:
+def test_refusals_after_an_answer_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
     with serve(lambda seen, number: echo(seen) if number == 0 else REFUSALS["400"], max_concurrent_requests=1) as (_, engine):
-        replies = engine.generate([request(f"p{number}") for number in range(30)])
-        assert Counter(reply.finish_reason for reply in replies) == {"stop": 1, REFUSED: 29}
+        replies = engine.generate([request(f"p{number}") for number in range(60)])
+        assert Counter(reply.finish_reason for reply in replies) == {"stop": 1, REFUSED: 59}
+        assert "refused the first" not in caplog.text
 
 
 def test_finished_requests_are_never_sent_again_after_a_crash() -> None:
