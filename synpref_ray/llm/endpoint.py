@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, EndpointError, SynprefError
 from synpref_ray.llm.endpoint_config import EndpointConfig
-from synpref_ray.llm.engine import REFUSED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request
+from synpref_ray.llm.engine import REFUSED, TOO_LONG, UNANSWERED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request
 from synpref_ray.llm.pacing import Pacer
 from synpref_ray.llm.spending import Budget, LocalBudget
 from synpref_ray.llm.tokens import PlainEncoder
@@ -101,6 +101,7 @@ class EndpointEngine:
         self._counts = EngineCounts(requests_sent=0, replies=0, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=0, start_seconds=0.0)
         self._refused_prompts: set[str] | None = set()  # until one is answered, or there are many
         self._warned = False
+        self._told_too_long = False
         self._lock = threading.Lock()  # guards _is_closed: no request may be given to a loop that has stopped
         self._is_closed = False
         self._loop = asyncio.new_event_loop()
@@ -116,10 +117,12 @@ class EndpointEngine:
         self.close()
 
     def generate(self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
-        """See `Engine.generate`; may be called by several threads at once. A refused request has a reply too (`REFUSED`).
+        """See `Engine.generate`; may be called by several threads at once. A request that is refused or does not fit has a reply too (`REFUSED`,
+        `TOO_LONG`).
 
         Raises:
-            ConfigError: a request does not fit the settings; nothing is sent then. Or the server does not accept the key, the model or the body.
+            ConfigError: a request asks a chat endpoint for plain text; nothing is sent then. Or the server does not accept the key, the
+                model or the body.
             EndpointError: the endpoint gave no answer for `give_up_seconds`, or has no quota left.
             SpendingLimitError: the budget is spent.
             EngineDied: the engine was closed.
@@ -188,9 +191,12 @@ class EndpointEngine:
 
     async def _answer(self, sent: WireRequest, call: _Call) -> Reply:
         """Try one request until there is a reply."""
-        from synpref_ray.llm.transport import Answered, Failed, Fatal
+        from synpref_ray.llm.transport import Answered, Failed, Fatal, TooLong
 
         trial = _Trial(sent)
+        if not sent.fits:
+            limit = self._config.max_context_tokens
+            return self._too_long(trial, f"{sent.known_tokens} tokens and a reply of {sent.max_tokens} do not fit max_context_tokens={limit}")
         async with self._slots:
             while True:
                 outcome = await self._attempt(trial, call)
@@ -203,9 +209,18 @@ class EndpointEngine:
                     if isinstance(reply, Reply):
                         return self._deliver(replace(reply, cost=trial.cost), outcome.body, sent.request.prompt)
                     await self._back_off(trial, Failed(reply, may_be_billed=True, malformed=True))
+                elif isinstance(outcome, TooLong):
+                    return self._deliver(self._too_long(trial, outcome.said), None, sent.request.prompt)
                 else:
-                    refused = Reply(key=sent.request.key, text="", finish_reason=REFUSED, prompt_tokens=0, output_tokens=0, cost=trial.cost)
-                    return self._deliver(refused, None, sent.request.prompt)
+                    return self._deliver(_no_answer(trial, REFUSED), None, sent.request.prompt)
+
+    def _too_long(self, trial: _Trial, why: str) -> Reply:
+        if not self._told_too_long:
+            self._told_too_long = True
+            logger.warning(
+                "%s: a prompt does not fit, and is left out, like others to come: %s; see the step's max_input_tokens", self._config.model, why
+            )
+        return _no_answer(trial, TOO_LONG)
 
     async def _attempt(self, trial: _Trial, call: _Call) -> "Outcome":
         """Wait for its turn, send, and settle."""
@@ -351,9 +366,9 @@ class EndpointEngine:
             cached_prompt_tokens=self._counts.cached_prompt_tokens + (usage.cached_tokens if usage is not None else 0),
             output_tokens=self._counts.output_tokens + reply.output_tokens,
         )
-        if reply.finish_reason != REFUSED:
+        if reply.finish_reason not in UNANSWERED:
             self._refused_prompts = None
-        elif self._refused_prompts is not None:
+        elif reply.finish_reason == REFUSED and self._refused_prompts is not None:
             self._refused_prompts.add(prompt)
             if len(self._refused_prompts) >= REFUSED_PROMPTS_TO_WARN:
                 self._refused_prompts = None
@@ -372,6 +387,10 @@ class EndpointEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._transport.close()
+
+
+def _no_answer(trial: _Trial, finish_reason: str) -> Reply:
+    return Reply(key=trial.sent.request.key, text="", finish_reason=finish_reason, prompt_tokens=0, output_tokens=0, cost=trial.cost)
 
 
 def open_engine(config: EngineConfig | EndpointConfig, budget: Budget | None = None) -> VllmEngine | EndpointEngine:

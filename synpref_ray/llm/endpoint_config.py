@@ -46,7 +46,7 @@ class EndpointConfig(Settings):
     give_up_seconds: float = Field(default=600.0, gt=0)  # ours: how long one request may fail; a server restarts within it
     backoff_seconds: float = Field(default=0.5, gt=0)  # ours: doubled at every retry, with full jitter
     max_backoff_seconds: float = Field(default=30.0, gt=0)  # ours
-    max_context_tokens: int = Field(default=0, ge=0)  # 0: unknown; else a longer request is refused before it is sent
+    max_context_tokens: int = Field(default=0, ge=0)  # 0: unknown; else a longer request is not sent, its pair is rejected
     bytes_per_token: float = Field(default=3.0, ge=1)  # ours: for counting without a tokenizer; English has over 4, most other scripts fewer
     guidance: Literal["vllm", "openai", "none"] = "openai"
     logprobs: bool = True

@@ -17,6 +17,10 @@ from synpref_ray.schema import canonical_json
 
 REFUSED = "refused"
 """The finish reason of a reply that the model or its provider declined to write; its text is empty or of no use."""
+TOO_LONG = "too_long"
+"""The finish reason in place of a reply where the prompt does not fit what serves the model; its text is empty."""
+UNANSWERED = frozenset({REFUSED, TOO_LONG})
+"""Finish reasons of replies that hold no answer, and of which another sample would be none either."""
 
 
 class EngineDied(RuntimeError):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from synpref_ray.config import Settings
-from synpref_ray.llm.engine import REFUSED, Engine, Reply, Request
+from synpref_ray.llm.engine import REFUSED, UNANSWERED, Engine, Reply, Request
 
 logger = logging.getLogger(__name__)
 
@@ -145,12 +145,12 @@ def generate_readable(
 ) -> dict[str, Reply]:
     """Return a reply for every request, by the request's key: a readable one, or after `max_retries` more samples the last unreadable one.
 
-    A refusal is an answer: it is not asked again.
+    A refusal and a prompt that is too long are answers: they are not asked again.
     """
     replies = {reply.key: reply for reply in generate_once(requests, engine, journal)}
     unique = {request.key: request for request in requests}
     for attempt in range(1, retries.max_retries + 1):
-        unreadable = [key for key in unique if replies[key].finish_reason != REFUSED and not is_readable(replies[key].text)]
+        unreadable = [key for key in unique if replies[key].finish_reason not in UNANSWERED and not is_readable(replies[key].text)]
         if not unreadable:
             break
         if journal is not None:

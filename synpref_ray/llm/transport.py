@@ -29,7 +29,10 @@ _REFUSAL_CODES = frozenset(
     {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation", "data_inspection_failed"}
 )
 _REFUSAL_WORDS = re.compile(r"content[ _-]?(filter|policy|management|moderation)|flagged|moderation|safety (system|policy|reasons)|usage polic", re.I)
-_TOO_LONG_WORDS = re.compile(r"context[ _]length|context window|maximum context|max_model_len|too many (input )?tokens|prompt is too long", re.I)
+_TOO_LONG_CODES = frozenset({"context_length_exceeded", "exceed_context_size_error"})
+_TOO_LONG_WORDS = re.compile(
+    r"context[ _](length|size|window)|maximum (context|model) length|max_model_len|too many input tokens|(prompt|input) is too long", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ class Answered:
 @dataclass(frozen=True)
 class Refused:
     """The provider declined the request itself."""
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """The request does not fit the model's context, in the server's words."""
+
+    said: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Fatal:
     error: SynprefError
 
 
-Outcome = Answered | Refused | Failed | Fatal
+Outcome = Answered | Refused | TooLong | Failed | Fatal
 
 
 class Transport:
@@ -110,8 +120,8 @@ class Transport:
             return Fatal(ConfigError(f"{self._where}: HTTP {status}, the key was not accepted ({said}); it comes from {variable}"))
         if status == 404:
             return Fatal(ConfigError(f"{self._where}: HTTP 404 ({said}): check model and base_url, which ends in /v1 with most servers"))
-        if "context_length_exceeded" in words or _TOO_LONG_WORDS.search(error.message):
-            return Fatal(ConfigError(f"{self._where}: a prompt does not fit the model ({said}): lower the step's max_input_tokens"))
+        if words & _TOO_LONG_CODES or (status in {400, 413, 422} and _TOO_LONG_WORDS.search(error.message)):
+            return TooLong(said)
         if _is_refusal(words, error):
             return Refused()
         return Fatal(

@@ -57,6 +57,7 @@ class WireRequest:
 
     Prompt and reply hold at most `worst_prompt_tokens` and `max_tokens`, as far as the server counts tokens the usual way; `known_tokens` is
     the exact number of prompt tokens, or the best estimate. `watched` is where the choices differ, and the token of each there, if known.
+    What does not fit is not to be sent.
     """
 
     request: Request
@@ -66,6 +67,7 @@ class WireRequest:
     worst_prompt_tokens: int
     max_tokens: int
     watched: Watched | None
+    fits: bool  # in the configured context, as far as we can tell
 
 
 @dataclass(frozen=True)
@@ -98,16 +100,9 @@ class Wire:
         """Return the request as it is sent.
 
         Raises:
-            ConfigError: it does not fit `max_context_tokens`, or asks a chat server to continue plain text.
+            ConfigError: it asks a chat server to continue plain text.
         """
-        written = self._completion(request) if self._config.api == "completions" else self._chat(request)
-        limit = self._config.max_context_tokens
-        if limit and written.known_tokens + written.max_tokens > limit:
-            raise ConfigError(
-                f"a prompt of {written.known_tokens} tokens and a reply of {written.max_tokens} do not fit the endpoint's max_context_tokens="
-                f"{limit}: lower the step's max_input_tokens or raise max_context_tokens"
-            )
-        return written
+        return self._completion(request) if self._config.api == "completions" else self._chat(request)
 
     def read(self, sent: WireRequest, answer: Any) -> Reply | str:
         """Return the reply in a parsed body (tokens as the server or our estimate has them, no cost), or what is wrong with the body."""
@@ -189,7 +184,8 @@ class Wire:
         body = {name: value for name, value in body.items() if value is not None}
         # A tokenizer makes at most a token of each byte; schemas and messages are in the body too.
         worst = known_tokens if path == "/completions" else len(json.dumps(body, ensure_ascii=False).encode()) + _TEMPLATE_TOKENS
-        return WireRequest(request, path, body, known_tokens, worst, max_tokens, watched)
+        fits = not config.max_context_tokens or known_tokens + max_tokens <= config.max_context_tokens
+        return WireRequest(request, path, body, known_tokens, worst, max_tokens, watched, fits)
 
     def _mend(self, request: Request, text: str) -> str:
         """Take away what a chat model that was only asked in words puts around its answer."""

@@ -13,7 +13,7 @@ import pytest
 from synpref_ray.errors import ConfigError, EndpointError, SpendingLimitError, SynprefError
 from synpref_ray.llm.endpoint import MAX_MALFORMED, REFUSED_PROMPTS_TO_WARN, EndpointEngine, open_engine
 from synpref_ray.llm.endpoint_config import EndpointConfig
-from synpref_ray.llm.engine import REFUSED, EngineDied, Reply, Request
+from synpref_ray.llm.engine import REFUSED, TOO_LONG, EngineDied, Reply, Request
 from synpref_ray.llm.journal import Journal, generate_once
 from synpref_ray.llm.spending import LocalBudget, SpendingRecord
 from tests.llm.fakes import MemoryStorage
@@ -21,6 +21,7 @@ from tests.llm.http_server import FAULTS, SLOW_FAULTS, Answer, LocalServer, Seen
 from tests.llm.test_tokens import TOKENIZER
 
 QUICK = {"backoff_seconds": 0.001, "max_backoff_seconds": 0.01, "timeout_seconds": 30.0, "give_up_seconds": 60.0, "guidance": "none"}
+PRICES = {"price_per_million_prompt_tokens": 100.0, "price_per_million_output_tokens": 1000.0}
 
 
 def config(server: LocalServer, **settings: Any) -> EndpointConfig:
@@ -245,7 +246,6 @@ FATAL = {
         "no credit or quota",
     ),
     "credit": (error(402, "Insufficient credits"), EndpointError, "no credit or quota"),
-    "context": (error(400, "This model's maximum context length is 512 tokens. However, …"), ConfigError, "lower the step's max_input_tokens"),
     "field": (error(400, "Unrecognized request argument: structured_outputs"), ConfigError, "does not accept our requests"),
 }
 
@@ -305,6 +305,33 @@ def test_a_refusal_is_a_reply_and_is_asked_again_by_the_next_run(kind: str) -> N
         assert server.num_seen() == 1
 
 
+TOO_LONG_ANSWERS = {
+    "vllm": error(400, "This model's maximum context length is 512 tokens. However, you requested 4 output tokens and your prompt contains 600"),
+    "code": error(400, "Your input exceeds the limit.", code="context_length_exceeded"),
+    "llama.cpp": error(400, "the request exceeds the available context size", kind="exceed_context_size_error"),
+    "size": error(413, "prompt is too long: 210000 tokens > 200000 maximum"),
+}
+
+
+@pytest.mark.parametrize("kind", TOO_LONG_ANSWERS)
+def test_a_prompt_beyond_the_servers_context_is_a_reply_and_is_not_asked_again(kind: str) -> None:
+    storage, requests = MemoryStorage(), [request("long"), request("good")]
+    with serve(lambda seen, number: TOO_LONG_ANSWERS[kind] if prompt_of(seen) == "long" else echo(seen), **PRICES) as (server, engine):
+        replies = generate_once(requests, engine, Journal(storage, "journal/00000"))
+        assert [(reply.text, reply.finish_reason) for reply in replies] == [("", TOO_LONG), ("GOOD", "stop")]
+        assert (replies[0].cost, server.num_seen()) == (0.0, 2)
+        assert generate_once(requests, engine, Journal(storage, "journal/00000")) == replies
+        assert server.num_seen() == 2
+
+
+def test_what_cannot_fit_the_configured_context_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+    with serve(echo, max_context_tokens=40) as (server, engine):
+        replies = engine.generate([request("x" * 200), request("p"), request("y" * 200)])
+        assert [reply.finish_reason for reply in replies] == [TOO_LONG, "stop", TOO_LONG]
+        assert (server.num_seen(), engine.counts().requests_sent) == (1, 1)
+        assert caplog.text.count("do not fit max_context_tokens=40") == 1
+
+
 def test_nothing_but_refusals_is_said_once_and_ends_no_job(caplog: pytest.LogCaptureFixture) -> None:
     with serve(lambda seen, number: REFUSALS["400"]) as (_, engine):
         few = [request("one pair", sample=number) for number in range(60)] + [request(f"p{number}") for number in range(REFUSED_PROMPTS_TO_WARN - 2)]
@@ -338,9 +365,6 @@ def test_finished_requests_are_never_sent_again_after_a_crash() -> None:
     with serve(echo) as (server, engine):
         assert generate_once(requests, engine, Journal(storage, "journal/00000")) == replies
         assert server.num_seen() == 0
-
-
-PRICES = {"price_per_million_prompt_tokens": 100.0, "price_per_million_output_tokens": 1000.0}
 
 
 def test_costs_are_counted_from_what_the_server_reports() -> None:
