@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, EndpointError, SynprefError
 from synpref_ray.llm.endpoint_config import EndpointConfig
-from synpref_ray.llm.engine import REFUSED, TOO_LONG, UNANSWERED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request
+from synpref_ray.llm.engine import REFUSED, TOO_LONG, UNANSWERED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, take
 from synpref_ray.llm.pacing import Pacer
 from synpref_ray.llm.spending import Budget, LocalBudget
 from synpref_ray.llm.tokens import PlainEncoder
@@ -116,7 +116,9 @@ class EndpointEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def generate(self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
+    def generate(
+        self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None, on_idle: Callable[[], None] | None = None
+    ) -> list[Reply]:
         """See `Engine.generate`; may be called by several threads at once. A request that is refused or does not fit has a reply too (`REFUSED`,
         `TOO_LONG`).
 
@@ -135,7 +137,7 @@ class EndpointEngine:
         try:
             for sent in written:
                 self._submit(self._answer(sent, call)).add_done_callback(outbox.put)
-            return self._collect(requests, outbox, on_finished)
+            return self._collect(requests, outbox, on_finished, on_idle)
         finally:
             call.is_wanted = False
 
@@ -171,13 +173,17 @@ class EndpointEngine:
             return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _collect(
-        self, requests: Sequence[Request], outbox: "queue.SimpleQueue[Future[Reply]]", on_finished: Callable[[Reply], None] | None
+        self,
+        requests: Sequence[Request],
+        outbox: "queue.SimpleQueue[Future[Reply]]",
+        on_finished: Callable[[Reply], None] | None,
+        on_idle: Callable[[], None] | None,
     ) -> list[Reply]:
         """Wait for all, also after a failure: what is under way is paid for."""
         replies: dict[str, Reply] = {}
         failure: BaseException | None = None
         for _ in requests:
-            future = outbox.get()
+            future = take(outbox, on_idle)
             if future.cancelled() or (error := future.exception()) is not None:
                 failure = failure or (EngineDied(_CLOSED) if future.cancelled() else error)
                 continue

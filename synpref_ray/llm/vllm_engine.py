@@ -20,7 +20,7 @@ from typing import Any
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.choices import Watched, normalise_logprobs, watched_tokens
-from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment
+from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment, take
 from synpref_ray.llm.tokens import PlainEncoder
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,9 @@ class VllmEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def generate(self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
+    def generate(
+        self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None, on_idle: Callable[[], None] | None = None
+    ) -> list[Reply]:
         """See `Engine.generate`; may be called by several threads at once.
 
         Raises:
@@ -88,7 +90,7 @@ class VllmEngine:
         self._submit(jobs)
         replies: dict[str, Reply] = {}
         for _ in jobs:
-            reply = outbox.get()
+            reply = take(outbox, on_idle)
             if isinstance(reply, str):
                 raise EngineDied(reply)
             replies[reply.key] = reply

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -97,6 +98,44 @@ def test_on_finished_runs_in_the_callers_thread_and_callers_get_their_own() -> N
         for name, entries in seen.items():
             assert sorted(text for text, _ in entries[:-1]) == sorted(f"{name.upper()}{number}" for number in range(10))
             assert len({thread for _, thread in entries}) == 1
+
+
+def test_a_finished_reply_is_durable_while_another_is_waited_for() -> None:
+    storage, durable = MemoryStorage(), threading.Event()
+
+    class Storage(MemoryStorage):
+        def write_bytes(self, path: str, data: bytes) -> None:
+            storage.write_bytes(path, data)
+            durable.set()
+
+    def script(seen: Seen, number: int) -> Answer:
+        if prompt_of(seen) == "slow":
+            assert durable.wait(60)  # it comes when the other one has been written
+        return echo(seen)
+
+    with serve(script) as (_, engine):
+        looks = itertools.count()  # the clock stands still when the journal opens and when the quick reply comes
+        journal = Journal(Storage(), "journal/00000", flush_seconds=5.0, flush_replies=99, clock=lambda: 0.0 if next(looks) < 2 else 10.0)
+        replies = generate_once([request("quick"), request("slow")], engine, journal)
+        assert [reply.text for reply in replies] == ["QUICK", "SLOW"]
+    assert len(storage.objects) == 2
+
+
+def test_idle_callers_are_told_in_their_own_thread() -> None:
+    told: list[int] = []
+    enough = threading.Event()
+
+    def idle() -> None:
+        told.append(threading.get_ident())
+        enough.set()
+
+    def script(seen: Seen, number: int) -> Answer:
+        assert enough.wait(60)
+        return echo(seen)
+
+    with serve(script) as (_, engine):
+        engine.generate([request("p")], on_idle=idle)
+        assert set(told) == {threading.get_ident()}
 
 
 def test_a_caller_that_leaves_stops_its_own_requests_only() -> None:
