@@ -74,7 +74,9 @@ class Recorder:
         self._encoder = encoder
         self.requests: list[Request] = []
 
-    def generate(self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
+    def generate(
+        self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None, on_idle: Callable[[], None] | None = None
+    ) -> list[Reply]:
         """Remember the requests, answer them."""
         self.requests += requests
         replies = [Reply(key=r.key, text=first_reply(r), finish_reason="stop", prompt_tokens=0, output_tokens=0) for r in requests]

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,10 @@ def note_engines() -> None:
         start(self, *args, **kwargs)
         note("start", seconds=time.time() - began)
 
-    def noted_generate(self: VllmEngine, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
+    def noted_generate(self: VllmEngine, requests: Sequence[Request], *args: Any, **kwargs: Any) -> list[Reply]:
         note("request")
         try:
-            return generate(self, requests, on_finished)
+            return generate(self, requests, *args, **kwargs)
         finally:
             note("counts", counts=asdict(self.counts()))
 

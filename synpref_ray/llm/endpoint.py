@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, EndpointError, SynprefError
 from synpref_ray.llm.endpoint_config import EndpointConfig
-from synpref_ray.llm.engine import REFUSED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request
+from synpref_ray.llm.engine import REFUSED, TOO_LONG, UNANSWERED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, take
 from synpref_ray.llm.pacing import Pacer
 from synpref_ray.llm.spending import Budget, LocalBudget
 from synpref_ray.llm.tokens import PlainEncoder
@@ -34,8 +34,10 @@ logger = logging.getLogger(__name__)
 
 MAX_MALFORMED = 5
 """Bodies that are no answer, for one request, before it is given up: each may have been paid for."""
-REFUSALS_AT_START = 20
-"""If so many requests are refused and none is answered, the job ends: something is wrong with the prompts, the key or the model."""
+REFUSED_PROMPTS_TO_WARN = 50
+"""If so many different prompts are refused and none is answered, the log says so. No job ends for it: a run that goes on after another may have
+nothing left to send but what is refused, and a table with too many refused rows fails its step in the end (`max_failed_fraction`).
+"""
 _BUDGET_WAIT_SECONDS = 5.0
 _CLOSED = "the engine was closed"
 
@@ -95,9 +97,11 @@ class EndpointEngine:
         self._end: SynprefError | None = None
         self._ended = asyncio.Event()
         self._slots = asyncio.Semaphore(config.max_concurrent_requests)
+        self._turn = asyncio.Lock()  # of the one request that is about to start
         self._counts = EngineCounts(requests_sent=0, replies=0, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=0, start_seconds=0.0)
-        self._num_refused = 0
+        self._refused_prompts: set[str] | None = set()  # until one is answered, or there are many
         self._warned = False
+        self._told_too_long = False
         self._lock = threading.Lock()  # guards _is_closed: no request may be given to a loop that has stopped
         self._is_closed = False
         self._loop = asyncio.new_event_loop()
@@ -112,12 +116,16 @@ class EndpointEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def generate(self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
-        """See `Engine.generate`; may be called by several threads at once. A refused request has a reply too (`REFUSED`).
+    def generate(
+        self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None, on_idle: Callable[[], None] | None = None
+    ) -> list[Reply]:
+        """See `Engine.generate`; may be called by several threads at once. A request that is refused or does not fit has a reply too (`REFUSED`,
+        `TOO_LONG`).
 
         Raises:
-            ConfigError: a request does not fit the settings; nothing is sent then. Or the server does not accept the key, the model or the body.
-            EndpointError: the endpoint gave no answer for `give_up_seconds`, only refusals, or has no quota left.
+            ConfigError: a request asks a chat endpoint for plain text; nothing is sent then. Or the server does not accept the key, the
+                model or the body.
+            EndpointError: the endpoint gave no answer for `give_up_seconds`, or has no quota left.
             SpendingLimitError: the budget is spent.
             EngineDied: the engine was closed.
         """
@@ -129,7 +137,7 @@ class EndpointEngine:
         try:
             for sent in written:
                 self._submit(self._answer(sent, call)).add_done_callback(outbox.put)
-            return self._collect(requests, outbox, on_finished)
+            return self._collect(requests, outbox, on_finished, on_idle)
         finally:
             call.is_wanted = False
 
@@ -165,13 +173,17 @@ class EndpointEngine:
             return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _collect(
-        self, requests: Sequence[Request], outbox: "queue.SimpleQueue[Future[Reply]]", on_finished: Callable[[Reply], None] | None
+        self,
+        requests: Sequence[Request],
+        outbox: "queue.SimpleQueue[Future[Reply]]",
+        on_finished: Callable[[Reply], None] | None,
+        on_idle: Callable[[], None] | None,
     ) -> list[Reply]:
         """Wait for all, also after a failure: what is under way is paid for."""
         replies: dict[str, Reply] = {}
         failure: BaseException | None = None
         for _ in requests:
-            future = outbox.get()
+            future = take(outbox, on_idle)
             if future.cancelled() or (error := future.exception()) is not None:
                 failure = failure or (EngineDied(_CLOSED) if future.cancelled() else error)
                 continue
@@ -185,9 +197,12 @@ class EndpointEngine:
 
     async def _answer(self, sent: WireRequest, call: _Call) -> Reply:
         """Try one request until there is a reply."""
-        from synpref_ray.llm.transport import Answered, Failed, Fatal
+        from synpref_ray.llm.transport import Answered, Failed, Fatal, TooLong
 
         trial = _Trial(sent)
+        if not sent.fits:
+            limit = self._config.max_context_tokens
+            return self._too_long(trial, f"{sent.known_tokens} tokens and a reply of {sent.max_tokens} do not fit max_context_tokens={limit}")
         async with self._slots:
             while True:
                 outcome = await self._attempt(trial, call)
@@ -198,21 +213,27 @@ class EndpointEngine:
                 elif isinstance(outcome, Answered):
                     reply = self._wire.read(sent, outcome.body)
                     if isinstance(reply, Reply):
-                        return self._deliver(replace(reply, cost=trial.cost), outcome.body)
+                        return self._deliver(replace(reply, cost=trial.cost), outcome.body, sent.request.prompt)
                     await self._back_off(trial, Failed(reply, may_be_billed=True, malformed=True))
+                elif isinstance(outcome, TooLong):
+                    return self._deliver(self._too_long(trial, outcome.said), None, sent.request.prompt)
                 else:
-                    refused = Reply(key=sent.request.key, text="", finish_reason=REFUSED, prompt_tokens=0, output_tokens=0, cost=trial.cost)
-                    return self._deliver(refused, None)
+                    return self._deliver(_no_answer(trial, REFUSED), None, sent.request.prompt)
+
+    def _too_long(self, trial: _Trial, why: str) -> Reply:
+        if not self._told_too_long:
+            self._told_too_long = True
+            logger.warning(
+                "%s: a prompt does not fit, and is left out, like others to come: %s; see the step's max_input_tokens", self._config.model, why
+            )
+        return _no_answer(trial, TOO_LONG)
 
     async def _attempt(self, trial: _Trial, call: _Call) -> "Outcome":
-        """Pace, set money aside, send, and settle."""
-        self._check_open(call)
+        """Wait for its turn, send, and settle."""
         taken = trial.sent.known_tokens + trial.sent.max_tokens
-        await self._sleep(self._pacer.take(taken))
-        while (held := self._pacer.held_seconds()) > 0 and self._end is None:
-            await self._sleep(held)
         worst = self._config.worst_cost(trial.sent.worst_prompt_tokens, trial.sent.max_tokens)
-        reservation = await self._reserve(worst, call)
+        async with self._turn:
+            reservation = await self._take_turn(taken, worst, call)
         actual, outcome = 0.0, None
         try:
             self._check_open(call)
@@ -223,12 +244,34 @@ class EndpointEngine:
         finally:  # also when the engine is closed meanwhile
             trial.cost += actual
             self._counts = replace(self._counts, cost=self._counts.cost + actual)
-            if self._budget is not None and reservation is not None:
-                self._budget.settle(reservation, actual)
+            self._settle(reservation, actual)
         usage = read_usage(getattr(outcome, "body", None))
         if usage is not None:
             self._pacer.give_back(taken - usage.prompt_tokens - usage.output_tokens)
         return outcome
+
+    async def _take_turn(self, tokens: int, worst: float, call: _Call) -> str | None:
+        """Wait until the server lets requests start, there is money, and the rates allow one more; return what is set aside.
+
+        One request at a time waits here, so none takes its place in the rates before it may start, and money is not set aside for long.
+        """
+        while True:
+            while (held := self._pacer.held_seconds()) > 0 and self._end is None:
+                await self._sleep(held)
+            reservation = await self._reserve(worst, call)
+            try:
+                await self._sleep(self._pacer.take(tokens))
+            except asyncio.CancelledError:
+                self._settle(reservation, 0.0)
+                raise
+            if self._pacer.held_seconds() <= 0 or self._end is not None:
+                return reservation
+            self._settle(reservation, 0.0)  # the server asked for a pause meanwhile
+            self._pacer.give_back(tokens, requests=1)
+
+    def _settle(self, reservation: str | None, actual: float) -> None:
+        if self._budget is not None and reservation is not None:
+            self._budget.settle(reservation, actual)
 
     def _cost_of(self, outcome: "Outcome", worst: float) -> float:
         from synpref_ray.llm.transport import Answered, Failed
@@ -249,6 +292,7 @@ class EndpointEngine:
         return cost
 
     async def _reserve(self, worst: float, call: _Call) -> str | None:
+        self._check_open(call)
         if self._budget is None or worst <= 0:
             return None
         while True:
@@ -266,9 +310,8 @@ class EndpointEngine:
 
     def _release(self, asking: "Future[str | None]") -> None:
         """Return what was set aside for a request that was dropped meanwhile."""
-        if not asking.cancelled() and asking.exception() is None and (name := asking.result()) is not None:
-            assert self._budget is not None
-            self._budget.settle(name, 0.0)
+        if not asking.cancelled() and asking.exception() is None:
+            self._settle(asking.result(), 0.0)
 
     async def _back_off(self, trial: _Trial, failed: "Failed") -> None:
         """Wait before the next attempt, or give up."""
@@ -320,7 +363,7 @@ class EndpointEngine:
         first = trial.attempts == 1
         self._counts = replace(self._counts, requests_sent=self._counts.requests_sent + first, retries=self._counts.retries + (not first))
 
-    def _deliver(self, reply: Reply, body: Any) -> Reply:
+    def _deliver(self, reply: Reply, body: Any, prompt: str) -> Reply:
         usage = read_usage(body)
         self._counts = replace(
             self._counts,
@@ -329,9 +372,19 @@ class EndpointEngine:
             cached_prompt_tokens=self._counts.cached_prompt_tokens + (usage.cached_tokens if usage is not None else 0),
             output_tokens=self._counts.output_tokens + reply.output_tokens,
         )
-        self._num_refused += reply.finish_reason == REFUSED
-        if self._counts.replies == self._num_refused == REFUSALS_AT_START:
-            self._give_up(f"refused all of the first {REFUSALS_AT_START} requests, for their content")
+        if reply.finish_reason not in UNANSWERED:
+            self._refused_prompts = None
+        elif reply.finish_reason == REFUSED and self._refused_prompts is not None:
+            self._refused_prompts.add(prompt)
+            if len(self._refused_prompts) >= REFUSED_PROMPTS_TO_WARN:
+                self._refused_prompts = None
+                logger.warning(
+                    "%s at %s refused the first %s prompts, all that it was sent, for their content; it goes on, but look at the prompts, the key "
+                    "and the model: a table with too many refused rows fails in the end",
+                    self._config.model,
+                    self._config.base_url,
+                    REFUSED_PROMPTS_TO_WARN,
+                )
         return reply
 
     async def _shut_down(self) -> None:
@@ -340,6 +393,10 @@ class EndpointEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._transport.close()
+
+
+def _no_answer(trial: _Trial, finish_reason: str) -> Reply:
+    return Reply(key=trial.sent.request.key, text="", finish_reason=finish_reason, prompt_tokens=0, output_tokens=0, cost=trial.cost)
 
 
 def open_engine(config: EngineConfig | EndpointConfig, budget: Budget | None = None) -> VllmEngine | EndpointEngine:

@@ -11,10 +11,14 @@ from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.engine import EngineConfig
 
+WIRE_VERSION = 1
+"""Raise it with any change of what `wire.py` sends for a request, or of how it mends and reads replies: it is part of every fingerprint."""
 ENDPOINT_SETTINGS = frozenset(
     {"model", "revision", "api", "guidance", "logprobs", "seed_requests", "bytes_per_token", "extra_output_tokens", "extra_body"}
 )
-"""Of an endpoint, what changes replies, besides the tokenizer's digest. Not its address: a server that moves keeps its name and `revision`."""
+"""Of an endpoint, what changes replies, besides the tokenizer's digest. Not its address: a server that moves keeps its name and `revision`.
+
+`bytes_per_token` counts only without a tokenizer."""
 
 _OURS = frozenset({"model", "prompt", "messages", "n", "best_of", "stream", "max_tokens", "max_completion_tokens"})
 
@@ -42,7 +46,7 @@ class EndpointConfig(Settings):
     give_up_seconds: float = Field(default=600.0, gt=0)  # ours: how long one request may fail; a server restarts within it
     backoff_seconds: float = Field(default=0.5, gt=0)  # ours: doubled at every retry, with full jitter
     max_backoff_seconds: float = Field(default=30.0, gt=0)  # ours
-    max_context_tokens: int = Field(default=0, ge=0)  # 0: unknown; else a longer request is refused before it is sent
+    max_context_tokens: int = Field(default=0, ge=0)  # 0: unknown; else a longer request is not sent, its pair is rejected
     bytes_per_token: float = Field(default=3.0, ge=1)  # ours: for counting without a tokenizer; English has over 4, most other scripts fewer
     guidance: Literal["vllm", "openai", "none"] = "openai"
     logprobs: bool = True
@@ -107,8 +111,11 @@ class EndpointConfig(Settings):
 
     def settings(self) -> dict[str, Any]:
         """Return what changes replies, for fingerprints."""
-        values = self.model_dump(mode="json", include=set(ENDPOINT_SETTINGS))
-        return values | ({"tokenizer": digest_folder(resolve_model(self.tokenizer))} if self.tokenizer else {})
+        values = {**self.model_dump(mode="json", include=set(ENDPOINT_SETTINGS)), "wire": WIRE_VERSION}
+        if self.tokenizer:
+            del values["bytes_per_token"]
+            values["tokenizer"] = digest_folder(resolve_model(self.tokenizer))
+        return values
 
     def share(self, num_workers: int) -> "EndpointConfig":
         """Return what one of several workers may ask for, so that together they keep the provider's limits. The spending limit is not split."""

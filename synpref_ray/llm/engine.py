@@ -6,17 +6,26 @@ must never read a control token (`<|im_end|>`, `<bos>`, …) out of `Request.pro
 """
 
 import hashlib
+import queue
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from synpref_ray.config import Settings
 from synpref_ray.schema import canonical_json
 
+T = TypeVar("T")
+
 REFUSED = "refused"
 """The finish reason of a reply that the model or its provider declined to write; its text is empty or of no use."""
+TOO_LONG = "too_long"
+"""The finish reason in place of a reply where the prompt does not fit what serves the model; its text is empty."""
+UNANSWERED = frozenset({REFUSED, TOO_LONG})
+"""Finish reasons of replies that hold no answer, and of which another sample would be none either."""
+
+IDLE_SECONDS = 0.5
 
 
 class EngineDied(RuntimeError):
@@ -126,8 +135,12 @@ class EngineCounts:
 class Engine(Protocol):
     """A language model that several threads may share."""
 
-    def generate(self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
+    def generate(
+        self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None, on_idle: Callable[[], None] | None = None
+    ) -> list[Reply]:
         """Return the replies in the order of the requests; `on_finished` sees each as it finishes, in the caller's thread.
+
+        `on_idle` is called there too, about every `IDLE_SECONDS` in which nothing finishes.
 
         Raises:
             EngineDied: this engine will not answer any more.
@@ -145,6 +158,17 @@ class Engine(Protocol):
     def identity(self) -> ModelIdentity:
         """Return which model answers."""
         ...
+
+
+def take(outbox: "queue.SimpleQueue[T]", on_idle: Callable[[], None] | None) -> T:
+    """Return what comes next to a caller of `Engine.generate`, who may do something else while nothing comes."""
+    if on_idle is None:
+        return outbox.get()
+    while True:
+        try:
+            return outbox.get(timeout=IDLE_SECONDS)
+        except queue.Empty:
+            on_idle()
 
 
 class EngineConfig(Settings):

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from synpref_ray.config import Settings
-from synpref_ray.llm.engine import REFUSED, Engine, Reply, Request
+from synpref_ray.llm.engine import REFUSED, UNANSWERED, Engine, Reply, Request
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Journal:
 
     `num_replies_found`, `num_requests_sent` and `num_retries` (requests, sent or found, that ask again) are of this shard alone, where the
     engine's own counts are of all shards in flight.
-    Our choice: an object every `flush_replies` replies or `flush_seconds` seconds, whichever comes first, seen when a reply arrives.
+    Our choice: an object every `flush_replies` replies or `flush_seconds` seconds, whichever comes first, seen when a
+    reply arrives or the engine is idle: a finished reply is never kept in memory for much longer than that.
     """
 
     def __init__(
@@ -85,7 +86,13 @@ class Journal:
         if reply.finish_reason != REFUSED:
             self._replies[reply.key] = reply
             self._buffer.append(reply)
-        if len(self._buffer) >= self._flush_replies or self._clock() - self._flushed_at >= self._flush_seconds:
+        if len(self._buffer) >= self._flush_replies:
+            self.flush()
+        self.flush_if_old()
+
+    def flush_if_old(self) -> None:
+        """Write the buffer if the last write is `flush_seconds` ago. For while no reply arrives."""
+        if self._clock() - self._flushed_at >= self._flush_seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -132,7 +139,8 @@ def generate_once(requests: Sequence[Request], engine: Engine, journal: Journal 
     if journal is not None:
         journal.num_requests_sent += len(pending)
     try:
-        fresh = engine.generate(pending, journal.append if journal is not None else None) if pending else []
+        on_finished, on_idle = (journal.append, journal.flush_if_old) if journal is not None else (None, None)
+        fresh = engine.generate(pending, on_finished, on_idle) if pending else []
     finally:
         if journal is not None:
             journal.flush()  # also when the engine died: what it finished is paid for
@@ -145,12 +153,12 @@ def generate_readable(
 ) -> dict[str, Reply]:
     """Return a reply for every request, by the request's key: a readable one, or after `max_retries` more samples the last unreadable one.
 
-    A refusal is an answer: it is not asked again.
+    A refusal and a prompt that is too long are answers: they are not asked again.
     """
     replies = {reply.key: reply for reply in generate_once(requests, engine, journal)}
     unique = {request.key: request for request in requests}
     for attempt in range(1, retries.max_retries + 1):
-        unreadable = [key for key in unique if replies[key].finish_reason != REFUSED and not is_readable(replies[key].text)]
+        unreadable = [key for key in unique if replies[key].finish_reason not in UNANSWERED and not is_readable(replies[key].text)]
         if not unreadable:
             break
         if journal is not None:

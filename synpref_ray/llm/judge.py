@@ -14,7 +14,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from synpref_ray.errors import ReplyParseError, SchemaError
-from synpref_ray.llm.engine import REFUSED, Engine, Reply, Request
+from synpref_ray.llm.engine import REFUSED, TOO_LONG, UNANSWERED, Engine, Reply, Request
 from synpref_ray.llm.guidelines import guideline_for
 from synpref_ray.llm.journal import Journal, RetryConfig, generate_readable
 from synpref_ray.llm.parsing import parse_choice
@@ -206,6 +206,8 @@ def _requests(prompts: Sequence[str], config: JudgeConfig) -> dict[tuple[int, in
 def _row(pair_id: str, plan: _Plan, replies: Mapping[str, Reply], origin: Mapping[str, str]) -> dict[str, Any]:
     if plan.drop_reason is not None:
         return {"pair_id": pair_id, "drop_reason": plan.drop_reason.value}
+    if any(replies[request.key].finish_reason == TOO_LONG for request in plan.requests.values()):  # one order alone would be no judgement
+        return {"pair_id": pair_id, "drop_reason": DropReason.TOO_LONG.value}
     votes = [_vote(order, sample, replies[request.key], origin) for (order, sample), request in plan.requests.items()]
     if all(vote["verdict"] == Verdict.ABSTAIN for vote in votes):  # counted as a failure; the votes stay, an unreadable answer is an abstention
         refused = all(replies[request.key].finish_reason == REFUSED for request in plan.requests.values())
@@ -224,6 +226,8 @@ def _is_choice(text: str) -> bool:
 
 def _vote(order: int, sample: int, reply: Reply, origin: Mapping[str, str]) -> dict[str, Any]:
     vote: dict[str, Any] = {**origin, "order": order, "sample": sample, "raw": reply.text, "verdict": Verdict.ABSTAIN.value, "logprob": None}
+    if reply.finish_reason in UNANSWERED:
+        return vote  # whatever its text reads: the filter cut in
     try:
         choice = parse_choice(reply.text)
     except ReplyParseError:

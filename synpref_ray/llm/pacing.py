@@ -45,9 +45,10 @@ class Pacer:
         now = self._clock()
         return max(self._requests.take(1, now), self._tokens.take(tokens, now)) - now
 
-    def give_back(self, tokens: int) -> None:
-        """Return tokens that were taken and not used; a negative number takes what was used beyond."""
+    def give_back(self, tokens: int, requests: int = 0) -> None:
+        """Return tokens, and requests, that were taken and not used; a negative number takes what was used beyond."""
         self._tokens.give_back(tokens)
+        self._requests.give_back(requests)
 
     def hold(self, seconds: float) -> None:
         """Let nothing start for so long: the server asked for it."""

@@ -5,6 +5,7 @@ for an attempt whose fate is unknown (no answer came) stays spent. Money is coun
 """
 
 import json
+import logging
 import math
 import threading
 import time
@@ -15,8 +16,10 @@ from typing import Protocol
 from synpref_ray.errors import InputError, SpendingLimitError
 from synpref_ray.llm.journal import JournalStorage
 
+logger = logging.getLogger(__name__)
+
 _PARTS = 10**9
-_STEP = 100  # the record is raised by at least this fraction of the limit, so a run writes it at most so many times
+_STEPS = 200  # ours: the record moves by at least this part of the limit, so a few hundred writes serve a run; see `Ledger`
 DEFAULT_EXPIRES_SECONDS = 3600.0
 
 
@@ -68,6 +71,8 @@ class SpendingRecord:
 class Ledger:
     """The arithmetic of a budget, without waiting or locks.
 
+    The record is never behind what is spent and set aside, and at most two steps ahead of it. A step is a 200th of the limit, or the most that was
+    ever set aside for one attempt if that is more; every write moves the record by a step or more, but for those near the limit and the last.
     A reservation that nobody settles (its worker is dead) counts as spent after `expires_seconds`; give more than an attempt can take.
     """
 
@@ -88,6 +93,8 @@ class Ledger:
         self._held_parts = 0
         self._lost: dict[str, int] = {}
         self._recorded = self._before
+        self._step = max(1, self._limit // _STEPS)
+        self._has_granted = False
 
     @property
     def spent(self) -> float:
@@ -102,10 +109,12 @@ class Ledger:
             raise SpendingLimitError(self._why(wanted))
         if self._spent + self._held_parts + wanted > self._limit:
             return None
+        self._step = max(self._step, wanted)
         self._record_before_spending(self._spent + self._held_parts + wanted)
         name = uuid.uuid4().hex
         self._held[name] = (wanted, self._clock() + self._expires_seconds)
         self._held_parts += wanted
+        self._has_granted = True
         return name
 
     def settle(self, reservation: str, actual_cost: float) -> None:
@@ -115,10 +124,14 @@ class Ledger:
         elif reservation in self._held:
             self._held_parts -= self._held.pop(reservation)[0]
             self._spent += _parts(actual_cost)
+        self._lower_record()
 
     def save(self) -> None:
-        """Bring the record down to what is known now; it is raised again if more is spent."""
-        if self._record is not None:
+        """Bring the record down to what is known now; it is raised again if more is spent.
+
+        Who never spent writes nothing: the record may be that of another driver at work (a second one, whom the table's lease sent away).
+        """
+        if self._has_granted:
             self._write(self._spent + self._held_parts)
 
     def _expire(self) -> None:
@@ -134,12 +147,21 @@ class Ledger:
 
     def _record_before_spending(self, total: int) -> None:
         if self._record is not None and total > self._recorded:
-            self._write(max(total, min(self._limit, total + self._limit // _STEP)))
+            self._write(max(total, min(self._limit, total + self._step)))
+
+    def _lower_record(self) -> None:
+        """Bring the record down to a step above what is known. Where the storage fails it stays too high: no settlement fails for that."""
+        total = self._spent + self._held_parts
+        if self._has_granted and self._recorded - total > 2 * self._step:
+            try:
+                self._write(total + self._step)
+            except OSError as error:
+                logger.warning("the spending record could not be brought down to what was spent, and is tried again: %s", error)
 
     def _write(self, total: int) -> None:
-        assert self._record is not None
-        self._record.write(total / _PARTS)
-        self._recorded = total
+        if self._record is not None:
+            self._record.write(total / _PARTS)
+            self._recorded = total
 
     def _why(self, wanted: int) -> str:
         earlier = f", {_show(self._before)} of it by earlier runs" if self._before else ""

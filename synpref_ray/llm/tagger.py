@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from synpref_ray.errors import ReplyParseError, SchemaError
-from synpref_ray.llm.engine import REFUSED, Engine, Reply, Request
+from synpref_ray.llm.engine import REFUSED, TOO_LONG, Engine, Reply, Request
 from synpref_ray.llm.journal import Journal, RetryConfig, generate_readable
 from synpref_ray.llm.parsing import parse_tag
 from synpref_ray.llm.prompts import TAG_INSTRUCTIONS, TAG_PROMPT_VERSION, TAG_REPLY_START, tag_prompt, tag_schema
@@ -83,7 +83,7 @@ def _is_tag(text: str) -> bool:
 
 
 def _row(pair_id: str, reply: Reply | None) -> dict[str, Any]:
-    if reply is None:
+    if reply is None or reply.finish_reason == TOO_LONG:
         return {"pair_id": pair_id, "drop_reason": DropReason.TOO_LONG.value}
     if reply.finish_reason == REFUSED:
         return {"pair_id": pair_id, "drop_reason": DropReason.REFUSED_BY_MODEL.value, "raw": reply.text}

@@ -23,13 +23,16 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)  # it writes a line per re
 
 _CONNECT_SECONDS = 10.0
 _TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx
-_GATEWAY = frozenset({502, 504})  # the server behind may have answered
+_MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})  # ours: somebody lost patience or the answer, so there may have been one
 _NO_MONEY = frozenset({"insufficient_quota", "billing_not_active", "billing_hard_limit_reached", "insufficient_funds", "insufficient_balance"})
 _REFUSAL_CODES = frozenset(
     {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation", "data_inspection_failed"}
 )
 _REFUSAL_WORDS = re.compile(r"content[ _-]?(filter|policy|management|moderation)|flagged|moderation|safety (system|policy|reasons)|usage polic", re.I)
-_TOO_LONG_WORDS = re.compile(r"context[ _]length|context window|maximum context|max_model_len|too many (input )?tokens|prompt is too long", re.I)
+_TOO_LONG_CODES = frozenset({"context_length_exceeded", "exceed_context_size_error"})
+_TOO_LONG_WORDS = re.compile(
+    r"context[ _](length|size|window)|maximum (context|model) length|max_model_len|too many input tokens|(prompt|input) is too long", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ class Answered:
 @dataclass(frozen=True)
 class Refused:
     """The provider declined the request itself."""
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """The request does not fit the model's context, in the server's words."""
+
+    said: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Fatal:
     error: SynprefError
 
 
-Outcome = Answered | Refused | Failed | Fatal
+Outcome = Answered | Refused | TooLong | Failed | Fatal
 
 
 class Transport:
@@ -102,14 +112,16 @@ class Transport:
             return Fatal(EndpointError(f"{self._where}: the account has no credit or quota left ({said}); finished replies are kept"))
         if status in _TRANSIENT or status >= 500:
             asked = _retry_after(error.response.headers)
-            return Failed(f"HTTP {status}: {said}", may_be_billed=status in _GATEWAY, retry_after_seconds=asked, for_all=status == 429 and asked > 0)
+            return Failed(
+                f"HTTP {status}: {said}", may_be_billed=status in _MAYBE_BILLED, retry_after_seconds=asked, for_all=status == 429 and asked > 0
+            )
         if status == 401 or (status == 403 and not _is_refusal(words, error)):
             variable = f"the variable {self._config.api_key_env} (api_key_env)" if self._config.api_key_env else "no key, as api_key_env is empty"
             return Fatal(ConfigError(f"{self._where}: HTTP {status}, the key was not accepted ({said}); it comes from {variable}"))
         if status == 404:
             return Fatal(ConfigError(f"{self._where}: HTTP 404 ({said}): check model and base_url, which ends in /v1 with most servers"))
-        if "context_length_exceeded" in words or _TOO_LONG_WORDS.search(error.message):
-            return Fatal(ConfigError(f"{self._where}: a prompt does not fit the model ({said}): lower the step's max_input_tokens"))
+        if words & _TOO_LONG_CODES or (status in {400, 413, 422} and _TOO_LONG_WORDS.search(error.message)):
+            return TooLong(said)
         if _is_refusal(words, error):
             return Refused()
         return Fatal(

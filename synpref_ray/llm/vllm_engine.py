@@ -8,7 +8,6 @@ outlive a parent that is killed with SIGKILL, so whoever runs it that way must s
 """
 
 import logging
-import math
 import os
 import queue
 import sys
@@ -20,7 +19,8 @@ from typing import Any
 
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.errors import ConfigError
-from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment
+from synpref_ray.llm.choices import Watched, normalise_logprobs, watched_tokens
+from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment, take
 from synpref_ray.llm.tokens import PlainEncoder
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class _Job:
     tokens: list[int]
     outbox: "queue.SimpleQueue[Reply | str]"  # the reply, or why there will be none
     max_tokens: int
-    watched: tuple[int, tuple[int, ...]] | None  # where the choices first differ, and the token of each there
+    watched: Watched | None  # where the choices first differ
 
 
 class VllmEngine:
@@ -74,7 +74,9 @@ class VllmEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def generate(self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
+    def generate(
+        self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None, on_idle: Callable[[], None] | None = None
+    ) -> list[Reply]:
         """See `Engine.generate`; may be called by several threads at once.
 
         Raises:
@@ -88,7 +90,7 @@ class VllmEngine:
         self._submit(jobs)
         replies: dict[str, Reply] = {}
         for _ in jobs:
-            reply = outbox.get()
+            reply = take(outbox, on_idle)
             if isinstance(reply, str):
                 raise EngineDied(reply)
             replies[reply.key] = reply
@@ -125,7 +127,7 @@ class VllmEngine:
             return _Job(request, tokens, outbox, request.max_new_tokens, None)
         choices = [self._encoder.encode_text(choice) for choice in request.choices]
         # The last token of the longest choice ends the reply; waiting for an end-of-text token would cost every vote one more forward pass.
-        return _Job(request, tokens, outbox, min(request.max_new_tokens, max(map(len, choices))), _watched_tokens(choices))
+        return _Job(request, tokens, outbox, min(request.max_new_tokens, max(map(len, choices))), watched_tokens(choices))
 
     def _submit(self, jobs: list[_Job]) -> None:
         with self._lock:
@@ -209,16 +211,6 @@ class VllmEngine:
                 job.outbox.put(reason)
 
 
-def _watched_tokens(choices: list[list[int]]) -> tuple[int, tuple[int, ...]] | None:
-    """Return the first position at which all choices differ, with their tokens there; None when some differ earlier than others."""
-    for position, column in enumerate(zip(*choices, strict=False)):
-        if len(set(column)) == len(column):
-            return position, column
-        if len(set(column)) > 1:
-            break
-    return None
-
-
 def _set_environment(config: EngineConfig) -> None:
     wanted = engine_environment(config)
     if "torch" in sys.modules and os.environ.get("OMP_WAIT_POLICY") != wanted.get("OMP_WAIT_POLICY"):
@@ -297,7 +289,7 @@ def _sampling(job: _Job, config: EngineConfig) -> Any:
     )
 
 
-def _choice_logprobs(watched: tuple[int, tuple[int, ...]] | None, completion: Any) -> tuple[float, ...] | None:
+def _choice_logprobs(watched: Watched | None, completion: Any) -> tuple[float, ...] | None:
     """Normalise the log-probabilities of the tokens that tell the choices apart; None when the reply went another way."""
     if watched is None or not completion.logprobs or len(completion.logprobs) <= watched[0]:
         return None
@@ -305,7 +297,4 @@ def _choice_logprobs(watched: tuple[int, tuple[int, ...]] | None, completion: An
     table = completion.logprobs[position]
     if completion.token_ids[position] not in tokens or any(token not in table for token in tokens):
         return None
-    raw = [table[token].logprob for token in tokens]
-    top = max(raw)
-    total = top + math.log(sum(math.exp(value - top) for value in raw))
-    return tuple(value - total for value in raw)
+    return normalise_logprobs([table[token].logprob for token in tokens])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from synpref_ray.errors import ConfigError
+from synpref_ray.llm.choices import Watched, log_sum, normalise_logprobs, watched_tokens
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import REFUSED, Reply, Request
 from synpref_ray.llm.tokens import PlainEncoder
@@ -21,17 +22,21 @@ _CHOICE_JSON_TOKENS = 16  # of {"choice": ""}, with spaces
 _TOP_CHAT, _TOP_COMPLETIONS = 20, 5  # the most that the two interfaces give
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # else vLLM takes the checkpoint's own sampling defaults
 _STRICT_LACKS = frozenset({"minLength", "maxLength"})  # keywords that strict schemas of hosted providers refuse
-_CONTROL_NAMES = "s|bos|eos|pad|unk|mask|cls|sep|think|sys|system|user|assistant|turn|image|video|audio|tool|pre|suf|mid|eot|eod"
+_MOST_TOKENS = 10**12  # ours: no request has so many
+_CONTROL_NAMES = "s|bos|eos|pad|unk|mask|cls|sep|think|sys|system|user|assistant|turn|image|video|audio|tool|pre|suf|mid|eot|eod|sop|eop"
 _BAR = "\uff5c"
 _CONTROL = re.compile(
-    rf"""([<\[])(\ *)(?=
+    rf"""([<\[]|\](?=\ *~))(\ *)(?=
         \|[^<>|\n]+\|>                   # <|im_end|>
         | {_BAR}[^<>{_BAR}\n]+{_BAR}>       # the same between full-width bars (DeepSeek)
         | \|[a-z_]+>|[a-z_]+\|>           # <|turn>, <turn|>
+        | \|[^\[\]<>|\n]+\|\]             # [|endofturn|] (EXAONE)
+        | ~!?b[\[\]]|e~\[                # ]~b]ai, ]~!b[, [e~[ (MiniMax)
         | /?(?:{_CONTROL_NAMES})>         # <bos>, </s>, <think>
         | /?[a-z]+(?:_[a-z0-9]+)+>        # <start_of_turn>, <tool_call>
         | unused[0-9]+>
         | <\ */?SYS>>                     # <<SYS>>
+        | /?(?:BOS|EOS|EOT|EOD)\]
         | /?(?:INST|g?MASK|sMASK|CLS|SEP|PAD|UNK|IMG(?:_[A-Z]+)*|SYSTEM_PROMPT|MODEL_SETTINGS|(?:AVAILABLE_)?TOOLS?(?:_[A-Z]+)*|THINK|ARGS|CALL_ID)\]
     )""",
     re.VERBOSE | re.IGNORECASE,
@@ -52,6 +57,7 @@ class WireRequest:
 
     Prompt and reply hold at most `worst_prompt_tokens` and `max_tokens`, as far as the server counts tokens the usual way; `known_tokens` is
     the exact number of prompt tokens, or the best estimate. `watched` is where the choices differ, and the token of each there, if known.
+    What does not fit is not to be sent.
     """
 
     request: Request
@@ -60,7 +66,8 @@ class WireRequest:
     known_tokens: int
     worst_prompt_tokens: int
     max_tokens: int
-    watched: tuple[int, tuple[int, ...]] | None
+    watched: Watched | None
+    fits: bool  # in the configured context, as far as we can tell
 
 
 @dataclass(frozen=True)
@@ -93,16 +100,9 @@ class Wire:
         """Return the request as it is sent.
 
         Raises:
-            ConfigError: it does not fit `max_context_tokens`, or asks a chat server to continue plain text.
+            ConfigError: it asks a chat server to continue plain text.
         """
-        written = self._completion(request) if self._config.api == "completions" else self._chat(request)
-        limit = self._config.max_context_tokens
-        if limit and written.known_tokens + written.max_tokens > limit:
-            raise ConfigError(
-                f"a prompt of {written.known_tokens} tokens and a reply of {written.max_tokens} do not fit the endpoint's max_context_tokens="
-                f"{limit}: lower the step's max_input_tokens or raise max_context_tokens"
-            )
-        return written
+        return self._completion(request) if self._config.api == "completions" else self._chat(request)
 
     def read(self, sent: WireRequest, answer: Any) -> Reply | str:
         """Return the reply in a parsed body (tokens as the server or our estimate has them, no cost), or what is wrong with the body."""
@@ -115,6 +115,7 @@ class Wire:
         text, refused = found
         usage = read_usage(answer)
         text = text if refused or self._config.api == "completions" else self._mend(sent.request, text)
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is JSON, but no table takes it
         return Reply(
             key=sent.request.key,
             text=text,
@@ -132,7 +133,7 @@ class Wire:
         if request.choices is not None:
             choices = [self._encoder.encode_text(choice) for choice in request.choices]
             max_tokens = min(max_tokens, max(map(len, choices)))  # as VllmEngine: no pass for an end-of-text token
-            watched = _watched_tokens(choices)
+            watched = watched_tokens(choices)
             if self._config.logprobs and (watched is not None or self._config.guidance != "vllm"):
                 body["logprobs"] = _TOP_COMPLETIONS
         if self._config.guidance == "vllm":
@@ -173,9 +174,7 @@ class Wire:
         text = "".join(message["content"] for message in messages)
         return self._finish(request, "/chat/completions", body, max_tokens, self.count_tokens(text), None)
 
-    def _finish(
-        self, request: Request, path: str, body: dict[str, Any], max_tokens: int, known_tokens: int, watched: tuple[int, tuple[int, ...]] | None
-    ) -> WireRequest:
+    def _finish(self, request: Request, path: str, body: dict[str, Any], max_tokens: int, known_tokens: int, watched: Watched | None) -> WireRequest:
         config = self._config
         max_tokens += config.extra_output_tokens
         body |= {"model": config.model, "temperature": request.temperature, config.max_tokens_field: max_tokens}
@@ -185,7 +184,8 @@ class Wire:
         body = {name: value for name, value in body.items() if value is not None}
         # A tokenizer makes at most a token of each byte; schemas and messages are in the body too.
         worst = known_tokens if path == "/completions" else len(json.dumps(body, ensure_ascii=False).encode()) + _TEMPLATE_TOKENS
-        return WireRequest(request, path, body, known_tokens, worst, max_tokens, watched)
+        fits = not config.max_context_tokens or known_tokens + max_tokens <= config.max_context_tokens
+        return WireRequest(request, path, body, known_tokens, worst, max_tokens, watched, fits)
 
     def _mend(self, request: Request, text: str) -> str:
         """Take away what a chat model that was only asked in words puts around its answer."""
@@ -213,16 +213,31 @@ class Wire:
 
 
 def read_usage(answer: Any) -> Usage | None:
-    """Return the tokens that a body reports, None if it does not (also one that is otherwise malformed)."""
+    """Return the tokens that a body reports, also one that is otherwise malformed; None if it does not, or reports what cannot be.
+
+    All that is in `total_tokens` beside the prompt was written: some providers leave thinking out of `completion_tokens` (xAI).
+    """
     usage = answer.get("usage") if isinstance(answer, Mapping) else None
     if not isinstance(usage, Mapping):
         return None
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    try:
-        return Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens") or 0), min(int(cached or 0), int(usage["prompt_tokens"])))
-    except (KeyError, TypeError, ValueError):
+    reported = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens") if usage.get(name) is not None}
+    counts = {name: _count(value) for name, value in reported.items()}
+    prompt, written, total = (counts.get(name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
+    if None in counts.values() or prompt is None or (written is None and total is None):
         return None
+    output = max(written or 0, (total or prompt) - prompt)
+    return Usage(prompt, output, min(_count(cached) or 0, prompt))
+
+
+def _count(value: Any) -> int | None:
+    """Return a number of tokens as a server reports it; None if it is no such number."""
+    try:
+        count = int(value)
+    except (TypeError, ValueError, OverflowError):  # 1e999 is JSON, and infinite
+        return None
+    return count if 0 <= count <= _MOST_TOKENS else None
 
 
 def _first_choice(answer: Any) -> Mapping[str, Any] | str:
@@ -289,23 +304,15 @@ def _unwrap_choice(text: str) -> str:
     return value["choice"] if isinstance(value, dict) and isinstance(value.get("choice"), str) else text
 
 
-def _watched_tokens(choices: Sequence[Sequence[int]]) -> tuple[int, tuple[int, ...]] | None:
-    """Return the first position at which all choices differ, with their tokens there; None when some differ earlier than others."""
-    for position, column in enumerate(zip(*choices, strict=False)):
-        if len(set(column)) == len(column):
-            return position, column
-        if len(set(column)) > 1:
-            break
-    return None
-
-
-def _of_tokens(watched: tuple[int, tuple[int, ...]], steps: Sequence[tuple[str, Mapping[str, float]]]) -> tuple[float, ...] | None:
+def _of_tokens(watched: Watched, steps: Sequence[tuple[str, Mapping[str, float]]]) -> tuple[float, ...] | None:
     position, tokens = watched
     if len(steps) <= position:
         return None
     names = [f"token_id:{token}" for token in tokens]
     chosen, table = steps[position]
-    return _normalise([table.get(name) for name in names]) if chosen in names else None
+    if chosen not in names or any(name not in table for name in names):
+        return None
+    return normalise_logprobs([table[name] for name in names])
 
 
 def _of_texts(choices: Sequence[str], steps: Sequence[tuple[str, Mapping[str, float]]]) -> tuple[float, ...] | None:
@@ -318,7 +325,7 @@ def _of_texts(choices: Sequence[str], steps: Sequence[tuple[str, Mapping[str, fl
             name = _named(choices, token)
             if name is not None:
                 found[name].append(value)
-        return _normalise([_log_sum(found[choice]) if found[choice] else None for choice in choices])
+        return normalise_logprobs([log_sum(found[choice]) for choice in choices]) if all(found.values()) else None
     return None
 
 
@@ -326,16 +333,3 @@ def _named(choices: Sequence[str], token: str) -> str | None:
     text = token.strip(" \n\t\"'")
     fits = [choice for choice in choices if text and choice.startswith(text)]
     return fits[0] if len(fits) == 1 else None
-
-
-def _normalise(raw: Sequence[float | None]) -> tuple[float, ...] | None:
-    known = [value for value in raw if value is not None]
-    if len(known) != len(raw):
-        return None
-    total = _log_sum(known)
-    return tuple(value - total for value in known)
-
-
-def _log_sum(values: Sequence[float]) -> float:
-    top = max(values)
-    return top + math.log(sum(math.exp(value - top) for value in values))

@@ -12,7 +12,7 @@ GOOD_TAG = (
 
 
 class ScriptedEngine:
-    """Answers every request with `answer(request)`, in reverse order of arrival; a token is a character.
+    """Answers every request with `answer(request)`, in reverse order of arrival, and is idle after each; a token is a character.
 
     `dies_after` replies it raises `EngineDied`, and from then on. `sent` lists all requests it ever got.
     """
@@ -24,7 +24,9 @@ class ScriptedEngine:
         self._replies: list[Reply] = []
         self.sent: list[Request] = []
 
-    def generate(self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None) -> list[Reply]:
+    def generate(
+        self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None, on_idle: Callable[[], None] | None = None
+    ) -> list[Reply]:
         """Answer the last request first."""
         finished: dict[str, Reply] = {}
         with self._lock:
@@ -37,6 +39,8 @@ class ScriptedEngine:
                 finished[request.key] = reply
                 if on_finished is not None:
                     on_finished(reply)
+                if on_idle is not None:
+                    on_idle()
         return [finished[request.key] for request in requests]
 
     def count_tokens(self, text: str) -> int:

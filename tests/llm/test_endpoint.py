@@ -1,6 +1,8 @@
 """An endpoint as an engine, against a real HTTP server on loopback: what is retried, what ends the job, what is never sent twice or overspent."""
 
+import asyncio
 import contextlib
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,9 +12,9 @@ from typing import Any
 import pytest
 
 from synpref_ray.errors import ConfigError, EndpointError, SpendingLimitError, SynprefError
-from synpref_ray.llm.endpoint import MAX_MALFORMED, REFUSALS_AT_START, EndpointEngine, open_engine
+from synpref_ray.llm.endpoint import MAX_MALFORMED, REFUSED_PROMPTS_TO_WARN, EndpointEngine, open_engine
 from synpref_ray.llm.endpoint_config import EndpointConfig
-from synpref_ray.llm.engine import REFUSED, EngineDied, Reply, Request
+from synpref_ray.llm.engine import REFUSED, TOO_LONG, EngineDied, Reply, Request
 from synpref_ray.llm.journal import Journal, generate_once
 from synpref_ray.llm.spending import LocalBudget, SpendingRecord
 from tests.llm.fakes import MemoryStorage
@@ -20,6 +22,7 @@ from tests.llm.http_server import FAULTS, SLOW_FAULTS, Answer, LocalServer, Seen
 from tests.llm.test_tokens import TOKENIZER
 
 QUICK = {"backoff_seconds": 0.001, "max_backoff_seconds": 0.01, "timeout_seconds": 30.0, "give_up_seconds": 60.0, "guidance": "none"}
+PRICES = {"price_per_million_prompt_tokens": 100.0, "price_per_million_output_tokens": 1000.0}
 
 
 def config(server: LocalServer, **settings: Any) -> EndpointConfig:
@@ -95,6 +98,44 @@ def test_on_finished_runs_in_the_callers_thread_and_callers_get_their_own() -> N
         for name, entries in seen.items():
             assert sorted(text for text, _ in entries[:-1]) == sorted(f"{name.upper()}{number}" for number in range(10))
             assert len({thread for _, thread in entries}) == 1
+
+
+def test_a_finished_reply_is_durable_while_another_is_waited_for() -> None:
+    storage, durable = MemoryStorage(), threading.Event()
+
+    class Storage(MemoryStorage):
+        def write_bytes(self, path: str, data: bytes) -> None:
+            storage.write_bytes(path, data)
+            durable.set()
+
+    def script(seen: Seen, number: int) -> Answer:
+        if prompt_of(seen) == "slow":
+            assert durable.wait(60)  # it comes when the other one has been written
+        return echo(seen)
+
+    with serve(script) as (_, engine):
+        looks = itertools.count()  # the clock stands still when the journal opens and when the quick reply comes
+        journal = Journal(Storage(), "journal/00000", flush_seconds=5.0, flush_replies=99, clock=lambda: 0.0 if next(looks) < 2 else 10.0)
+        replies = generate_once([request("quick"), request("slow")], engine, journal)
+        assert [reply.text for reply in replies] == ["QUICK", "SLOW"]
+    assert len(storage.objects) == 2
+
+
+def test_idle_callers_are_told_in_their_own_thread() -> None:
+    told: list[int] = []
+    enough = threading.Event()
+
+    def idle() -> None:
+        told.append(threading.get_ident())
+        enough.set()
+
+    def script(seen: Seen, number: int) -> Answer:
+        assert enough.wait(60)
+        return echo(seen)
+
+    with serve(script) as (_, engine):
+        engine.generate([request("p")], on_idle=idle)
+        assert set(told) == {threading.get_ident()}
 
 
 def test_a_caller_that_leaves_stops_its_own_requests_only() -> None:
@@ -177,6 +218,28 @@ def test_rates_are_kept() -> None:
     assert [at - 1000.0 for at in sent_at] == pytest.approx([0, 1, 3, 5, 7, 9])  # a second's worth at once, then one every 2 s
 
 
+def test_after_a_pause_that_the_server_asked_for_the_rates_still_hold() -> None:
+    now, long_waits = [1000.0], [0]
+
+    async def pause(seconds: float) -> None:
+        """Wait in virtual time: who keeps the pace until the server has asked for its pause; that one until two wait for it."""
+        until, is_long = now[0] + seconds, seconds > 50.0
+        long_waits[0] += is_long
+        while long_waits[0] < 1 + is_long:
+            await asyncio.sleep(0.001)
+        now[0] = max(now[0], until)
+
+    def script(seen: Seen, number: int) -> Answer:
+        return error(429, "slow down", **{"Retry-After": "100"}) if number == 0 else echo(seen)
+
+    settings = {"requests_per_minute": 60.0, "max_concurrent_requests": 6, "give_up_seconds": 1e6}
+    with LocalServer(script) as server, EndpointEngine(config(server, **settings), clock=lambda: now[0], pause=pause) as engine:
+        replies = engine.generate([request(f"p{number}") for number in range(6)])
+        assert [reply.text for reply in replies] == [f"P{number}" for number in range(6)]
+    # Two are sent at once. The other four, and the one that is tried again, begin after the pause: two at once, then one a second.
+    assert now[0] == pytest.approx(1103.0)
+
+
 def test_an_endpoint_that_stays_away_ends_the_engine_with_one_line() -> None:
     with serve(lambda seen, number: error(503, "down"), give_up_seconds=0.2) as (server, engine):
         with pytest.raises(
@@ -222,7 +285,6 @@ FATAL = {
         "no credit or quota",
     ),
     "credit": (error(402, "Insufficient credits"), EndpointError, "no credit or quota"),
-    "context": (error(400, "This model's maximum context length is 512 tokens. However, …"), ConfigError, "lower the step's max_input_tokens"),
     "field": (error(400, "Unrecognized request argument: structured_outputs"), ConfigError, "does not accept our requests"),
 }
 
@@ -282,17 +344,48 @@ def test_a_refusal_is_a_reply_and_is_asked_again_by_the_next_run(kind: str) -> N
         assert server.num_seen() == 1
 
 
-def test_nothing_but_refusals_ends_the_job() -> None:
-    with serve(lambda seen, number: REFUSALS["400"], max_concurrent_requests=1) as (server, engine):
-        with pytest.raises(EndpointError, match=f"refused all of the first {REFUSALS_AT_START} requests"):
-            engine.generate([request(f"p{number}") for number in range(50)])
-        assert server.num_seen() == REFUSALS_AT_START
+TOO_LONG_ANSWERS = {
+    "vllm": error(400, "This model's maximum context length is 512 tokens. However, you requested 4 output tokens and your prompt contains 600"),
+    "code": error(400, "Your input exceeds the limit.", code="context_length_exceeded"),
+    "llama.cpp": error(400, "the request exceeds the available context size", kind="exceed_context_size_error"),
+    "size": error(413, "prompt is too long: 210000 tokens > 200000 maximum"),
+}
 
 
-def test_some_refusals_do_not() -> None:
+@pytest.mark.parametrize("kind", TOO_LONG_ANSWERS)
+def test_a_prompt_beyond_the_servers_context_is_a_reply_and_is_not_asked_again(kind: str) -> None:
+    storage, requests = MemoryStorage(), [request("long"), request("good")]
+    with serve(lambda seen, number: TOO_LONG_ANSWERS[kind] if prompt_of(seen) == "long" else echo(seen), **PRICES) as (server, engine):
+        replies = generate_once(requests, engine, Journal(storage, "journal/00000"))
+        assert [(reply.text, reply.finish_reason) for reply in replies] == [("", TOO_LONG), ("GOOD", "stop")]
+        assert (replies[0].cost, server.num_seen()) == (0.0, 2)
+        assert generate_once(requests, engine, Journal(storage, "journal/00000")) == replies
+        assert server.num_seen() == 2
+
+
+def test_what_cannot_fit_the_configured_context_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+    with serve(echo, max_context_tokens=40) as (server, engine):
+        replies = engine.generate([request("x" * 200), request("p"), request("y" * 200)])
+        assert [reply.finish_reason for reply in replies] == [TOO_LONG, "stop", TOO_LONG]
+        assert (server.num_seen(), engine.counts().requests_sent) == (1, 1)
+        assert caplog.text.count("do not fit max_context_tokens=40") == 1
+
+
+def test_nothing_but_refusals_is_said_once_and_ends_no_job(caplog: pytest.LogCaptureFixture) -> None:
+    with serve(lambda seen, number: REFUSALS["400"]) as (_, engine):
+        few = [request("one pair", sample=number) for number in range(60)] + [request(f"p{number}") for number in range(REFUSED_PROMPTS_TO_WARN - 2)]
+        assert {reply.finish_reason for reply in engine.generate(few)} == {REFUSED}
+        assert "refused the first" not in caplog.text  # samples of one prompt are one prompt
+        more = [request(f"q{number}") for number in range(60)]
+        assert {reply.finish_reason for reply in engine.generate(more)} == {REFUSED}
+        assert caplog.text.count(f"refused the first {REFUSED_PROMPTS_TO_WARN} prompts") == 1
+
+
+def test_refusals_after_an_answer_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
     with serve(lambda seen, number: echo(seen) if number == 0 else REFUSALS["400"], max_concurrent_requests=1) as (_, engine):
-        replies = engine.generate([request(f"p{number}") for number in range(30)])
-        assert Counter(reply.finish_reason for reply in replies) == {"stop": 1, REFUSED: 29}
+        replies = engine.generate([request(f"p{number}") for number in range(60)])
+        assert Counter(reply.finish_reason for reply in replies) == {"stop": 1, REFUSED: 59}
+        assert "refused the first" not in caplog.text
 
 
 def test_finished_requests_are_never_sent_again_after_a_crash() -> None:
@@ -313,9 +406,6 @@ def test_finished_requests_are_never_sent_again_after_a_crash() -> None:
         assert server.num_seen() == 0
 
 
-PRICES = {"price_per_million_prompt_tokens": 100.0, "price_per_million_output_tokens": 1000.0}
-
-
 def test_costs_are_counted_from_what_the_server_reports() -> None:
     def script(seen: Seen, number: int) -> Answer:
         body = chat("ok", prompt_tokens=1000, output_tokens=3)
@@ -327,6 +417,24 @@ def test_costs_are_counted_from_what_the_server_reports() -> None:
         assert reply.cost == pytest.approx((400 * 100 + 600 * 10 + 3 * 1000) / 1e6)
         assert engine.counts().cost == reply.cost
         assert engine.counts().cached_prompt_tokens == 600
+
+
+@pytest.mark.parametrize(("status", "attempts_paid"), [(408, 2), (429, 1), (500, 1), (502, 2), (503, 1), (504, 2), (520, 2), (521, 1), (524, 2)])
+def test_which_errors_may_have_been_billed(status: int, attempts_paid: int, tokenizer: str) -> None:
+    def script(seen: Seen, number: int) -> Answer:
+        return error(status, "no") if number == 0 else Answer(completion("ok", prompt_tokens=5, output_tokens=4))
+
+    with serve(script, **PRICES, api="completions", tokenizer=tokenizer) as (_, engine):
+        [reply] = engine.generate([request("12345", chat=False)])
+        assert reply.cost == pytest.approx(attempts_paid * (5 * 100 + 4 * 1000) / 1e6)
+
+
+@pytest.mark.parametrize("usage", [b'{"prompt_tokens": 1e999, "completion_tokens": 1}', b'{"prompt_tokens": 5, "completion_tokens": -1}', b"null"])
+def test_a_reply_whose_usage_cannot_be_read_costs_its_worst(usage: bytes, tokenizer: str) -> None:
+    body = b'{"choices": [{"index": 0, "text": "ok", "finish_reason": "stop"}], "usage": %b}' % usage
+    with serve(lambda seen, number: Answer(body), **PRICES, api="completions", tokenizer=tokenizer) as (_, engine):
+        [reply] = engine.generate([request("12345", chat=False)])
+        assert (reply.text, reply.cost) == ("ok", pytest.approx((5 * 100 + 4 * 1000) / 1e6))
 
 
 def test_an_attempt_that_may_have_been_billed_costs_its_worst_and_one_that_was_not_costs_nothing(tokenizer: str) -> None:

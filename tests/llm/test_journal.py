@@ -1,5 +1,7 @@
 """What a killed shard keeps, and what is never sent twice."""
 
+import itertools
+
 import pytest
 
 from synpref_ray.llm.engine import EngineDied, Reply, Request
@@ -74,6 +76,35 @@ def test_flushes_by_number_and_by_time() -> None:
     assert all(path.startswith(f"{FOLDER}/00000") and path.endswith(".jsonl") for path in storage.objects)
     again = Journal(storage, FOLDER)
     assert [again.find(f"k{number}") for number in range(5)] == [reply(f"k{number}") for number in range(5)]
+
+
+def test_a_reply_is_written_when_it_is_old_though_no_other_one_comes() -> None:
+    storage, now = MemoryStorage(), [0.0]
+    journal = Journal(storage, FOLDER, flush_seconds=5.0, clock=lambda: now[0])
+    journal.flush_if_old()
+    journal.append(reply("k0"))
+    now[0] = 4.9
+    journal.flush_if_old()
+    assert storage.objects == {}
+    now[0] = 5.0
+    journal.flush_if_old()
+    assert len(storage.objects) == 1
+    now[0] = 10.0
+    journal.flush_if_old()
+    assert len(storage.objects) == 1  # nothing to write
+
+
+def test_while_the_engine_is_idle_old_replies_are_written() -> None:
+    storage, written_when_asked = MemoryStorage(), []
+    ticks = itertools.count(0.0, 3.0)  # whoever looks at the clock finds it 3 s later
+
+    def answer(request: Request) -> str:
+        written_when_asked.append(len(storage.objects))
+        return "t"
+
+    journal = Journal(storage, FOLDER, flush_replies=99, flush_seconds=5.0, clock=lambda: next(ticks))
+    generate_once(requests("a", "b", "c"), ScriptedEngine(answer), journal)
+    assert written_when_asked == [0, 1, 2]  # too young when it came, old enough when nothing else did
 
 
 def test_a_later_run_adds_objects_and_overwrites_none() -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from synpref_ray.errors import SchemaError
-from synpref_ray.llm.engine import REFUSED, Reply, Request
+from synpref_ray.llm.engine import REFUSED, TOO_LONG, Reply, Request
 from synpref_ray.llm.guidelines import BY_CATEGORY, BY_OBJECTIVITY
 from synpref_ray.llm.judge import VOTES_SCHEMA, JudgeConfig, judge_pairs
 from synpref_ray.llm.prompts import judge_prompt_version
@@ -228,6 +228,28 @@ def test_a_refusal_is_an_abstention_with_a_reason_of_its_own_and_not_asked_again
     assert table["drop_reason"].to_pylist() == ["refused_by_model"]
     assert [vote["verdict"] for vote in table["votes"].to_pylist()[0]] == ["abstain", "abstain"]
     assert engine.counts().requests_sent == 2
+
+
+def test_a_refused_reply_is_an_abstention_whatever_its_text_reads() -> None:
+    def refuse(request: Request) -> Reply:
+        logprobs = (math.log(0.9), math.log(0.1))
+        return Reply(key=request.key, text="1", finish_reason=REFUSED, prompt_tokens=1, output_tokens=1, choice_logprobs=logprobs)
+
+    table = judge_pairs(tagged(1), NO_EXEMPLARS, ScriptedEngine(refuse), config())
+    assert table["drop_reason"].to_pylist() == ["refused_by_model"]
+    assert [(vote["raw"], vote["verdict"], vote["logprob"]) for vote in table["votes"].to_pylist()[0]] == [("1", "abstain", None)] * 2
+
+
+def test_a_pair_of_which_one_order_does_not_fit_is_too_long_and_has_no_votes() -> None:
+    def answer(request: Request) -> str | Reply:
+        if candidates(request.prompt)[0].startswith("tea"):
+            return "1"
+        return Reply(key=request.key, text="", finish_reason=TOO_LONG, prompt_tokens=0, output_tokens=0)
+
+    engine = ScriptedEngine(answer)
+    table = judge_pairs(tagged(1), NO_EXEMPLARS, engine, config())
+    assert (table["drop_reason"].to_pylist(), table["votes"].to_pylist()) == (["too_long"], [None])
+    assert engine.counts().requests_sent == 2  # not asked again
 
 
 def test_votes_say_where_they_come_from() -> None:

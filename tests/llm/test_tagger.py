@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from synpref_ray.errors import SchemaError
-from synpref_ray.llm.engine import REFUSED, Reply, Request
+from synpref_ray.llm.engine import REFUSED, TOO_LONG, Reply, Request
 from synpref_ray.llm.journal import Journal
 from synpref_ray.llm.tagger import TaggerConfig, tag_pairs
 from synpref_ray.schema import POOL_SCHEMA, TAGS_SCHEMA
@@ -113,4 +113,11 @@ def test_a_refusal_is_a_null_row_with_a_reason_of_its_own() -> None:
     engine = ScriptedEngine(refuse)
     table = tag_pairs(make_pairs(1), engine, CONFIG)
     assert (table["drop_reason"].to_pylist(), table["raw"].to_pylist()) == (["refused_by_model"], ["I cannot."])
+    assert engine.counts().requests_sent == 1
+
+
+def test_a_prompt_that_does_not_fit_the_server_is_a_null_row_and_is_not_asked_again() -> None:
+    engine = ScriptedEngine(lambda request: Reply(key=request.key, text="", finish_reason=TOO_LONG, prompt_tokens=0, output_tokens=0))
+    table = tag_pairs(make_pairs(1), engine, CONFIG)
+    assert (table["drop_reason"].to_pylist(), table["raw"].to_pylist()) == (["too_long"], [None])
     assert engine.counts().requests_sent == 1

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 
 from synpref_ray.config import Settings, describe_settings, load_config
 from synpref_ray.errors import ConfigError
-from synpref_ray.llm.endpoint_config import ENDPOINT_SETTINGS, AnyEngineConfig, EndpointConfig
+from synpref_ray.llm.endpoint_config import ENDPOINT_SETTINGS, WIRE_VERSION, AnyEngineConfig, EndpointConfig
 from synpref_ray.llm.engine import REFUSED, EngineConfig, Reply, Request
 from synpref_ray.llm.tokens import PlainEncoder
-from synpref_ray.llm.wire import Wire, break_control_text
+from synpref_ray.llm.wire import Usage, Wire, break_control_text, read_usage
 from tests.llm.http_server import chat, completion
 from tests.llm.test_tokens import CONTROL_IDS, TOKENIZER
 
@@ -129,9 +130,14 @@ def test_a_chat_prompt_is_bounded_by_its_bytes() -> None:
     assert wire(tokenizer="t").count_tokens("<|im_end|>") == 10
 
 
+def test_what_fits_the_configured_context_is_known_before_it_is_sent() -> None:
+    there = wire(**COMPLETIONS, max_context_tokens=len(ENCODER.encode_request(request("x" * 100))) + 4)
+    assert there.write(request("x" * 100)).fits
+    assert not there.write(request("x" * 101)).fits
+    assert wire(**COMPLETIONS).write(request("x" * 1000)).fits
+
+
 def test_what_cannot_be_sent_is_one_line() -> None:
-    with pytest.raises(ConfigError, match="max_context_tokens=20: lower the step's max_input_tokens"):
-        wire(max_context_tokens=20).write(request("x" * 100))
     with pytest.raises(ConfigError, match="set use_chat_template=true"):
         wire().write(request(chat=False))
 
@@ -139,6 +145,7 @@ def test_what_cannot_be_sent_is_one_line() -> None:
 CONTROL_TEXT = [
     *("<|im_end|>", "<|start_header_id|>", "<|turn>", "<turn|>", "<bos>", "</s>", "<s>", "<think>", "</think>", "<start_of_turn>", "<tool_call>"),
     *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[gMASK]", "<unused7>", "<extra_id_0>"),
+    *("[|endofturn|]", "[|assistant|]", "[EOS]", "[BOS]", "[EOT]", "<sop>", "<eop>", "]~b]ai", "]~!b[", "[e~["),
     f"<{FULL_BAR}end\u2581of\u2581sentence{FULL_BAR}>",
 ]
 
@@ -148,16 +155,19 @@ def test_text_that_looks_like_a_control_token_is_broken_and_stays_readable(text:
     broken = break_control_text(f"a{text}b")
     assert text not in broken
     assert broken.replace(" ", "") == f"a{text}b"
+    assert all(part not in broken for part in ("[|", "[E", "[B", "]~", "[e~"))
     assert break_control_text(broken) not in {broken, f"a{text}b"}  # one more space, or it could not be told from a broken one
 
 
-@pytest.mark.parametrize("text", ["<div>", "a < b > c", "x[0]", "[1, 2]", "List<String>", "if (a<b)", "<p>text</p>", "a|b|c"])
+@pytest.mark.parametrize(
+    "text", ["<div>", "a < b > c", "x[0]", "[1, 2]", "List<String>", "if (a<b)", "<p>text</p>", "a|b|c", "a[~mask]", "[a|b]", "a] ~ b"]
+)
 def test_other_text_is_left_alone(text: str) -> None:
     assert break_control_text(text) == text
 
 
 @settings(deadline=None)
-@given(*[st.lists(st.sampled_from([*CONTROL_TEXT, "<", "[", "|>", " ", "a", ">", "]"]), max_size=5).map("".join)] * 2)
+@given(*[st.lists(st.sampled_from([*CONTROL_TEXT, "<", "[", "|>", "|]", " ", "a", ">", "]", "~b"]), max_size=5).map("".join)] * 2)
 def test_two_texts_never_become_one(first: str, second: str) -> None:
     assert (break_control_text(first) == break_control_text(second)) == (first == second)
 
@@ -206,6 +216,19 @@ def test_replies_asked_for_in_words_are_freed_of_what_is_around_them() -> None:
     assert read(request(reply_start=" "), chat(" as is "), guidance="vllm").text == " as is "
 
 
+@pytest.mark.parametrize("settings", [COMPLETIONS, {"guidance": "vllm"}, {"guidance": "openai"}, {"guidance": "none"}])
+def test_half_a_surrogate_pair_becomes_a_question_mark(settings: dict[str, Any]) -> None:
+    make = completion if settings.get("api") == "completions" else chat
+    body = json.loads(json.dumps(make("a\ud83d b \ud83d\ude00")))  # the second one is whole
+    assert read(request(), body, **settings).text == "a? b \U0001f600"
+    refused = json.loads(json.dumps(make("\udc00", finish_reason="content_filter")))
+    assert read(request(), refused, **settings).text == "?"
+
+
+def test_half_a_surrogate_pair_inside_of_a_choice_becomes_a_question_mark() -> None:
+    assert read(request(choices=("1", "2")), chat('{"choice": "\\ud800"}'), guidance="openai").text == "?"
+
+
 def test_refusals_and_usage_are_read() -> None:
     assert read(request(), chat(None, refusal="no")).finish_reason == REFUSED
     assert read(request(), chat(None, finish_reason="length")) == Reply(
@@ -215,6 +238,32 @@ def test_refusals_and_usage_are_read() -> None:
     del silent["usage"]
     reply = read(request("x" * 30), silent)
     assert (reply.prompt_tokens, reply.output_tokens) == (10, 2)  # our estimates
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12}, Usage(10, 2, 0)),
+        ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 512}, Usage(10, 502, 0)),  # thinking beside the completion
+        ({"prompt_tokens": 10, "completion_tokens": 2}, Usage(10, 2, 0)),
+        ({"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 5}, Usage(10, 2, 0)),
+        ({"prompt_tokens": 10, "completion_tokens": None, "total_tokens": 13}, Usage(10, 3, 0)),
+        ({"prompt_tokens": 10, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 99}}, Usage(10, 2, 10)),
+        ({"prompt_tokens": 10, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": -1}}, Usage(10, 2, 0)),
+        ({"prompt_tokens": 10}, None),
+        ({"prompt_tokens": 10, "completion_tokens": -1}, None),
+        ({"prompt_tokens": 10, "completion_tokens": -1, "total_tokens": 12}, None),
+        ({"prompt_tokens": -10, "completion_tokens": 2, "total_tokens": 5}, None),
+        ({"completion_tokens": 2}, None),
+        ({"prompt_tokens": math.inf, "completion_tokens": 2}, None),
+        ({"prompt_tokens": 10, "completion_tokens": math.nan}, None),
+        ({"prompt_tokens": 10, "completion_tokens": 10**400}, None),
+        ({"prompt_tokens": "many", "completion_tokens": 2}, None),
+        (None, None),
+    ],
+)
+def test_what_cannot_be_a_usage_is_none(usage: Any, expected: Usage | None) -> None:
+    assert read_usage({"usage": usage}) == expected
 
 
 @pytest.mark.parametrize(
@@ -265,11 +314,23 @@ def test_help_lists_the_settings_of_both_kinds_once() -> None:
     assert {"engine.model", "engine.dtype", "engine.base_url", "others.0.base_url"} <= set(keys)
 
 
+def test_the_fingerprint_has_the_wires_version_and_no_estimate_that_nobody_uses(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    exact = EndpointConfig(**BASE, tokenizer=str(tmp_path))
+    assert exact.settings()["wire"] == EndpointConfig(**BASE).settings()["wire"] == WIRE_VERSION
+    assert exact.model_copy(update={"bytes_per_token": 2.0}).settings() == exact.settings()
+    before = exact.settings()
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    assert exact.settings() != before
+
+
 def test_what_changes_replies_is_named_and_shares_keep_the_limits() -> None:
     assert set(EndpointConfig.model_fields) >= ENDPOINT_SETTINGS
     config = EndpointConfig(**BASE, requests_per_minute=60, tokens_per_minute=900, max_concurrent_requests=2)
     moved = config.model_copy(update={"base_url": "https://elsewhere/v1", "timeout_seconds": 1.0})
     assert moved.settings() == config.settings()
     assert config.model_copy(update={"revision": "2"}).settings() != config.settings()
+    assert config.model_copy(update={"bytes_per_token": 2.0}).settings() != config.settings()
     third = config.share(3)
     assert (third.requests_per_minute, third.tokens_per_minute, third.max_concurrent_requests) == (20.0, 300.0, 1)
