@@ -50,7 +50,7 @@ class PairAdapter(Settings):
     rejected: Path = "rejected"
     replies: TextForm = TextForm.PLAIN
     lead: str = ""
-    """Path of a text that both replies begin with; absent means none."""
+    """Path of a text that both replies begin with; absent means none. A blank reply stays blank, so that it is refused."""
     strip: bool = False
     """White space around a reply belongs to the format, as after a transcript's last marker."""
 
@@ -198,7 +198,7 @@ def _propose_pair(row: Row, adapter: PairAdapter) -> Proposal:
         reply = read_form(dig(row, path), adapter.replies)
         if isinstance(reply, DropReason):
             return Refusal(reply)
-        if isinstance(lead, str) and isinstance(reply, str):
+        if isinstance(lead, str) and isinstance(reply, str) and not is_blank(reply):
             reply = lead + reply
         replies.append(reply.strip() if adapter.strip and isinstance(reply, str) else reply)
     return _with_prompt(row, adapter.prompt, replies[0], replies[1])

@@ -105,6 +105,7 @@ def test_pairs_of_columns() -> None:
     assert one(row, kind="pair", prompt=fields, chosen="good", rejected="bad") == ("ask", " yes ", "no")
     assert one(row, kind="pair", prompt=fields, chosen="good", rejected="bad", strip=True) == ("ask", "yes", "no")
     assert one(row, kind="pair", prompt=fields, chosen="good", rejected="bad", lead="lead") == ("ask", "So:  yes ", "So: no")
+    assert one({**row, "bad": " "}, kind="pair", prompt=fields, chosen="good", rejected="bad", lead="lead")[2] == " "  # a lead hides no blank reply
     assert one(row, kind="pair", prompt=fields, chosen="chat", rejected="chat", replies="chat")[1] == [{"role": "assistant", "content": "hm"}]
     assert one(row, kind="pair", prompt=fields, chosen="good", rejected="bad", replies="chat") is DropReason.WRONG_TYPE
     assert one(row, kind="pair", prompt={"fields": ["lead", "chat"]}, chosen="good", rejected="bad") is DropReason.WRONG_TYPE
