@@ -74,7 +74,7 @@ class HubDataset(Settings):
     config: str = ""
     split: str = "train"
     files: str = ""
-    """Path or pattern of the files inside the data set's folder, where not all of them are meant."""
+    """Path or pattern of the files inside the data set's folder, where it has more than one split or configuration; copies are read by it too."""
 
 
 class SourceConfig(Settings):
@@ -92,6 +92,8 @@ class SourceConfig(Settings):
     """Which columns hold the pair, where a row is one."""
     adapter: Adapter | None = None
     """How rows become pairs, where a row is not one (see `ingest/adapters.py`)."""
+    where: dict[str, str] = Field(default={})
+    """Only rows with these values (by path, compared as text without case) are read; the others are counted as `not_in_split`."""
     hub: HubDataset = HubDataset()
     """Where the data set is published."""
     licence: str = ""

@@ -68,7 +68,14 @@ from synpref_ray.tables.storage import Storage
 
 INGEST_VERSION = 1
 INLINE_TASKS = 4  # ours: so few files or shards are done before Ray has started its workers
-_EXPECTED_REASONS = (DropReason.TIED, DropReason.NO_COMPARISON, DropReason.CONTAMINATED)
+_EXPECTED_REASONS = (
+    DropReason.TIED,
+    DropReason.NO_COMPARISON,
+    DropReason.CONTAMINATED,
+    DropReason.NOT_IN_SPLIT,
+    DropReason.BEYOND_MAX_PAIRS,
+    DropReason.REVERSED_SCORE,
+)
 """Reasons that say nothing about a wrong format, however many rows have them."""
 
 
@@ -126,8 +133,20 @@ def _place(source: SourceConfig, config: IngestConfig) -> SourceConfig:
         return source
     filesystem, root = url_to_fs(path)
     if source.hub.files and filesystem.isdir(root):
-        path = f"{path.rstrip('/')}/{source.hub.files}"
+        path = _pattern_below(path.rstrip("/"), source.hub.files)
     return source.model_copy(update={"path": path})
+
+
+def _pattern_below(folder: str, files: str) -> str:
+    """Return the pattern of a data set's files in a copy of it, or in a folder of the copy, which has the pattern's last parts alone."""
+    parts = files.split("/")
+    ends = [parts[start:] for start in range(len(parts))]
+    patterns = [f"{folder}/{'/'.join(end)}" for end in ends if end == parts or not end[0].startswith("*") or len(end) > 1]
+    for pattern in patterns:
+        filesystem, root = url_to_fs(pattern)
+        if filesystem.glob(root):
+            return pattern
+    return patterns[0]
 
 
 def _data_folder(data: str) -> str:
@@ -186,6 +205,8 @@ def _digest(source: SourceConfig, file: str) -> str:
 def _result_settings(source: SourceConfig) -> dict[str, Any]:
     """Return what of a source decides its pairs; settings of later versions only where they are used, so that older pools stay valid."""
     settings = source.model_dump(mode="json", include={"name", "format", "columns", "route"})
+    if source.where:
+        settings["where"] = source.where
     if source.adapter is not None:
         settings["adapter"] = source.adapter.model_dump(mode="json")
     return settings

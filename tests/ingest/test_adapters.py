@@ -293,6 +293,16 @@ def test_every_row_of_any_shape_ends_in_a_pair_or_a_reject(rows: list[Any], kind
             json.loads(reject["row_json"])
 
 
+def test_rows_of_another_split_are_counted_as_such() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    source = SOURCE.model_copy(update={"where": {"split": "train"}})
+    rows = [{**row, "split": "train"}, {**row, "split": "Train "}, {**row, "split": "val"}, row, 3]
+    (chunk,) = adapt_rows(plain_rows(rows), source, "f", max_rows=9, max_bytes=1 << 20)
+    assert (chunk.pairs.num_rows, chunk.num_rows_read) == (2, 5)
+    assert chunk.rejects["reason"].to_pylist() == ["not_in_split", "missing_field", "wrong_type"]
+    assert json.loads(chunk.rejects["row_json"][0].as_py())["split"] == "val"
+
+
 def test_unreadable_rows_pass_through_with_their_text() -> None:
     row = FileRow(4, {}, DropReason.INVALID_JSON, "{broken")
     (chunk,) = adapt_rows([row], SOURCE, "f", max_rows=9, max_bytes=1 << 20)

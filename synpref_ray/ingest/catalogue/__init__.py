@@ -29,6 +29,8 @@ class CatalogueRow(Settings):
     format: FileFormat = FileFormat.AUTO
     """How the published files are written."""
     adapter: Adapter
+    where: dict[str, str] = Field(default={})
+    """The rows that are meant, where a file holds more than one split."""
     source_id: tuple[str, ...] = ()
     """Paths that may hold an id of the set's own."""
     label_kind: LabelKind
@@ -85,6 +87,7 @@ def with_catalogue(source: SourceConfig) -> SourceConfig:
         "format": row.format,
         "adapter": row.adapter,
         "columns": PairColumns(source_id=row.source_id),
+        "where": row.where,
         "hub": row.hub,
         "licence": row.licence,
         "label_kind": row.label_kind,
@@ -98,7 +101,7 @@ def sources_table() -> str:
     lines = ["| name | data set | rows become pairs by | labels | pool | licence | columns shown by |", "|---|---|---|---|---|---|---|"]
     for row in catalogue().values():
         hub = f"[{row.hub.dataset}](https://huggingface.co/datasets/{row.hub.dataset})"
-        where = ", ".join(part for part in (row.hub.config, row.hub.split, row.hub.files) if part)
+        where = ", ".join(part for part in (row.hub.config, row.hub.split, row.hub.files, *(f"{column} = {value}" for column, value in row.where.items())) if part)
         confirmed = row.confirmed or "**not confirmed**"
         cells = (row.name, f"{hub} ({where})", row.adapter.kind, row.label_kind.value, row.route.value, row.licence, confirmed)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
