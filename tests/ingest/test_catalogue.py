@@ -68,6 +68,17 @@ def test_a_row_reads_its_fixture(name: str) -> None:
     assert all(pair["source"] == name for pair in pairs)
 
 
+@pytest.mark.parametrize("name", ["helpsteer", "helpsteer2", "helpsteer2_preference"])
+def test_the_turns_of_helpsteer_prompts_are_told_apart(name: str) -> None:
+    pair = pairs_of(read(name, FIXTURES / f"{name}.jsonl"))[-1]
+    assert [(turn["role"], turn["content"]) for turn in pair["prompt"]] == [
+        ("user", "Hi, I cook."),
+        ("assistant", "Good. What?\n\nSoup?"),
+        ("user", "Bread."),
+    ]
+    assert (pair["chosen"], pair["rejected"]) == ("Then start with flour.", "No.")
+
+
 @pytest.mark.parametrize("name", sorted(name for name, row in catalogue().items() if row.format is FileFormat.PARQUET))
 def test_parquet_copies_read_the_same(name: str, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
