@@ -40,6 +40,13 @@ class Refusal(NamedTuple):
 Proposal = Candidate | Refusal
 
 
+class PairScores(Settings):
+    """Scores published with a pair: equal ones are a tie, and a chosen reply with the lower one is refused, not exchanged."""
+
+    chosen: Path
+    rejected: Path
+
+
 class PairAdapter(Settings):
     """Paired columns: one is preferred, the other not; with a prompt of their own, or as two whole conversations."""
 
@@ -53,6 +60,9 @@ class PairAdapter(Settings):
     """Path of a text that both replies begin with; absent means none. A blank reply stays blank, so that it is refused."""
     strip: bool = False
     """White space around a reply belongs to the format, as after a transcript's last marker."""
+    scores: PairScores | None = None
+    tie: dict[str, str] = Field(default={})
+    """Values (by path, compared as text without case), any of which says that the row is a tie."""
 
 
 class LabelVerdict(Settings):
@@ -192,6 +202,9 @@ def propose_pairs(row: Row, adapter: RowAdapter) -> list[Proposal]:
 
 
 def _propose_pair(row: Row, adapter: PairAdapter) -> Proposal:
+    unsure = _doubt_pair(row, adapter)
+    if unsure is not None:
+        return Refusal(unsure)
     lead = dig(row, adapter.lead) if adapter.lead else None
     replies = []
     for path in (adapter.chosen, adapter.rejected):
@@ -202,6 +215,18 @@ def _propose_pair(row: Row, adapter: PairAdapter) -> Proposal:
             reply = lead + reply
         replies.append(reply.strip() if adapter.strip and isinstance(reply, str) else reply)
     return _with_prompt(row, adapter.prompt, replies[0], replies[1])
+
+
+def _doubt_pair(row: Row, adapter: PairAdapter) -> DropReason | None:
+    """Return why the row's own scores or labels speak against its order, if they do."""
+    if any(label_text(dig(row, path)) == value.strip().casefold() for path, value in adapter.tie.items()):
+        return DropReason.TIED
+    if adapter.scores is None:
+        return None
+    better = decide(row, ScoreVerdict(score_a=adapter.scores.chosen, score_b=adapter.scores.rejected))
+    if isinstance(better, DropReason):
+        return better
+    return None if better else DropReason.REVERSED_SCORE
 
 
 def _with_prompt(row: Row, fields: PromptFields | None, chosen: Value, rejected: Value) -> Proposal:

@@ -74,7 +74,6 @@ _EXPECTED_REASONS = (
     DropReason.CONTAMINATED,
     DropReason.NOT_IN_SPLIT,
     DropReason.BEYOND_MAX_PAIRS,
-    DropReason.REVERSED_SCORE,
 )
 """Reasons that say nothing about a wrong format, however many rows have them."""
 

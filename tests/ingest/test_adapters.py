@@ -111,6 +111,16 @@ def test_pairs_of_columns() -> None:
     assert one(row, kind="pair", prompt={"fields": ["lead", "chat"]}, chosen="good", rejected="bad") is DropReason.WRONG_TYPE
 
 
+def test_scores_and_labels_that_speak_against_a_pair() -> None:
+    kind = {"kind": "pair", "scores": {"chosen": "s.0", "rejected": "s.1"}, "tie": {"status": "Tie"}}
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "s": [2, "1"]}
+    assert one(row, **kind) == ("q", "a", "b")
+    assert one({**row, "status": "tie"}, **kind) is DropReason.TIED
+    assert one({**row, "s": [1, 1.0]}, **kind) is DropReason.TIED
+    assert one({**row, "s": [1, 2]}, **kind) is DropReason.REVERSED_SCORE  # refused, not exchanged
+    assert one({**row, "s": [1]}, **kind) is DropReason.MISSING_SCORE
+
+
 def test_which_pairs_ratings_make() -> None:
     scored = [(0, "a", 1.0), (1, "b", 3.0), (2, "c", 3.0), (3, "d", 2.0)]
     assert marks(pair_up("q", scored, PairRule())) == ["1>0", "2>0", "1>3", "2>3", "3>0"]  # widest first, then by places
