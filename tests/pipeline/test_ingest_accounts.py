@@ -118,7 +118,10 @@ def test_reporting_drops_nothing_and_names_the_matches(tmp_path: Path) -> None:
 
 
 def test_the_record_tells_licences_and_where_sets_came_from(tmp_path: Path) -> None:
-    sources = [{"name": name, "path": str(FIXTURES / f"{name}.jsonl"), "format": "jsonl"} for name in ("helpsteer3", "pku_saferlhf", "skywork_80k")]
+    sources = [
+        {"name": name, "catalogue": name, "path": str(FIXTURES / f"{name}.jsonl"), "format": "jsonl"}
+        for name in ("helpsteer3", "pku_saferlhf", "skywork_80k")
+    ]
     config = IngestConfig.model_validate({"sources": sources, "workspace": str(tmp_path / "ws")})
     run = Run(config.storage, "ingest", config)
     table = run_ingest(config, run)
@@ -166,7 +169,10 @@ PUBLISHED = {
     "helpsteer2": (["train.jsonl.gz", "validation.jsonl.gz", "preference/preference.jsonl.gz"], ["train.jsonl.gz"]),
     "pku_saferlhf": ([f"data/Alpaca-7B/{split}.jsonl" for split in ("train", "test")], ["data/Alpaca-7B/train.jsonl"]),
     "beavertails": ([f"round0/{size}/{split}.jsonl.gz" for size in ("30k", "330k") for split in ("train", "test")], ["round0/330k/train.jsonl.gz"]),
-    "shp": ([f"{site}/{split}.json" for site in ("askhr", "askcarguys") for split in ("train", "validation")], ["askcarguys/train.json", "askhr/train.json"]),
+    "shp": (
+        [f"{site}/{split}.json" for site in ("askhr", "askcarguys") for split in ("train", "validation")],
+        ["askcarguys/train.json", "askhr/train.json"],
+    ),
     "shp_2": ([f"reddit/askhr/{split}.json" for split in ("train", "test")], ["reddit/askhr/train.json"]),
     "stack_exchange_paired": ([f"data/{part}/a.parquet" for part in ("evaluation", "finetune", "reward", "rl")], None),
     "magpie_air_dpo": ([f"data/{split}-0.parquet" for split in ("train", "test")], ["data/train-0.parquet"]),
@@ -215,7 +221,7 @@ def test_ties_are_no_sign_of_a_wrong_format(tmp_path: Path) -> None:
 
 def test_fixtures_of_several_sources_together_add_up(tmp_path: Path) -> None:
     names = sorted(catalogue())[:4]
-    sources = [{"name": name, "path": str(FIXTURES / f"{name}.jsonl"), "format": "jsonl"} for name in names]
+    sources = [{"name": name, "catalogue": name, "path": str(FIXTURES / f"{name}.jsonl"), "format": "jsonl"} for name in names]
     config = IngestConfig.model_validate({"sources": sources, "workspace": str(tmp_path / "ws"), "max_rejected_fraction": 1.0})
     run = Run(config.storage, "ingest", config)
     run_ingest(config, run)
