@@ -133,6 +133,14 @@ def test_which_pairs_ratings_make() -> None:
     assert pair_up("q", [], PairRule()) == [Refusal(DropReason.NO_COMPARISON)]
 
 
+def test_capped_pairs_are_spread_over_the_replies() -> None:
+    scored = [(place, str(place), float(place < 3)) for place in range(6)]  # three good, three bad
+    assert marks(pair_up("q", scored, PairRule(max_pairs=4))) == ["0>3", "1>4", "2>5", "0>4"]
+    assert sorted(marks(pair_up("q", scored, PairRule(max_pairs=9)))) == [f"{good}>{bad}" for good in range(3) for bad in range(3, 6)]
+    many = [(place, str(place), float(place % 2)) for place in range(300)]
+    assert len(pair_up("q", many, PairRule(max_pairs=30_000))) == 150 * 150
+
+
 @given(st.lists(st.integers(0, 4), max_size=7), st.integers(1, 30), st.floats(0, 3), st.sampled_from(Better))
 def test_pairs_of_ratings_follow_the_scores(scores: list[int], max_pairs: int, margin: float, better: Better) -> None:
     rule = PairRule(better=better, margin=margin, max_pairs=max_pairs)
@@ -246,6 +254,11 @@ def test_rows_of_one_prompt() -> None:
     candidates, reasons = propose_group([rated("q", "a", 1), rated("q", None, 3), rated("q", "c", "?"), rated("q", "d", 2)], ROWS)
     assert marks(candidates) == ["3>0"]
     assert reasons == [None, DropReason.NO_COMPARISON, DropReason.MISSING_SCORE, None]
+    capped = ROWS.model_copy(update={"pairs": PairRule(max_pairs=1)})
+    candidates, reasons = propose_group([rated("q", "a", 1), rated("q", "b", 3), rated("q", "c", 2)], capped)
+    assert (marks(candidates), reasons) == (["1>0"], [None, None, DropReason.BEYOND_MAX_PAIRS])
+    wide = ROWS.model_copy(update={"pairs": PairRule(margin=3)})
+    assert propose_group([rated("q", "a", 1), rated("q", "b", 4), rated("q", "c", 2)], wide)[1] == [None, None, DropReason.TIED]
     assert propose_group([rated("q", "a", 1), rated("q", "b", 1)], ROWS) == ([], [DropReason.TIED] * 2)
     assert propose_group([rated("q", "a", 1)], ROWS) == ([], [DropReason.NO_COMPARISON])
     assert propose_group([rated(None, "a", 1), rated(None, "b", 2)], ROWS) == ([], [DropReason.MISSING_FIELD] * 2)
