@@ -14,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, StringConstraints
 
 from synpref_ray.config import Settings
-from synpref_ray.ingest.fields import PromptFields, TextForm, Value, dig, is_blank, read_form, read_number, read_prompt, read_turn_texts
+from synpref_ray.ingest.fields import PromptFields, TextForm, Value, dig, has_path, is_blank, read_form, read_number, read_prompt, read_turn_texts
 from synpref_ray.schema import DropReason, Role
 
 Row = Mapping[str, Value]
@@ -160,7 +160,7 @@ class Span(StrEnum):
 class RatedRowsAdapter(Settings):
     """A row holds one reply and its scores; the rows with an equal prompt make pairs.
 
-    Rows without a reply, and prompts with a single one, are refused as `no_comparison`; rows that only pairs over `max_pairs` would use as
+    Rows whose reply is null or blank, and prompts with a single one, are refused as `no_comparison`; rows that only pairs over `max_pairs` would use as
     `beyond_max_pairs`, rows that differ from no other by the margin as `tied`.
     """
 
@@ -452,7 +452,9 @@ def propose_group(rows: Sequence[Row], adapter: RatedRowsAdapter) -> tuple[list[
     scored = []
     for place, row in enumerate(rows):
         reply, score = dig(row, adapter.reply), mean_score(row, adapter.scores, adapter.values)
-        if is_blank(reply):
+        if not has_path(row, adapter.reply):
+            reasons.append(DropReason.MISSING_FIELD)
+        elif is_blank(reply):
             reasons.append(DropReason.NO_COMPARISON)
         elif score is None:
             reasons.append(DropReason.MISSING_SCORE)

@@ -62,16 +62,28 @@ class PromptFields(Settings):
 
 def dig(row: Value, path: str) -> Value:
     """Return the value at a dotted path (keys of mappings, places in lists), None where it leads nowhere; a key with dots goes first."""
+    return _follow(row, path, None)
+
+
+def has_path(row: Value, path: str) -> bool:
+    """Whether a dotted path leads to a value, be it null."""
+    return _follow(row, path, _NOWHERE) is not _NOWHERE
+
+
+_NOWHERE = object()
+
+
+def _follow(row: Value, path: str, nowhere: Value) -> Value:
     if isinstance(row, Mapping) and path in row:
         return row[path]
     value = row
     for step in path.split("."):
         if isinstance(value, Mapping):
-            value = value.get(step)
+            value = value.get(step, nowhere)
         elif isinstance(value, Sequence) and not isinstance(value, str | bytes) and step.isdecimal() and int(step) < len(value):
             value = value[int(step)]
         else:
-            return None
+            return nowhere
     return value
 
 

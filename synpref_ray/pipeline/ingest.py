@@ -6,6 +6,7 @@ out in the first pass, before duplicates, so that each pair is counted once.
 """
 
 import glob
+import json
 import posixpath
 import time
 from collections import Counter
@@ -67,6 +68,7 @@ from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 
 INGEST_VERSION = 1
+_MAX_NAMED_COLUMNS = 20  # ours: enough to see which column is meant
 INLINE_TASKS = 4  # ours: so few files or shards are done before Ray has started its workers
 _EXPECTED_REASONS = (
     DropReason.TIED,
@@ -233,6 +235,7 @@ def _ingest(
     staging = f"staging/{name[:8]}"
     arguments = [(storage, f"{staging}/file-{i:05d}", sources[n], n, file, config) for i, (n, file) in enumerate(files)]
     staged = [StagedFile.model_validate(entry) for entry in _map(_stage_file, arguments)]
+    _refuse_pairless_sources(storage, name, sources, staged)
     chunks = [(i, entry, chunk) for i, entry in enumerate(staged) for chunk in range(entry.chunks)]
     paths = [f"{staging}/file-{i:05d}/pairs-{chunk:05d}.parquet" for i, _, chunk in chunks]
     index = []
@@ -249,6 +252,28 @@ def _ingest(
     rejected = {reason: count for reason, count in summary["rejected"].items() if count}
     run.step("ingest", rows=summary["rows_read"], computed=summary["rows_read"], rejected=rejected, seconds=time.monotonic() - started)
     return summary
+
+
+def _refuse_pairless_sources(storage: Storage, name: str, sources: Sequence[SourceConfig], staged: Sequence[StagedFile]) -> None:
+    """Raise InputError for a source with an adapter that gives records but not one pair: its columns are others than the adapter names."""
+    for number, source in enumerate(sources):
+        mine = [(i, entry) for i, entry in enumerate(staged) if entry.source == number]
+        rejected: Counter[str] = Counter()
+        for _, entry in mine:
+            rejected.update(entry.rejected)
+        records = sum(entry.records for _, entry in mine)
+        pairs = records - rejected.total() + rejected[DropReason.CONTAMINATED.value]
+        if pairs or not records or (source.adapter is None and not source.where):
+            continue
+        first = next(i for i, entry in mine if entry.records)
+        texts = storage.read_table(f"rejects/ingest/{name[:8]}/file-{first:05d}-00000.parquet", ["row_json", "reason"]).to_pylist()
+        unread = (DropReason.INVALID_JSON, DropReason.INVALID_UTF8, DropReason.WRONG_TYPE)
+        row = next((json.loads(text["row_json"]) for text in texts if text["reason"] not in unread), None)
+        found = ", ".join(sorted(row)[:_MAX_NAMED_COLUMNS]) if isinstance(row, dict) else ""
+        raise InputError(
+            f"source {source.name!r}: {records} rows and not one pair ({dict(rejected)}); the columns of a row: {found or 'none can be read'}; "
+            f"see what its adapter names, and the rows under {storage.join('rejects/ingest')}"
+        )
 
 
 def _map(function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

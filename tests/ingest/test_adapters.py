@@ -254,6 +254,7 @@ def test_rows_of_one_prompt() -> None:
     candidates, reasons = propose_group([rated("q", "a", 1), rated("q", None, 3), rated("q", "c", "?"), rated("q", "d", 2)], ROWS)
     assert marks(candidates) == ["3>0"]
     assert reasons == [None, DropReason.NO_COMPARISON, DropReason.MISSING_SCORE, None]
+    assert propose_group([{"prompt": "q", "s": 1}, {"prompt": "q", "s": 2}], ROWS) == ([], [DropReason.MISSING_FIELD] * 2)
     capped = ROWS.model_copy(update={"pairs": PairRule(max_pairs=1)})
     candidates, reasons = propose_group([rated("q", "a", 1), rated("q", "b", 3), rated("q", "c", 2)], capped)
     assert (marks(candidates), reasons) == (["1>0"], [None, None, DropReason.BEYOND_MAX_PAIRS])

@@ -28,6 +28,12 @@ KINDS: dict[str, dict[str, Any]] = {
 ROUTES = {"plain": "seed", "compared": "unverified", "rated": "wild", "grouped": "wild"}
 
 
+GOOD_ROWS: list[dict[str, Any]] = [  # so that every source has a pair
+    {"prompt": "good?", "chosen": reply, "rejected": "no", "x": place, "list": [{"text": "a", "x": 1}, {"text": "b", "x": 2}]}
+    for place, reply in ((1, "yes"), (2, "indeed"))
+]
+
+
 def broken_row(chance: random.Random) -> Any:
     text: list[Any] = ["", " ", "a", "b", "c", None, 3, LONG, [{"role": "user", "content": "q"}], [{"role": "robot"}], {}]
     prompt: list[Any] = ["p", "q", f"Well, {LONG}", " ", None, "short one"]
@@ -48,6 +54,7 @@ def write_corpus(folder: Path, num_rows: int, seed: int) -> None:
         lines = [json.dumps(broken_row(chance)).encode() for _ in range(num_rows // len(KINDS))]
         for place in range(0, len(lines), 17):
             lines[place] = chance.choice([b"{broken", b"\xff\xfe", b"[1, 2]", lines[place]])
+        lines[-2:] = [json.dumps(row).encode() for row in GOOD_ROWS]
         (folder / f"{name}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (folder / "bench.json").write_text(json.dumps([{"prompt": LONG}, {"prompt": "Short one!"}]))
 
@@ -217,6 +224,25 @@ def test_ties_are_no_sign_of_a_wrong_format(tmp_path: Path) -> None:
     config = IngestConfig.model_validate({"sources": [wrong], "workspace": str(tmp_path / "other"), "max_rejected_fraction": 0.1})
     with pytest.raises(InputError, match="1 of 9 rows refused"):
         run_ingest(config, Run(config.storage, "ingest", config))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": "comparison", "a": "a", "b": "b", "verdict": {"by": "strength", "strength": "zero"}},
+        {"kind": "rated_rows", "reply": "answer", "scores": ["s"]},
+        {"kind": "rated_rows", "reply": "empty", "scores": ["s"]},
+        {"kind": "ratings", "replies": "list", "text": "text", "scores": ["s"]},
+    ],
+)
+def test_a_source_without_one_pair_is_an_error_that_names_its_columns(tmp_path: Path, adapter: dict[str, Any]) -> None:
+    rows = [{"prompt": "q", "a": "x", "b": f"y{number}", "s": number, "zero": 0, "empty": None, "list": []} for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "mine", "path": str(tmp_path / "a.jsonl"), "adapter": adapter}
+    config = IngestConfig.model_validate({"sources": [source], "workspace": str(tmp_path / "ws"), "max_rejected_fraction": 1.0})
+    for _ in range(2):  # also when its files are staged already
+        with pytest.raises(InputError, match=r"'mine': 9 rows and not one pair .*; the columns of a row: a, b, empty, list, prompt, s, zero;"):
+            run_ingest(config, Run(config.storage, "ingest", config))
 
 
 def test_fixtures_of_several_sources_together_add_up(tmp_path: Path) -> None:
