@@ -1,13 +1,14 @@
 """Rows through an adapter into chunks: proposals meet the structural filter, and every row ends in at least one pair or one reject."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from synpref_ray.errors import InputError
-from synpref_ray.ingest.adapters import Candidate, PairAdapter, RatedRowsAdapter, Refusal, RowAdapter, Span, propose_group, propose_pairs
+from synpref_ray.ingest.adapters import Candidate, PairAdapter, RatedRowsAdapter, Refusal, RowAdapter, Span, label_text, propose_group, propose_pairs
 from synpref_ray.ingest.chunk import Chunk, ChunkBuilder, row_to_json
 from synpref_ray.ingest.fields import PromptFields, dig, read_prompt
 from synpref_ray.ingest.rows import FileRow
 from synpref_ray.ingest.source import SourceConfig
+from synpref_ray.schema import DropReason
 
 
 def adapt_rows(rows: Iterable[FileRow], source: SourceConfig, file: str, *, max_rows: int, max_bytes: int) -> Iterator[Chunk]:
@@ -21,6 +22,8 @@ def adapt_rows(rows: Iterable[FileRow], source: SourceConfig, file: str, *, max_
         InputError: a source whose prompts' rows stand anywhere has more rows than its adapter may hold.
     """
     adapter = source.adapter or _columns_adapter(source)
+    if source.where:
+        rows = _rows_where(rows, source.where)
     if isinstance(adapter, RatedRowsAdapter):
         yield from _adapt_groups(rows, adapter, source, file, max_rows=max_rows, max_bytes=max_bytes)
         return
@@ -32,6 +35,18 @@ def adapt_rows(rows: Iterable[FileRow], source: SourceConfig, file: str, *, max_
             collector.renew()
     if collector.num_rows_read:
         yield collector.finish()
+
+
+def _rows_where(rows: Iterable[FileRow], where: Mapping[str, str]) -> Iterator[FileRow]:
+    """Refuse the rows that have other values; a row without such a column at all lacks a field."""
+    wanted = {path: value.strip().casefold() for path, value in where.items()}
+    for row in rows:
+        found = {path: label_text(dig(row.values, path)) for path in wanted} if row.reason is None else wanted
+        if found == wanted:
+            yield row
+        else:
+            reason = DropReason.MISSING_FIELD if None in found.values() else DropReason.NOT_IN_SPLIT
+            yield FileRow(row.number, {}, reason, row_to_json(row.values))
 
 
 def _columns_adapter(source: SourceConfig) -> PairAdapter:

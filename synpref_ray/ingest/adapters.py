@@ -5,6 +5,8 @@ structural filter, or a refusal with a reason; no row gives no proposal, so that
 make, is written at each kind.
 """
 
+import heapq
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Literal, NamedTuple
@@ -12,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, StringConstraints
 
 from synpref_ray.config import Settings
-from synpref_ray.ingest.fields import PromptFields, TextForm, Value, dig, is_blank, read_form, read_number, read_prompt, read_turn_texts
+from synpref_ray.ingest.fields import PromptFields, TextForm, Value, dig, has_path, is_blank, read_form, read_number, read_prompt, read_turn_texts
 from synpref_ray.schema import DropReason, Role
 
 Row = Mapping[str, Value]
@@ -40,6 +42,13 @@ class Refusal(NamedTuple):
 Proposal = Candidate | Refusal
 
 
+class PairScores(Settings):
+    """Scores published with a pair: equal ones are a tie, and a chosen reply with the lower one is refused, not exchanged."""
+
+    chosen: Path
+    rejected: Path
+
+
 class PairAdapter(Settings):
     """Paired columns: one is preferred, the other not; with a prompt of their own, or as two whole conversations."""
 
@@ -50,9 +59,12 @@ class PairAdapter(Settings):
     rejected: Path = "rejected"
     replies: TextForm = TextForm.PLAIN
     lead: str = ""
-    """Path of a text that both replies begin with; absent means none."""
+    """Path of a text that both replies begin with; absent means none. A blank reply stays blank, so that it is refused."""
     strip: bool = False
     """White space around a reply belongs to the format, as after a transcript's last marker."""
+    scores: PairScores | None = None
+    tie: dict[str, str] = Field(default={})
+    """Values (by path, compared as text without case), any of which says that the row is a tie."""
 
 
 class LabelVerdict(Settings):
@@ -114,8 +126,9 @@ class Better(StrEnum):
 class PairRule(Settings):
     """Which pairs several scored replies of one prompt make.
 
-    Our choice: every two replies whose scores differ by at least `margin` and are not equal, the widest difference first, then by the places of the
-    chosen and of the rejected reply, at most `max_pairs`. Two replies of one score make no pair; a prompt of which all replies tie is refused.
+    Our choice: every two replies whose scores differ by at least `margin` and are not equal, the widest difference first, among equal differences the
+    two replies that the pairs before use least, then by the places of the chosen and of the rejected reply; at most `max_pairs`. Two replies of one
+    score make no pair; a prompt of which all replies tie is refused.
     """
 
     better: Better = Better.HIGHER
@@ -147,7 +160,8 @@ class Span(StrEnum):
 class RatedRowsAdapter(Settings):
     """A row holds one reply and its scores; the rows with an equal prompt make pairs.
 
-    Rows without a reply, and prompts with a single one, are refused as `no_comparison`.
+    Rows whose reply is null or blank, and prompts with a single one, are refused as `no_comparison`; rows that only pairs over `max_pairs` would use as
+    `beyond_max_pairs`, rows that differ from no other by the margin as `tied`.
     """
 
     kind: Literal["rated_rows"] = "rated_rows"
@@ -192,16 +206,31 @@ def propose_pairs(row: Row, adapter: RowAdapter) -> list[Proposal]:
 
 
 def _propose_pair(row: Row, adapter: PairAdapter) -> Proposal:
+    unsure = _doubt_pair(row, adapter)
+    if unsure is not None:
+        return Refusal(unsure)
     lead = dig(row, adapter.lead) if adapter.lead else None
     replies = []
     for path in (adapter.chosen, adapter.rejected):
         reply = read_form(dig(row, path), adapter.replies)
         if isinstance(reply, DropReason):
             return Refusal(reply)
-        if isinstance(lead, str) and isinstance(reply, str):
+        if isinstance(lead, str) and isinstance(reply, str) and not is_blank(reply):
             reply = lead + reply
         replies.append(reply.strip() if adapter.strip and isinstance(reply, str) else reply)
     return _with_prompt(row, adapter.prompt, replies[0], replies[1])
+
+
+def _doubt_pair(row: Row, adapter: PairAdapter) -> DropReason | None:
+    """Return why the row's own scores or labels speak against its order, if they do."""
+    if any(label_text(dig(row, path)) == value.strip().casefold() for path, value in adapter.tie.items()):
+        return DropReason.TIED
+    if adapter.scores is None:
+        return None
+    better = decide(row, ScoreVerdict(score_a=adapter.scores.chosen, score_b=adapter.scores.rejected))
+    if isinstance(better, DropReason):
+        return better
+    return None if better else DropReason.REVERSED_SCORE
 
 
 def _with_prompt(row: Row, fields: PromptFields | None, chosen: Value, rejected: Value) -> Proposal:
@@ -322,10 +351,13 @@ def _score(value: Value, values: Mapping[str, float]) -> float | None:
     return {label.casefold(): score for label, score in values.items()}.get(label_text(value) or "")
 
 
+_Wide = tuple[float, int, int, Value, Value]  # minus the difference, places and texts of the chosen and the rejected reply
+
+
 def pair_up(prompt: Value, scored: Sequence[tuple[int, Value, float]], rule: PairRule) -> list[Proposal]:
     """Make pairs of scored replies (place, reply, score) by the rule that `PairRule` states; the list is never empty."""
     sign = 1.0 if rule.better is Better.HIGHER else -1.0
-    wide = []
+    wide: list[_Wide] = []
     for place, reply, score in scored:
         for other_place, other, other_score in scored:
             difference = sign * (score - other_score)
@@ -333,8 +365,30 @@ def pair_up(prompt: Value, scored: Sequence[tuple[int, Value, float]], rule: Pai
                 wide.append((-difference, place, other_place, reply, other))
     if not wide:
         return [Refusal(DropReason.TIED if len(scored) > 1 else DropReason.NO_COMPARISON)]
-    wide.sort(key=lambda entry: entry[:3])
-    return [Candidate(prompt, chosen, rejected, f"{place}>{other}") for _, place, other, chosen, rejected in wide[: rule.max_pairs]]
+    return [Candidate(prompt, chosen, rejected, f"{place}>{other}") for _, place, other, chosen, rejected in _spread(wide, rule.max_pairs)]
+
+
+def _spread(wide: Sequence[_Wide], max_pairs: int) -> list[_Wide]:
+    """Choose pairs in the order that `PairRule` states.
+
+    Uses only grow, so that a heap entry whose uses have grown is put back and the first one that is up to date is the least.
+    """
+    if len(wide) <= max_pairs:  # all of them: the order alone is left to say
+        return sorted(wide, key=lambda entry: entry[:3])
+    heap = [(entry[0], 0, *entry[1:3], number) for number, entry in enumerate(wide)]
+    heapq.heapify(heap)
+    uses: Counter[int] = Counter()
+    kept: list[_Wide] = []
+    while heap and len(kept) < max_pairs:
+        difference, before, place, other, number = heap[0]
+        now = uses[place] + uses[other]
+        if now > before:
+            heapq.heapreplace(heap, (difference, now, place, other, number))
+            continue
+        heapq.heappop(heap)
+        kept.append(wide[number])
+        uses.update((place, other))
+    return kept
 
 
 def _propose_tree(row: Row, adapter: TreeAdapter) -> list[Proposal]:
@@ -398,7 +452,9 @@ def propose_group(rows: Sequence[Row], adapter: RatedRowsAdapter) -> tuple[list[
     scored = []
     for place, row in enumerate(rows):
         reply, score = dig(row, adapter.reply), mean_score(row, adapter.scores, adapter.values)
-        if is_blank(reply):
+        if not has_path(row, adapter.reply):
+            reasons.append(DropReason.MISSING_FIELD)
+        elif is_blank(reply):
             reasons.append(DropReason.NO_COMPARISON)
         elif score is None:
             reasons.append(DropReason.MISSING_SCORE)
@@ -409,4 +465,11 @@ def propose_group(rows: Sequence[Row], adapter: RatedRowsAdapter) -> tuple[list[
     if isinstance(proposals[0], Refusal):
         reason = proposals[0].reason
         return [], [reason if found is None else found for found in reasons]
-    return [proposal for proposal in proposals if isinstance(proposal, Candidate)], reasons
+    pairs = [proposal for proposal in proposals if isinstance(proposal, Candidate)]
+    used = {int(place) for pair in pairs for place in pair.mark.split(">")}
+    lowest, highest = min(entry[2] for entry in scored), max(entry[2] for entry in scored)
+    for place, _, score in scored:
+        if place not in used:
+            widest = max(score - lowest, highest - score)
+            reasons[place] = DropReason.BEYOND_MAX_PAIRS if widest > 0 and widest >= adapter.pairs.margin else DropReason.TIED
+    return pairs, reasons

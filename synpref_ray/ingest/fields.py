@@ -17,6 +17,7 @@ Turns = list[dict[str, str]]
 
 BLANK_LINE = "\n\n"
 _MARKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # as published with Anthropic/hh-rlhf
+_STEERLM_MARKER = re.compile(r"\n?<extra_id_[01]>(System|User|Assistant)(?:\n|$)")  # as published with nvidia/HelpSteer2
 _MARKED_ROLES = {"Human": Role.USER.value, "Assistant": Role.ASSISTANT.value}
 _ROLES = {
     **{role.value: role.value for role in Role},
@@ -39,6 +40,8 @@ class TextForm(StrEnum):
     """A message or a list of messages with other names: from/value, role/text, human/gpt, or content as a list of text parts."""
     TRANSCRIPT = "transcript"
     """One text with the markers `Human:` and `Assistant:`, each after a blank line."""
+    STEERLM = "steerlm"
+    """One text whose turns after the first begin with a line `<extra_id_1>User` or `<extra_id_1>Assistant`; without such a line it is plain text."""
     JSON = "json"
     """JSON inside text, or a value that is not text: messages (read as `chat`) or a text."""
     JSON_TURNS = "json_turns"
@@ -59,16 +62,28 @@ class PromptFields(Settings):
 
 def dig(row: Value, path: str) -> Value:
     """Return the value at a dotted path (keys of mappings, places in lists), None where it leads nowhere; a key with dots goes first."""
+    return _follow(row, path, None)
+
+
+def has_path(row: Value, path: str) -> bool:
+    """Whether a dotted path leads to a value, be it null."""
+    return _follow(row, path, _NOWHERE) is not _NOWHERE
+
+
+_NOWHERE = object()
+
+
+def _follow(row: Value, path: str, nowhere: Value) -> Value:
     if isinstance(row, Mapping) and path in row:
         return row[path]
     value = row
     for step in path.split("."):
         if isinstance(value, Mapping):
-            value = value.get(step)
+            value = value.get(step, nowhere)
         elif isinstance(value, Sequence) and not isinstance(value, str | bytes) and step.isdecimal() and int(step) < len(value):
             value = value[int(step)]
         else:
-            return None
+            return nowhere
     return value
 
 
@@ -83,6 +98,8 @@ def read_form(value: Value, form: TextForm) -> Value | DropReason:
         return value
     if form is TextForm.TRANSCRIPT:
         return read_transcript(value)
+    if form is TextForm.STEERLM:
+        return read_steerlm(value)
     if form is TextForm.JSON:
         value = read_json(value)
         if isinstance(value, DropReason | str):
@@ -99,6 +116,17 @@ def read_transcript(value: Value) -> Turns | DropReason:
         return DropReason.BAD_ROLE_ORDER
     turns = [{"role": _MARKED_ROLES[mark], "content": text.strip()} for mark, text in zip(parts[1::2], parts[2::2], strict=True)]
     return turns or DropReason.EMPTY_PROMPT
+
+
+def read_steerlm(value: Value) -> Value | DropReason:
+    """Split the text of HelpSteer's prompts into messages, the first a user's unless it says otherwise; text without markers stays text."""
+    if not isinstance(value, str):
+        return DropReason.WRONG_TYPE
+    parts = _STEERLM_MARKER.split(value)
+    if len(parts) == 1:
+        return value
+    opening = [{"role": Role.USER.value, "content": parts[0]}] if parts[0].strip() else []
+    return opening + [{"role": mark.lower(), "content": text} for mark, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def read_chat(value: Value) -> Turns | DropReason:
@@ -169,7 +197,8 @@ def read_prompt(row: Value, fields: PromptFields) -> Value | DropReason:
     values = [dig(row, path) for path in fields.fields]
     if len(values) == 1:
         prompt = read_form(values[0], fields.form)
-        if fields.form is TextForm.TRANSCRIPT and isinstance(prompt, list) and prompt[-1] == {"role": Role.ASSISTANT.value, "content": ""}:
+        marked = fields.form in (TextForm.TRANSCRIPT, TextForm.STEERLM)
+        if marked and isinstance(prompt, list) and prompt[-1] == {"role": Role.ASSISTANT.value, "content": ""}:
             prompt = prompt[:-1]
     else:
         prompt = _join([value for value in values if not is_blank(value)])

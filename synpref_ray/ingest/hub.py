@@ -49,7 +49,12 @@ def _stream(hub: HubDataset) -> Iterator[object]:
 
     try:
         dataset = load_dataset(
-            hub.dataset, hub.config or None, split=hub.split, revision=hub.revision or None, data_files=hub.files or None, streaming=True
+            hub.dataset,
+            hub.config or None,
+            split=hub.split,
+            revision=hub.revision or None,
+            data_files={hub.split: hub.files} if hub.files else None,
+            streaming=True,
         )
     except (FileNotFoundError, ValueError, ConnectionError) as error:
         raise InputError(f"cannot read {hub_address(hub)}: {_one_line(error)}") from None

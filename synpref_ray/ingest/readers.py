@@ -47,7 +47,7 @@ def read_pair_file(file: str, source: SourceConfig, *, max_rows: int = MAX_CHUNK
     """
     form = file_format(file, source.format)
     with open_binary(file) as stream:
-        if source.adapter is not None or form in (FileFormat.JSON, FileFormat.CSV):
+        if source.adapter is not None or source.where or form in (FileFormat.JSON, FileFormat.CSV):
             yield from adapt_rows(_file_rows(stream, file, form, max_rows, max_bytes), source, file, max_rows=max_rows, max_bytes=max_bytes)
         elif form is FileFormat.PARQUET:
             yield from read_parquet_chunks(stream, file, source, max_rows=max_rows, max_bytes=max_bytes)

@@ -74,24 +74,26 @@ class HubDataset(Settings):
     config: str = ""
     split: str = "train"
     files: str = ""
-    """Path or pattern of the files inside the data set's folder, where not all of them are meant."""
+    """Path or pattern of the files inside the data set's folder, where it has more than one split or configuration; copies are read by it too."""
 
 
 class SourceConfig(Settings):
     """One source of pairs and the pool it feeds."""
 
     name: str = Field(min_length=1)
-    """The source's name, in the column `source` of its pairs; the name of a catalogue row brings that row's settings, where none are given here."""
+    """The source's name, in the column `source` of its pairs; a catalogue row's name, without a path, brings that row's settings."""
     path: str = ""
     """A file, a folder (read recursively) or a glob pattern; local or any fsspec URL. Empty: a catalogue source's own place."""
     catalogue: str = ""
-    """The catalogue row to take settings from, where it is not the one called `name`."""
+    """The catalogue row to take settings from, where the source has a path of its own or another name; what is given here wins."""
     format: FileFormat = FileFormat.AUTO
     """How the files are written; `auto` tells Parquet from JSONL by the file name."""
     columns: PairColumns = PairColumns()
     """Which columns hold the pair, where a row is one."""
     adapter: Adapter | None = None
     """How rows become pairs, where a row is not one (see `ingest/adapters.py`)."""
+    where: dict[str, str] = Field(default={})
+    """Only rows with these values (by path, compared as text without case) are read; the others are counted as `not_in_split`."""
     hub: HubDataset = HubDataset()
     """Where the data set is published."""
     licence: str = ""

@@ -6,6 +6,7 @@ out in the first pass, before duplicates, so that each pair is counted once.
 """
 
 import glob
+import json
 import posixpath
 import time
 from collections import Counter
@@ -67,8 +68,15 @@ from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 
 INGEST_VERSION = 1
+_MAX_NAMED_COLUMNS = 20  # ours: enough to see which column is meant
 INLINE_TASKS = 4  # ours: so few files or shards are done before Ray has started its workers
-_EXPECTED_REASONS = (DropReason.TIED, DropReason.NO_COMPARISON, DropReason.CONTAMINATED)
+_EXPECTED_REASONS = (
+    DropReason.TIED,
+    DropReason.NO_COMPARISON,
+    DropReason.CONTAMINATED,
+    DropReason.NOT_IN_SPLIT,
+    DropReason.BEYOND_MAX_PAIRS,
+)
 """Reasons that say nothing about a wrong format, however many rows have them."""
 
 
@@ -126,8 +134,20 @@ def _place(source: SourceConfig, config: IngestConfig) -> SourceConfig:
         return source
     filesystem, root = url_to_fs(path)
     if source.hub.files and filesystem.isdir(root):
-        path = f"{path.rstrip('/')}/{source.hub.files}"
+        path = _pattern_below(path.rstrip("/"), source.hub.files)
     return source.model_copy(update={"path": path})
+
+
+def _pattern_below(folder: str, files: str) -> str:
+    """Return the pattern of a data set's files in a copy of it, or in a folder of the copy, which has the pattern's last parts alone."""
+    parts = files.split("/")
+    ends = [parts[start:] for start in range(len(parts))]
+    patterns = [f"{folder}/{'/'.join(end)}" for end in ends if end == parts or not end[0].startswith("*") or len(end) > 1]
+    for pattern in patterns:
+        filesystem, root = url_to_fs(pattern)
+        if filesystem.glob(root):
+            return pattern
+    return patterns[0]
 
 
 def _data_folder(data: str) -> str:
@@ -186,6 +206,8 @@ def _digest(source: SourceConfig, file: str) -> str:
 def _result_settings(source: SourceConfig) -> dict[str, Any]:
     """Return what of a source decides its pairs; settings of later versions only where they are used, so that older pools stay valid."""
     settings = source.model_dump(mode="json", include={"name", "format", "columns", "route"})
+    if source.where:
+        settings["where"] = source.where
     if source.adapter is not None:
         settings["adapter"] = source.adapter.model_dump(mode="json")
     return settings
@@ -213,6 +235,7 @@ def _ingest(
     staging = f"staging/{name[:8]}"
     arguments = [(storage, f"{staging}/file-{i:05d}", sources[n], n, file, config) for i, (n, file) in enumerate(files)]
     staged = [StagedFile.model_validate(entry) for entry in _map(_stage_file, arguments)]
+    _refuse_pairless_sources(storage, name, sources, staged)
     chunks = [(i, entry, chunk) for i, entry in enumerate(staged) for chunk in range(entry.chunks)]
     paths = [f"{staging}/file-{i:05d}/pairs-{chunk:05d}.parquet" for i, _, chunk in chunks]
     index = []
@@ -229,6 +252,28 @@ def _ingest(
     rejected = {reason: count for reason, count in summary["rejected"].items() if count}
     run.step("ingest", rows=summary["rows_read"], computed=summary["rows_read"], rejected=rejected, seconds=time.monotonic() - started)
     return summary
+
+
+def _refuse_pairless_sources(storage: Storage, name: str, sources: Sequence[SourceConfig], staged: Sequence[StagedFile]) -> None:
+    """Raise InputError for a source with an adapter that gives records but not one pair: its columns are others than the adapter names."""
+    for number, source in enumerate(sources):
+        mine = [(i, entry) for i, entry in enumerate(staged) if entry.source == number]
+        rejected: Counter[str] = Counter()
+        for _, entry in mine:
+            rejected.update(entry.rejected)
+        records = sum(entry.records for _, entry in mine)
+        pairs = records - rejected.total() + rejected[DropReason.CONTAMINATED.value]
+        if pairs or not records or (source.adapter is None and not source.where):
+            continue
+        first = next(i for i, entry in mine if entry.records)
+        texts = storage.read_table(f"rejects/ingest/{name[:8]}/file-{first:05d}-00000.parquet", ["row_json", "reason"]).to_pylist()
+        unread = (DropReason.INVALID_JSON, DropReason.INVALID_UTF8, DropReason.WRONG_TYPE)
+        row = next((json.loads(text["row_json"]) for text in texts if text["reason"] not in unread), None)
+        found = ", ".join(sorted(row)[:_MAX_NAMED_COLUMNS]) if isinstance(row, dict) else ""
+        raise InputError(
+            f"source {source.name!r}: {records} rows and not one pair ({dict(rejected)}); the columns of a row: {found or 'none can be read'}; "
+            f"see what its adapter names, and the rows under {storage.join('rejects/ingest')}"
+        )
 
 
 def _map(function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -105,9 +105,20 @@ def test_pairs_of_columns() -> None:
     assert one(row, kind="pair", prompt=fields, chosen="good", rejected="bad") == ("ask", " yes ", "no")
     assert one(row, kind="pair", prompt=fields, chosen="good", rejected="bad", strip=True) == ("ask", "yes", "no")
     assert one(row, kind="pair", prompt=fields, chosen="good", rejected="bad", lead="lead") == ("ask", "So:  yes ", "So: no")
+    assert one({**row, "bad": " "}, kind="pair", prompt=fields, chosen="good", rejected="bad", lead="lead")[2] == " "  # a lead hides no blank reply
     assert one(row, kind="pair", prompt=fields, chosen="chat", rejected="chat", replies="chat")[1] == [{"role": "assistant", "content": "hm"}]
     assert one(row, kind="pair", prompt=fields, chosen="good", rejected="bad", replies="chat") is DropReason.WRONG_TYPE
     assert one(row, kind="pair", prompt={"fields": ["lead", "chat"]}, chosen="good", rejected="bad") is DropReason.WRONG_TYPE
+
+
+def test_scores_and_labels_that_speak_against_a_pair() -> None:
+    kind = {"kind": "pair", "scores": {"chosen": "s.0", "rejected": "s.1"}, "tie": {"status": "Tie"}}
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "s": [2, "1"]}
+    assert one(row, **kind) == ("q", "a", "b")
+    assert one({**row, "status": "tie"}, **kind) is DropReason.TIED
+    assert one({**row, "s": [1, 1.0]}, **kind) is DropReason.TIED
+    assert one({**row, "s": [1, 2]}, **kind) is DropReason.REVERSED_SCORE  # refused, not exchanged
+    assert one({**row, "s": [1]}, **kind) is DropReason.MISSING_SCORE
 
 
 def test_which_pairs_ratings_make() -> None:
@@ -120,6 +131,14 @@ def test_which_pairs_ratings_make() -> None:
     assert pair_up("q", scored[:2], PairRule(margin=2.5)) == [Refusal(DropReason.TIED)]
     assert pair_up("q", scored[:1], PairRule()) == [Refusal(DropReason.NO_COMPARISON)]
     assert pair_up("q", [], PairRule()) == [Refusal(DropReason.NO_COMPARISON)]
+
+
+def test_capped_pairs_are_spread_over_the_replies() -> None:
+    scored = [(place, str(place), float(place < 3)) for place in range(6)]  # three good, three bad
+    assert marks(pair_up("q", scored, PairRule(max_pairs=4))) == ["0>3", "1>4", "2>5", "0>4"]
+    assert sorted(marks(pair_up("q", scored, PairRule(max_pairs=9)))) == [f"{good}>{bad}" for good in range(3) for bad in range(3, 6)]
+    many = [(place, str(place), float(place % 2)) for place in range(300)]
+    assert len(pair_up("q", many, PairRule(max_pairs=30_000))) == 150 * 150
 
 
 @given(st.lists(st.integers(0, 4), max_size=7), st.integers(1, 30), st.floats(0, 3), st.sampled_from(Better))
@@ -235,6 +254,12 @@ def test_rows_of_one_prompt() -> None:
     candidates, reasons = propose_group([rated("q", "a", 1), rated("q", None, 3), rated("q", "c", "?"), rated("q", "d", 2)], ROWS)
     assert marks(candidates) == ["3>0"]
     assert reasons == [None, DropReason.NO_COMPARISON, DropReason.MISSING_SCORE, None]
+    assert propose_group([{"prompt": "q", "s": 1}, {"prompt": "q", "s": 2}], ROWS) == ([], [DropReason.MISSING_FIELD] * 2)
+    capped = ROWS.model_copy(update={"pairs": PairRule(max_pairs=1)})
+    candidates, reasons = propose_group([rated("q", "a", 1), rated("q", "b", 3), rated("q", "c", 2)], capped)
+    assert (marks(candidates), reasons) == (["1>0"], [None, None, DropReason.BEYOND_MAX_PAIRS])
+    wide = ROWS.model_copy(update={"pairs": PairRule(margin=3)})
+    assert propose_group([rated("q", "a", 1), rated("q", "b", 4), rated("q", "c", 2)], wide)[1] == [None, None, DropReason.TIED]
     assert propose_group([rated("q", "a", 1), rated("q", "b", 1)], ROWS) == ([], [DropReason.TIED] * 2)
     assert propose_group([rated("q", "a", 1)], ROWS) == ([], [DropReason.NO_COMPARISON])
     assert propose_group([rated(None, "a", 1), rated(None, "b", 2)], ROWS) == ([], [DropReason.MISSING_FIELD] * 2)
@@ -290,6 +315,16 @@ def test_every_row_of_any_shape_ends_in_a_pair_or_a_reject(rows: list[Any], kind
         chunk.rejects.validate(full=True)
         for reject in chunk.rejects.to_pylist():
             json.loads(reject["row_json"])
+
+
+def test_rows_of_another_split_are_counted_as_such() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    source = SOURCE.model_copy(update={"where": {"split": "train"}})
+    rows = [{**row, "split": "train"}, {**row, "split": "Train "}, {**row, "split": "val"}, row, 3]
+    (chunk,) = adapt_rows(plain_rows(rows), source, "f", max_rows=9, max_bytes=1 << 20)
+    assert (chunk.pairs.num_rows, chunk.num_rows_read) == (2, 5)
+    assert chunk.rejects["reason"].to_pylist() == ["not_in_split", "missing_field", "wrong_type"]
+    assert json.loads(chunk.rejects["row_json"][0].as_py())["split"] == "val"
 
 
 def test_unreadable_rows_pass_through_with_their_text() -> None:

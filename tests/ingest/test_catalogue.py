@@ -24,7 +24,7 @@ NUM_ROWS, NUM_CONFIRMED = 61, 44
 
 
 def read(name: str, file: Path, form: FileFormat = FileFormat.JSONL) -> list[Chunk]:
-    source = with_catalogue(SourceConfig(name=name, path=str(file), format=form))
+    source = with_catalogue(SourceConfig(name=name, catalogue=name, path=str(file), format=form))
     return list(read_pair_file(str(file), source))
 
 
@@ -68,6 +68,17 @@ def test_a_row_reads_its_fixture(name: str) -> None:
     assert all(pair["source"] == name for pair in pairs)
 
 
+@pytest.mark.parametrize("name", ["helpsteer", "helpsteer2", "helpsteer2_preference"])
+def test_the_turns_of_helpsteer_prompts_are_told_apart(name: str) -> None:
+    pair = pairs_of(read(name, FIXTURES / f"{name}.jsonl"))[-1]
+    assert [(turn["role"], turn["content"]) for turn in pair["prompt"]] == [
+        ("user", "Hi, I cook."),
+        ("assistant", "Good. What?\n\nSoup?"),
+        ("user", "Bread."),
+    ]
+    assert (pair["chosen"], pair["rejected"]) == ("Then start with flour.", "No.")
+
+
 @pytest.mark.parametrize("name", sorted(name for name, row in catalogue().items() if row.format is FileFormat.PARQUET))
 def test_parquet_copies_read_the_same(name: str, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -90,13 +101,17 @@ def test_the_config_of_all_sources_lists_each_with_its_route() -> None:
 
 
 def test_a_source_is_filled_from_the_row_of_its_name_or_the_one_it_names() -> None:
-    filled = with_catalogue(SourceConfig(name="helpsteer3", path="x"))
+    filled = with_catalogue(SourceConfig(name="helpsteer3"))
     assert (filled.route, filled.label_kind, filled.licence, filled.catalogue) == (Route.UNVERIFIED, LabelKind.HUMAN, "cc-by-4.0", "helpsteer3")
     assert filled.adapter == catalogue()["helpsteer3"].adapter
     part = with_catalogue(SourceConfig(name="hh-online", catalogue="hh_rlhf", path="x", route=Route.WILD, licence="mine"))
     assert (part.name, part.route, part.licence, part.adapter) == ("hh-online", Route.WILD, "mine", catalogue()["hh_rlhf"].adapter)
     mine = SourceConfig.model_validate({"name": "nectar", "path": "x", "columns": {"prompt": "question"}})
     assert with_catalogue(mine) is mine
+    own = SourceConfig(name="nectar", path="x")  # a file of one's own that happens to be called like a row
+    assert with_catalogue(own) is own
+    named = with_catalogue(SourceConfig(name="nectar", catalogue="nectar", path="x"))
+    assert (named.path, named.adapter) == ("x", catalogue()["nectar"].adapter)
     other = SourceConfig(name="other", path="x")
     assert with_catalogue(other) is other
     with pytest.raises(ConfigError, match="the catalogue has no row 'nectarine'"):

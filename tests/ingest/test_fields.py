@@ -43,6 +43,14 @@ def test_transcripts() -> None:
     assert read_transcript(["x"]) is DropReason.WRONG_TYPE
 
 
+def test_steerlm_texts() -> None:
+    assert read_form("No marker <extra_id_1>", TextForm.STEERLM) == "No marker <extra_id_1>"
+    assert read_form(3, TextForm.STEERLM) is DropReason.WRONG_TYPE
+    text = "<extra_id_0>System\nBe kind.\n<extra_id_1>User\nq\n\n<extra_id_1>Assistant\n"
+    assert read_form(text, TextForm.STEERLM) == [turn("system", "Be kind."), turn("user", "q\n"), turn("assistant", "")]
+    assert read_prompt({"prompt": text}, PromptFields(form=TextForm.STEERLM)) == [turn("system", "Be kind."), turn("user", "q\n")]
+
+
 def test_chats_of_other_names() -> None:
     assert read_chat({"from": "gpt", "value": "x"}) == [turn("assistant", "x")]
     assert read_chat([{"role": "prompter", "text": "q"}, {"from": "Human", "value": "r"}]) == [turn("user", "q"), turn("user", "r")]

@@ -1,8 +1,11 @@
 """Streaming with `datasets`, from a local folder in the hub's layout: the same pairs as the files give."""
 
+import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from synpref_ray.errors import InputError
@@ -30,6 +33,17 @@ def test_streamed_rows_make_the_same_pairs(tmp_path: Path, name: str, files: str
         pair for chunk in read for pair in chunk.pairs.select(columns).to_pylist()
     ]
     assert sum(chunk.num_rows_read for chunk in streamed) == sum(chunk.num_rows_read for chunk in read)
+
+
+def test_a_split_of_its_own_name_is_streamed_from_its_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    table = pa.Table.from_pylist([json.loads(line) for line in (FIXTURES / "ultrafeedback_binarized.jsonl").read_text(encoding="utf-8").splitlines()])
+    for split in ("train_prefs", "test_prefs", "train_sft"):
+        pq.write_table(table, tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet")
+    source = with_catalogue(SourceConfig(name="ultrafeedback_binarized"))
+    source = source.model_copy(update={"hub": source.hub.model_copy(update={"dataset": str(tmp_path / "set")})})
+    assert sum(chunk.num_rows_read for chunk in read_hub_chunks(source, max_rows=9, max_bytes=1 << 20)) == table.num_rows
 
 
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.ingest.catalogue import catalogue
+from synpref_ray.ingest.source import list_source_files
 from synpref_ray.pipeline.ingest import IngestConfig, check_ingest, resolve_sources, run_ingest
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.pools import open_pool, pool_exists
@@ -25,6 +26,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "grouped": {"adapter": {"kind": "rated_rows", "reply": "chosen", "scores": ["x"]}},
 }
 ROUTES = {"plain": "seed", "compared": "unverified", "rated": "wild", "grouped": "wild"}
+
+
+GOOD_ROWS: list[dict[str, Any]] = [  # so that every source has a pair
+    {"prompt": "good?", "chosen": reply, "rejected": "no", "x": place, "list": [{"text": "a", "x": 1}, {"text": "b", "x": 2}]}
+    for place, reply in ((1, "yes"), (2, "indeed"))
+]
 
 
 def broken_row(chance: random.Random) -> Any:
@@ -47,6 +54,7 @@ def write_corpus(folder: Path, num_rows: int, seed: int) -> None:
         lines = [json.dumps(broken_row(chance)).encode() for _ in range(num_rows // len(KINDS))]
         for place in range(0, len(lines), 17):
             lines[place] = chance.choice([b"{broken", b"\xff\xfe", b"[1, 2]", lines[place]])
+        lines[-2:] = [json.dumps(row).encode() for row in GOOD_ROWS]
         (folder / f"{name}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     (folder / "bench.json").write_text(json.dumps([{"prompt": LONG}, {"prompt": "Short one!"}]))
 
@@ -117,7 +125,10 @@ def test_reporting_drops_nothing_and_names_the_matches(tmp_path: Path) -> None:
 
 
 def test_the_record_tells_licences_and_where_sets_came_from(tmp_path: Path) -> None:
-    sources = [{"name": name, "path": str(FIXTURES / f"{name}.jsonl"), "format": "jsonl"} for name in ("helpsteer3", "pku_saferlhf", "skywork_80k")]
+    sources = [
+        {"name": name, "catalogue": name, "path": str(FIXTURES / f"{name}.jsonl"), "format": "jsonl"}
+        for name in ("helpsteer3", "pku_saferlhf", "skywork_80k")
+    ]
     config = IngestConfig.model_validate({"sources": sources, "workspace": str(tmp_path / "ws")})
     run = Run(config.storage, "ingest", config)
     table = run_ingest(config, run)
@@ -148,6 +159,58 @@ def test_where_catalogue_sources_are_read(tmp_path: Path) -> None:
         resolve_sources(IngestConfig.model_validate({"sources": [{"name": "mine"}]}))
 
 
+PUBLISHED = {
+    "hh_rlhf": (
+        [f"{folder}/{split}.jsonl.gz" for folder in ("harmless-base", "helpful-base", "helpful-online") for split in ("train", "test")]
+        + ["helpful-rejection-sampled/train.jsonl.gz", "red-team-attempts/red_team_attempts.jsonl.gz", "red-team-attempts/train.jsonl.gz"],
+        [f"{folder}/train.jsonl.gz" for folder in ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")],
+    ),
+    "ultrafeedback_binarized": (
+        [f"data/{split}-00000-of-00001.parquet" for split in ("train_prefs", "train_sft", "train_gen", "test_prefs", "test_sft", "test_gen")],
+        ["data/train_prefs-00000-of-00001.parquet"],
+    ),
+    "wildguardmix": (["train/wildguard_train.parquet", "test/wildguard_test.parquet"], ["train/wildguard_train.parquet"]),
+    "dpo_en_20k": (["dpo_en.json", "dpo_zh.json"], ["dpo_en.json"]),
+    "dpo_zh_20k": (["dpo_en.json", "dpo_zh.json"], ["dpo_zh.json"]),
+    "helpsteer": (["train.jsonl.gz", "validation.jsonl.gz"], ["train.jsonl.gz"]),
+    "helpsteer2": (["train.jsonl.gz", "validation.jsonl.gz", "preference/preference.jsonl.gz"], ["train.jsonl.gz"]),
+    "pku_saferlhf": ([f"data/Alpaca-7B/{split}.jsonl" for split in ("train", "test")], ["data/Alpaca-7B/train.jsonl"]),
+    "beavertails": ([f"round0/{size}/{split}.jsonl.gz" for size in ("30k", "330k") for split in ("train", "test")], ["round0/330k/train.jsonl.gz"]),
+    "shp": (
+        [f"{site}/{split}.json" for site in ("askhr", "askcarguys") for split in ("train", "validation")],
+        ["askcarguys/train.json", "askhr/train.json"],
+    ),
+    "shp_2": ([f"reddit/askhr/{split}.json" for split in ("train", "test")], ["reddit/askhr/train.json"]),
+    "stack_exchange_paired": ([f"data/{part}/a.parquet" for part in ("evaluation", "finetune", "reward", "rl")], None),
+    "magpie_air_dpo": ([f"data/{split}-0.parquet" for split in ("train", "test")], ["data/train-0.parquet"]),
+}
+"""By row: files as the repository has them, and those that are to be read (None: all but the first)."""
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_copy_as_published_is_read_without_its_held_out_splits(tmp_path: Path, name: str) -> None:
+    files, wanted = PUBLISHED[name]
+    for file in files:
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file).touch()
+    (source,) = resolve_sources(IngestConfig.model_validate({"sources": [{"name": name}], "copies": str(tmp_path)}))
+    assert list(list_source_files(source)) == [f"{tmp_path}/{name}/{file}" for file in (files[1:] if wanted is None else wanted)]
+
+
+def test_a_folder_of_a_copy_is_read_by_the_end_of_the_pattern(tmp_path: Path) -> None:
+    for file in ("hh/helpful-online/train.jsonl.gz", "hh/helpful-online/test.jsonl.gz", "flat/wildguard_test.parquet"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    sources = [
+        {"name": "part", "catalogue": "hh_rlhf", "path": f"{tmp_path}/hh/helpful-online"},
+        {"name": "flat", "catalogue": "wildguardmix", "path": f"{tmp_path}/flat"},
+    ]
+    part, flat = resolve_sources(IngestConfig.model_validate({"sources": sources}))
+    assert list_source_files(part) == (f"{tmp_path}/hh/helpful-online/train.jsonl.gz",)
+    with pytest.raises(InputError, match=r"found no file at .*/flat/train/\*\.parquet"):
+        list_source_files(flat)  # nothing is read on the chance that it is no held-out split
+
+
 def test_ties_are_no_sign_of_a_wrong_format(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "a": "x", "b": f"y{number}", "s": 0 if number else 1} for number in range(9)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -163,9 +226,28 @@ def test_ties_are_no_sign_of_a_wrong_format(tmp_path: Path) -> None:
         run_ingest(config, Run(config.storage, "ingest", config))
 
 
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": "comparison", "a": "a", "b": "b", "verdict": {"by": "strength", "strength": "zero"}},
+        {"kind": "rated_rows", "reply": "answer", "scores": ["s"]},
+        {"kind": "rated_rows", "reply": "empty", "scores": ["s"]},
+        {"kind": "ratings", "replies": "list", "text": "text", "scores": ["s"]},
+    ],
+)
+def test_a_source_without_one_pair_is_an_error_that_names_its_columns(tmp_path: Path, adapter: dict[str, Any]) -> None:
+    rows = [{"prompt": "q", "a": "x", "b": f"y{number}", "s": number, "zero": 0, "empty": None, "list": []} for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"name": "mine", "path": str(tmp_path / "a.jsonl"), "adapter": adapter}
+    config = IngestConfig.model_validate({"sources": [source], "workspace": str(tmp_path / "ws"), "max_rejected_fraction": 1.0})
+    for _ in range(2):  # also when its files are staged already
+        with pytest.raises(InputError, match=r"'mine': 9 rows and not one pair .*; the columns of a row: a, b, empty, list, prompt, s, zero;"):
+            run_ingest(config, Run(config.storage, "ingest", config))
+
+
 def test_fixtures_of_several_sources_together_add_up(tmp_path: Path) -> None:
     names = sorted(catalogue())[:4]
-    sources = [{"name": name, "path": str(FIXTURES / f"{name}.jsonl"), "format": "jsonl"} for name in names]
+    sources = [{"name": name, "catalogue": name, "path": str(FIXTURES / f"{name}.jsonl"), "format": "jsonl"} for name in names]
     config = IngestConfig.model_validate({"sources": sources, "workspace": str(tmp_path / "ws"), "max_rejected_fraction": 1.0})
     run = Run(config.storage, "ingest", config)
     run_ingest(config, run)

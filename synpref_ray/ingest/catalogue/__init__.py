@@ -29,6 +29,8 @@ class CatalogueRow(Settings):
     format: FileFormat = FileFormat.AUTO
     """How the published files are written."""
     adapter: Adapter
+    where: dict[str, str] = Field(default={})
+    """The rows that are meant, where a file holds more than one split."""
     source_id: tuple[str, ...] = ()
     """Paths that may hold an id of the set's own."""
     label_kind: LabelKind
@@ -67,15 +69,16 @@ def catalogue() -> dict[str, CatalogueRow]:
 
 
 def with_catalogue(source: SourceConfig) -> SourceConfig:
-    """Fill what a source leaves open from the catalogue row it names, or is called like.
+    """Fill what a source leaves open from the catalogue row it names with `catalogue`, or is called like.
 
-    A source that says itself how its rows are read (`columns` or `adapter`) and names no row is left as it is.
+    A name alone stands for a row where nothing else is said: a source with a `path`, `columns` or an `adapter` of its own is filled only from the row
+    that it names with `catalogue`, since its files may have any form.
 
     Raises:
         ConfigError: the row that it names does not exist.
     """
     given = source.model_fields_set
-    if not source.catalogue and (source.name not in catalogue() or given & {"columns", "adapter"}):
+    if not source.catalogue and (source.name not in catalogue() or source.path or given & {"columns", "adapter"}):
         return source
     row = catalogue().get(source.catalogue or source.name)
     if row is None:
@@ -85,6 +88,7 @@ def with_catalogue(source: SourceConfig) -> SourceConfig:
         "format": row.format,
         "adapter": row.adapter,
         "columns": PairColumns(source_id=row.source_id),
+        "where": row.where,
         "hub": row.hub,
         "licence": row.licence,
         "label_kind": row.label_kind,
@@ -98,7 +102,9 @@ def sources_table() -> str:
     lines = ["| name | data set | rows become pairs by | labels | pool | licence | columns shown by |", "|---|---|---|---|---|---|---|"]
     for row in catalogue().values():
         hub = f"[{row.hub.dataset}](https://huggingface.co/datasets/{row.hub.dataset})"
-        where = ", ".join(part for part in (row.hub.config, row.hub.split, row.hub.files) if part)
+        where = ", ".join(
+            part for part in (row.hub.config, row.hub.split, row.hub.files, *(f"{column} = {value}" for column, value in row.where.items())) if part
+        )
         confirmed = row.confirmed or "**not confirmed**"
         cells = (row.name, f"{hub} ({where})", row.adapter.kind, row.label_kind.value, row.route.value, row.licence, confirmed)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
