@@ -149,6 +149,7 @@ def test_pools_must_be_there_and_named_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray")
 def test_the_same_on_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inline = workspace(tmp_path / "inline")
     hygiene_run(inline)
