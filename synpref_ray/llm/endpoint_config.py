@@ -55,7 +55,7 @@ class EndpointConfig(Settings):
     price_per_million_prompt_tokens: float = Field(default=0.0, ge=0)
     price_per_million_cached_tokens: float | Literal["prompt"] = "prompt"  # of prompt tokens that the server reports as cached
     price_per_million_output_tokens: float = Field(default=0.0, ge=0)
-    spending_limit: float = Field(default=0.0, ge=0)  # 0: none; over all runs that write one table
+    spending_limit: float = Field(default=0.0, ge=0)  # 0: none; of one tagger or judge in a workspace, over all runs
     seed_requests: bool = False  # ours: a seed per request, from its key
     extra_body: dict[str, Any] = Field(default_factory=dict)
 
