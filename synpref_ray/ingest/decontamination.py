@@ -3,8 +3,8 @@
 Paper: App. C drops a pair whose text shares a 13-gram with the first-turn prompt of a benchmark; v3 looks for n = 5..13 on prompt, chosen and
 rejected and lets a judge strike false alarms. Our choice, all else:
 
-- Words are runs of letters and digits, case-folded; a Han or kana character is a word of its own. Prompt turns and replies are looked at one by one,
-  so that no n-gram spans two of them.
+- Words are runs of letters and digits in Unicode's form NFKC, case-folded and without format characters (soft hyphens, zero-width joiners); a Han or
+  kana character is a word of its own. Prompt turns and replies are looked at one by one, so that no n-gram spans two of them.
 - A benchmark prompt of fewer than 13 words has no 13-gram: it matches a user turn that equals it after this normalisation.
 - Overlaps of 5 to 12 words only propose: one candidate a pair, the longest; nothing is dropped for it.
 
@@ -13,8 +13,11 @@ compared word by word. N benchmark items, W words of a text.
 """
 
 import re
+import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from functools import lru_cache
 from itertools import repeat
 from typing import NamedTuple
 
@@ -30,6 +33,8 @@ from synpref_ray.ingest.readers import read_file_rows
 from synpref_ray.ingest.source import FileFormat, SourceConfig, list_source_files
 from synpref_ray.schema import DropReason, Role
 
+MATCHER_VERSION = 2
+"""Of what counts as an equal word; part of a decontaminated ingest's fingerprint."""
 FULL_NGRAM = 13  # App. C
 MIN_NGRAM = 5  # App. C (v3)
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
@@ -114,7 +119,16 @@ MATCHES_SCHEMA = pa.schema(
 
 def split_words(text: str) -> Words:
     """Return a text's words as they are compared."""
-    return tuple(_WORD.findall(text.casefold()))
+    if text.isascii():  # most texts: nothing else to do
+        return tuple(_WORD.findall(text.lower()))
+    plain = _format_characters().sub("", unicodedata.normalize("NFKC", text))
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", plain.casefold())))
+
+
+@lru_cache(maxsize=1)
+def _format_characters() -> re.Pattern[str]:
+    """Return a pattern of all characters of Unicode's category Cf."""
+    return re.compile(f"[{''.join(re.escape(chr(code)) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) == 'Cf')}]+")
 
 
 def first_turn(prompt: object) -> str | None:

@@ -25,6 +25,7 @@ from synpref_ray.ingest.accounts import StagedFile, account
 from synpref_ray.ingest.catalogue import with_catalogue
 from synpref_ray.ingest.chunk import Chunk, count_reasons
 from synpref_ray.ingest.decontamination import (
+    MATCHER_VERSION,
     MATCHES_SCHEMA,
     Action,
     BenchmarkIndex,
@@ -216,7 +217,7 @@ def _result_settings(source: SourceConfig) -> dict[str, Any]:
 def _decontamination_settings(config: DecontaminateConfig) -> dict[str, Any]:
     """Return what of a decontamination decides its result: the prompts themselves, wherever their files lie."""
     items = [[item.benchmark, item.item, list(item.words)] for item in read_benchmarks(config)]
-    return {"prompts": content_digest(items), **config.model_dump(mode="json", include={"action", "candidates"})}
+    return {"matcher": MATCHER_VERSION, "prompts": content_digest(items), **config.model_dump(mode="json", include={"action", "candidates"})}
 
 
 def _refuse_other_pools(storage: Storage, name: str) -> None:

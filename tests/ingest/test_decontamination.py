@@ -45,6 +45,11 @@ def find(index: BenchmarkIndex, prompt: str, chosen: str = "yes", rejected: str 
 def test_words() -> None:
     assert split_words("It's ÉTÉ, x_y 3.5!") == ("it", "s", "été", "x", "y", "3", "5")
     assert split_words("请用中文 reply カナ") == ("请", "用", "中", "文", "reply", "カ", "ナ")
+    assert split_words("e\u0301te\u0301 ﬁne Ｆｕｌｌ ｶﾅ co\u00adop\u200bera\u2060te STRASSE straße") == (
+        *("été", "fine", "full", "カ", "ナ", "cooperate"),
+        *("strasse", "strasse"),
+    )
+    assert split_words("\ufeffascii only") == split_words("ASCII, only!")
     assert first_turn([{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "user", "content": "r"}]) == "q"
     assert first_turn("q") == "q"
     assert first_turn([{"role": "assistant", "content": "a"}]) is None

@@ -124,6 +124,27 @@ def test_reporting_drops_nothing_and_names_the_matches(tmp_path: Path) -> None:
     assert line["ngram"] in {" ".join(LONG.split()[start : start + n]) for start in range(14) for n in range(5, 14)} | {"short one"}
 
 
+def test_fingerprints_know_the_matcher_only_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "seed.jsonl").write_text('{"prompt": "Hi?", "chosen": "Hi.", "rejected": "No."}\n')
+    (tmp_path / "bench.json").write_text('[{"prompt": "other"}]')
+    benchmarks = {"benchmarks": [{"path": str(tmp_path / "bench.json")}]}
+
+    def fingerprints(version: int) -> list[str]:
+        monkeypatch.setattr("synpref_ray.pipeline.ingest.MATCHER_VERSION", version)
+        found = []
+        for number, decontaminate in enumerate(({}, benchmarks)):
+            workspace = str(tmp_path / f"ws{version}-{number}")
+            config = IngestConfig.model_validate({"data": str(tmp_path / "data"), "workspace": workspace, "decontaminate": decontaminate})
+            run_ingest(config, Run(config.storage, "ingest", config))
+            found.append(open_pool(config.storage, "seed").fingerprint)
+        return found
+
+    first, second = fingerprints(1), fingerprints(2)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
 def test_the_record_tells_licences_and_where_sets_came_from(tmp_path: Path) -> None:
     sources = [
         {"name": name, "catalogue": name, "path": str(FIXTURES / f"{name}.jsonl"), "format": "jsonl"}
