@@ -234,7 +234,8 @@ def _ingest(
 ) -> dict[str, Any]:
     started = time.monotonic()
     staging = f"staging/{name[:8]}"
-    arguments = [(storage, f"{staging}/file-{i:05d}", sources[n], n, file, config) for i, (n, file) in enumerate(files)]
+    benchmarks = _benchmarks_digest(config.decontaminate)
+    arguments = [(storage, f"{staging}/file-{i:05d}", sources[n], n, file, config, benchmarks) for i, (n, file) in enumerate(files)]
     staged = [StagedFile.model_validate(entry) for entry in _map(_stage_file, arguments)]
     _refuse_pairless_sources(storage, name, sources, staged)
     chunks = [(i, entry, chunk) for i, entry in enumerate(staged) for chunk in range(entry.chunks)]
@@ -288,7 +289,9 @@ def _map(function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return results
 
 
-def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int, file: str, config: IngestConfig) -> dict[str, Any]:
+def _stage_file(
+    storage: Storage, folder: str, source: SourceConfig, number: int, file: str, config: IngestConfig, benchmarks: str
+) -> dict[str, Any]:
     """Pass 1: one file's rows as staged chunks and rejects; done when its `done.json` is there."""
     if storage.exists(f"{folder}/done.json"):
         done: dict[str, Any] = storage.read_json(f"{folder}/done.json")
@@ -297,7 +300,7 @@ def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int
     matches: dict[str, Counter[str]] = {}
     rows = records = chunks = 0
     name = folder.replace("staging/", "")
-    for chunk, report in _cleaned(_read_chunks(source, file), config.decontaminate):
+    for chunk, report in _cleaned(_read_chunks(source, file), config.decontaminate, benchmarks):
         storage.write_table(f"{folder}/pairs-{chunks:05d}.parquet", chunk.pairs)
         if chunk.rejects.num_rows:
             storage.write_table(f"rejects/ingest/{name}-{chunks:05d}.parquet", chunk.rejects)
@@ -328,18 +331,24 @@ def _read_chunks(source: SourceConfig, file: str) -> Iterator[Chunk]:
     return read_hub_chunks(source, max_rows=MAX_CHUNK_ROWS, max_bytes=MAX_CHUNK_BYTES)
 
 
-def _cleaned(chunks: Iterator[Chunk], config: DecontaminateConfig) -> Iterator[tuple[Chunk, pa.Table]]:
+def _cleaned(chunks: Iterator[Chunk], config: DecontaminateConfig, benchmarks: str) -> Iterator[tuple[Chunk, pa.Table]]:
     """Yield chunks without contaminated pairs (where they are to be dropped) and the report on each."""
-    index = _benchmark_index(config)
+    index = _benchmark_index(config, benchmarks)
     for chunk in chunks:
         found = find_matches(chunk.pairs, index) if config.benchmarks else []
         report = matches_table(chunk.pairs, found) if found else MATCHES_SCHEMA.empty_table()
         yield (drop_contaminated(chunk, found) if found and config.action is Action.DROP else chunk), report
 
 
+def _benchmarks_digest(config: DecontaminateConfig) -> str:
+    """Return a digest of the benchmark files' bytes, empty where there are none."""
+    sources = [SourceConfig(name=benchmark.name or benchmark.path, path=benchmark.path, format=benchmark.format) for benchmark in config.benchmarks]
+    return content_digest([digest_file(file) for source in sources for file in list_source_files(source)]) if sources else ""
+
+
 @lru_cache(maxsize=1)
-def _benchmark_index(config: DecontaminateConfig) -> BenchmarkIndex:
-    """Return the index of a worker; every process that stages files builds it once."""
+def _benchmark_index(config: DecontaminateConfig, digest: str) -> BenchmarkIndex:  # noqa: ARG001  # the digest is of the files that the config names
+    """Return the index of a worker; every process that stages files builds it once, and anew when a benchmark's file has other bytes."""
     return BenchmarkIndex(read_benchmarks(config), candidates=config.candidates)
 
 
