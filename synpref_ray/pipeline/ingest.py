@@ -31,6 +31,7 @@ from synpref_ray.ingest.decontamination import (
     BenchmarkIndex,
     DecontaminateConfig,
     MatchKind,
+    count_benchmark_items,
     drop_contaminated,
     find_matches,
     matches_table,
@@ -249,6 +250,8 @@ def _ingest(
     for number, part in enumerate(plan.duplicates):
         _write_duplicates(storage, name, number, part, paths)
     summary = account(sources, staged, plan, {route: pool.num_rows for route, pool in pools.items() if pool is not None})
+    if config.decontaminate.benchmarks:
+        summary["benchmark_items"] = count_benchmark_items(config.decontaminate)
     for path in storage.list_files(staging):
         storage.delete(path)
     rejected = {reason: count for reason, count in summary["rejected"].items() if count}
@@ -289,9 +292,7 @@ def _map(function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return results
 
 
-def _stage_file(
-    storage: Storage, folder: str, source: SourceConfig, number: int, file: str, config: IngestConfig, benchmarks: str
-) -> dict[str, Any]:
+def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int, file: str, config: IngestConfig, benchmarks: str) -> dict[str, Any]:
     """Pass 1: one file's rows as staged chunks and rejects; done when its `done.json` is there."""
     if storage.exists(f"{folder}/done.json"):
         done: dict[str, Any] = storage.read_json(f"{folder}/done.json")
@@ -378,6 +379,9 @@ def _closing_table(summary: dict[str, Any]) -> str:
     rows += [(f"pool {name}", str(count)) for name, count in summary["pools"].items()]
     rows += [(f"  of them contradicted, {name}", str(count)) for name, count in summary["contradicted"].items() if count]
     rows += [(f"rejected: {reason}", str(count)) for reason, count in summary["rejected"].items() if count]
+    for benchmark, counts in summary.get("benchmark_items", {}).items():
+        rows.append((f"{benchmark}: items read", str(counts["read"])))
+        rows += [(f"{benchmark}: items without a prompt", str(counts["skipped"]))] if counts["skipped"] else []
     for benchmark, counts in summary.get("benchmarks", {}).items():
         rows += [(f"{benchmark}: {_MATCH_WORDS[MatchKind(kind)]}", str(count)) for kind, count in counts.items()]
     absent = [route.value for route in (Route.SEED, Route.UNVERIFIED) if not summary["pools"].get(route.value)]

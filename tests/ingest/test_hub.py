@@ -67,7 +67,7 @@ def test_faults_of_the_net_and_of_files_are_one_line(tmp_path: Path, monkeypatch
         with pytest.raises(InputError, match="nobody/nothing from the hub: no route to the hub; give a local copy"):
             pin_revision(HubDataset(dataset="nobody/nothing"))
         patch.setattr("datasets.load_dataset", refuse)
-        with pytest.raises(InputError, match="no route to the hub$"):
+        with pytest.raises(InputError, match=r"no route to the hub$"):
             list(read_hub_chunks(SourceConfig(name="a", hub=HubDataset(dataset="nobody/nothing")), max_rows=1, max_bytes=1))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()

@@ -117,6 +117,7 @@ def test_reporting_drops_nothing_and_names_the_matches(tmp_path: Path) -> None:
     reported = ingest(tmp_path, tmp_path / "report", action="report")
     assert "contaminated" not in reported["rejected"]
     assert reported["benchmarks"] == dropped["benchmarks"]
+    assert reported["benchmark_items"] == {"bench": {"read": 2, "skipped": 0}}
     assert set(dropped["benchmarks"]["bench"]) >= {"overlap", "exact"}
     (file, *_) = sorted((tmp_path / "report" / "decontamination").rglob("*.parquet"))
     line = pq.read_table(file).to_pylist()[0]
