@@ -160,8 +160,8 @@ class Span(StrEnum):
 class RatedRowsAdapter(Settings):
     """A row holds one reply and its scores; the rows with an equal prompt make pairs.
 
-    Rows whose reply is null or blank, and prompts with a single one, are refused as `no_comparison`; rows that only pairs over `max_pairs` would use as
-    `beyond_max_pairs`, rows that differ from no other by the margin as `tied`.
+    Rows whose reply is null or blank, and prompts with a single one, are refused as `no_comparison`; rows that only pairs over `max_pairs` would use
+    as `beyond_max_pairs`, rows that differ from no other by the margin as `tied`.
     """
 
     kind: Literal["rated_rows"] = "rated_rows"

@@ -348,7 +348,7 @@ def _benchmarks_digest(config: DecontaminateConfig) -> str:
 
 
 @lru_cache(maxsize=1)
-def _benchmark_index(config: DecontaminateConfig, digest: str) -> BenchmarkIndex:  # noqa: ARG001  # the digest is of the files that the config names
+def _benchmark_index(config: DecontaminateConfig, digest: str) -> BenchmarkIndex:
     """Return the index of a worker; every process that stages files builds it once, and anew when a benchmark's file has other bytes."""
     return BenchmarkIndex(read_benchmarks(config), candidates=config.candidates)
 
