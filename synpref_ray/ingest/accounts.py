@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from synpref_ray.config import Settings
 from synpref_ray.errors import SynprefError
@@ -27,6 +27,12 @@ class StagedFile(Settings):
     rejected: dict[str, int]
     matches: dict[str, dict[str, int]] = Field(default={})
     """By benchmark, the pairs that match it, by kind."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reads_older_records(cls, values: Any) -> Any:
+        """Take the rows for the records where a file was staged before the two were told apart: every row was a record then."""
+        return {**values, "records": values["rows"]} if isinstance(values, dict) and "rows" in values and "records" not in values else values
 
 
 def account(sources: Sequence[SourceConfig], staged: Sequence[StagedFile], plan: IngestPlan, pools: Mapping[Route, int]) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from synpref_ray.errors import InputError
-from synpref_ray.ingest.adapters import Candidate, PairAdapter, RatedRowsAdapter, Refusal, RowAdapter, Span, label_text, propose_group, propose_pairs
+from synpref_ray.ingest.adapters import PairAdapter, RatedRowsAdapter, RowAdapter, Span, label_text, propose_group, propose_pairs
 from synpref_ray.ingest.chunk import Chunk, ChunkBuilder, row_to_json
 from synpref_ray.ingest.fields import PromptFields, dig, read_prompt
+from synpref_ray.ingest.pairing import Candidate, Refusal
 from synpref_ray.ingest.rows import FileRow
 from synpref_ray.ingest.source import SourceConfig
 from synpref_ray.schema import DropReason

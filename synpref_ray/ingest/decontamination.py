@@ -3,8 +3,8 @@
 Paper: App. C drops a pair whose text shares a 13-gram with the first-turn prompt of a benchmark; v3 looks for n = 5..13 on prompt, chosen and
 rejected and lets a judge strike false alarms. Our choice, all else:
 
-- Words are runs of letters and digits, case-folded; a Han or kana character is a word of its own. Prompt turns and replies are looked at one by one,
-  so that no n-gram spans two of them.
+- Words are runs of letters and digits in Unicode's form NFKC, case-folded and without format characters (soft hyphens, zero-width joiners); a Han or
+  kana character is a word of its own. Prompt turns and replies are looked at one by one, so that no n-gram spans two of them.
 - A benchmark prompt of fewer than 13 words has no 13-gram: it matches a user turn that equals it after this normalisation.
 - Overlaps of 5 to 12 words only propose: one candidate a pair, the longest; nothing is dropped for it.
 
@@ -13,8 +13,11 @@ compared word by word. N benchmark items, W words of a text.
 """
 
 import re
+import sys
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from functools import lru_cache
 from itertools import repeat
 from typing import NamedTuple
 
@@ -26,10 +29,13 @@ from pydantic import Field
 from synpref_ray.config import Settings
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.chunk import REJECTS_SCHEMA, Chunk, row_to_json
+from synpref_ray.ingest.fields import TextForm, dig, read_chat, read_form, read_turn_texts
 from synpref_ray.ingest.readers import read_file_rows
 from synpref_ray.ingest.source import FileFormat, SourceConfig, list_source_files
 from synpref_ray.schema import DropReason, Role
 
+MATCHER_VERSION = 2
+"""Of what counts as an equal word; part of a decontaminated ingest's fingerprint."""
 FULL_NGRAM = 13  # App. C
 MIN_NGRAM = 5  # App. C (v3)
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
@@ -66,7 +72,9 @@ class BenchmarkFile(Settings):
     format: FileFormat = FileFormat.AUTO
     """A `.json` file is one array, or JSON lines where it says so here."""
     prompt: tuple[str, ...] = ("prompt", "question", "conversation_input", "instruction")  # ours: the names in the benchmarks of the paper
-    """Columns that may hold the prompt (text or messages); the first that a row has."""
+    """Paths that may hold the prompt (text or messages); the first that a row has."""
+    form: TextForm = TextForm.PLAIN
+    """How the prompt is written, where it is neither text nor messages: a transcript, JSON inside text."""
     id: tuple[str, ...] = ("id", "pair_id", "pair_uid")
     """Columns that may hold the item's id; else its number in the file."""
 
@@ -114,18 +122,32 @@ MATCHES_SCHEMA = pa.schema(
 
 def split_words(text: str) -> Words:
     """Return a text's words as they are compared."""
-    return tuple(_WORD.findall(text.casefold()))
+    if text.isascii():  # most texts: nothing else to do
+        return tuple(_WORD.findall(text.lower()))
+    plain = _format_characters().sub("", unicodedata.normalize("NFKC", text))
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", plain.casefold())))
 
 
-def first_turn(prompt: object) -> str | None:
-    """Return the first user message of a prompt (text or messages), None if there is none."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list | tuple):
-        for message in prompt:
-            if isinstance(message, Mapping) and message.get("role") == Role.USER and isinstance(message.get("content"), str):
-                return str(message["content"])
-    return None
+@lru_cache(maxsize=1)
+def _format_characters() -> re.Pattern[str]:
+    """Return a pattern of all characters of Unicode's category Cf."""
+    return re.compile(f"[{''.join(re.escape(chr(code)) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) == 'Cf')}]+")
+
+
+def first_turn(prompt: object, form: TextForm = TextForm.PLAIN) -> str | None:
+    """Return the first user message of a prompt (text, or messages under any of the names that sources may use), None if there is none."""
+    if form is TextForm.JSON_TURNS:
+        texts = read_turn_texts(prompt)
+        return texts[0] if isinstance(texts, list) and texts else None
+    read = read_form(prompt, form)
+    if isinstance(read, DropReason):
+        return None
+    if isinstance(read, str):
+        return read
+    turns = read_chat(read)
+    if isinstance(turns, DropReason):
+        return None
+    return next((turn["content"] for turn in turns if turn["role"] == Role.USER), None)
 
 
 def read_benchmarks(config: DecontaminateConfig) -> list[BenchmarkItem]:
@@ -134,25 +156,42 @@ def read_benchmarks(config: DecontaminateConfig) -> list[BenchmarkItem]:
     Raises:
         InputError: a file is not there or not readable, or has not one prompt.
     """
-    items = []
+    return [item for found in read_benchmark_rows(config) for item in found if isinstance(item, BenchmarkItem)]
+
+
+def count_benchmark_items(config: DecontaminateConfig) -> dict[str, dict[str, int]]:
+    """Return by benchmark how many rows were read as items, and how many were skipped because no prompt could be read."""
+    counts: dict[str, dict[str, int]] = {}
+    for found in read_benchmark_rows(config):
+        for item in found:
+            entry = counts.setdefault(item if isinstance(item, str) else item.benchmark, {"read": 0, "skipped": 0})
+            entry["skipped" if isinstance(item, str) else "read"] += 1
+    return counts
+
+
+def read_benchmark_rows(config: DecontaminateConfig) -> Iterator[list[BenchmarkItem | str]]:
+    """Yield the rows of every benchmark file: an item, or the benchmark's name where a row has no prompt.
+
+    Raises:
+        InputError: as `read_benchmarks` says.
+    """
     for benchmark in config.benchmarks:
         name = benchmark.name or benchmark.path
         files = list_source_files(SourceConfig(name=name, path=benchmark.path, format=benchmark.format))
         for file in files:
             found = list(_read_items(file, name, benchmark))
-            if not found:
+            if not any(isinstance(item, BenchmarkItem) for item in found):
                 raise InputError(f"benchmark {name}: no row of {file} has a prompt in one of the columns {', '.join(benchmark.prompt)}")
-            items += found
-    return items
+            yield found
 
 
-def _read_items(file: str, name: str, benchmark: BenchmarkFile) -> Iterator[BenchmarkItem]:
+def _read_items(file: str, name: str, benchmark: BenchmarkFile) -> Iterator[BenchmarkItem | str]:
     named_json = file.lower().endswith((".json", ".json.gz")) and benchmark.format is FileFormat.AUTO
     for row in read_file_rows(file, FileFormat.JSON if named_json else benchmark.format):
-        prompt = next((text for column in benchmark.prompt if (text := first_turn(row.values.get(column))) is not None), None)
-        own = next((row.values[column] for column in benchmark.id if row.values.get(column) is not None), row.number)
-        if prompt is not None and (words := split_words(prompt)):
-            yield BenchmarkItem(name, str(own), words)
+        prompt = next((text for path in benchmark.prompt if (text := first_turn(dig(row.values, path), benchmark.form)) is not None), None)
+        own = next((value for path in benchmark.id if (value := dig(row.values, path)) is not None), row.number)
+        words = split_words(prompt or "")
+        yield BenchmarkItem(name, str(own), words) if words else name
 
 
 class BenchmarkIndex:

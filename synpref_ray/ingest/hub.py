@@ -1,7 +1,10 @@
 """Rows streamed from the Hugging Face hub, where there is one: the same adapters, nothing stored but the chunks."""
 
 import os
+import zlib
 from collections.abc import Iterator
+
+import pyarrow as pa
 
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.adapt import adapt_rows
@@ -25,11 +28,10 @@ def pin_revision(hub: HubDataset) -> HubDataset:
     if os.path.isdir(hub.dataset):
         raise InputError(f"{hub.dataset} is a folder, not a data set of the hub; give it as the source's path")
     from huggingface_hub import HfApi  # here and below: a worker that reads files should not pay for these imports
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         commit = HfApi().dataset_info(hub.dataset, revision=hub.revision or None).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+    except _hub_faults() as error:
         raise InputError(f"cannot read the data set {hub.dataset} from the hub: {_one_line(error)}; give a local copy as its path") from None
     return hub.model_copy(update={"revision": commit or hub.revision})
 
@@ -47,6 +49,7 @@ def read_hub_chunks(source: SourceConfig, *, max_rows: int, max_bytes: int) -> I
 def _stream(hub: HubDataset) -> Iterator[object]:
     from datasets import load_dataset
 
+    faults = _hub_faults()
     try:
         dataset = load_dataset(
             hub.dataset,
@@ -56,9 +59,17 @@ def _stream(hub: HubDataset) -> Iterator[object]:
             data_files={hub.split: hub.files} if hub.files else None,
             streaming=True,
         )
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
-        raise InputError(f"cannot read {hub_address(hub)}: {_one_line(error)}") from None
-    yield from dataset
+        yield from dataset
+    except faults as error:
+        raise InputError(f"cannot read {hub_address(hub)}: {_one_line(error) or type(error).__name__}") from None
+
+
+def _hub_faults() -> tuple[type[Exception], ...]:
+    """Return what the hub's clients raise for a net, a file or a data set that is not as it should be, while it is opened and while it is read."""
+    import httpx2
+    from datasets.exceptions import DatasetsError
+
+    return (httpx2.HTTPError, httpx2.StreamError, DatasetsError, OSError, EOFError, ValueError, pa.ArrowException, zlib.error)
 
 
 def _one_line(error: BaseException) -> str:

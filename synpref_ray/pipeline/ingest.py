@@ -25,11 +25,13 @@ from synpref_ray.ingest.accounts import StagedFile, account
 from synpref_ray.ingest.catalogue import with_catalogue
 from synpref_ray.ingest.chunk import Chunk, count_reasons
 from synpref_ray.ingest.decontamination import (
+    MATCHER_VERSION,
     MATCHES_SCHEMA,
     Action,
     BenchmarkIndex,
     DecontaminateConfig,
     MatchKind,
+    count_benchmark_items,
     drop_contaminated,
     find_matches,
     matches_table,
@@ -216,7 +218,7 @@ def _result_settings(source: SourceConfig) -> dict[str, Any]:
 def _decontamination_settings(config: DecontaminateConfig) -> dict[str, Any]:
     """Return what of a decontamination decides its result: the prompts themselves, wherever their files lie."""
     items = [[item.benchmark, item.item, list(item.words)] for item in read_benchmarks(config)]
-    return {"prompts": content_digest(items), **config.model_dump(mode="json", include={"action", "candidates"})}
+    return {"matcher": MATCHER_VERSION, "prompts": content_digest(items), **config.model_dump(mode="json", include={"action", "candidates"})}
 
 
 def _refuse_other_pools(storage: Storage, name: str) -> None:
@@ -233,7 +235,8 @@ def _ingest(
 ) -> dict[str, Any]:
     started = time.monotonic()
     staging = f"staging/{name[:8]}"
-    arguments = [(storage, f"{staging}/file-{i:05d}", sources[n], n, file, config) for i, (n, file) in enumerate(files)]
+    benchmarks = _benchmarks_digest(config.decontaminate)
+    arguments = [(storage, f"{staging}/file-{i:05d}", sources[n], n, file, config, benchmarks) for i, (n, file) in enumerate(files)]
     staged = [StagedFile.model_validate(entry) for entry in _map(_stage_file, arguments)]
     _refuse_pairless_sources(storage, name, sources, staged)
     chunks = [(i, entry, chunk) for i, entry in enumerate(staged) for chunk in range(entry.chunks)]
@@ -247,6 +250,8 @@ def _ingest(
     for number, part in enumerate(plan.duplicates):
         _write_duplicates(storage, name, number, part, paths)
     summary = account(sources, staged, plan, {route: pool.num_rows for route, pool in pools.items() if pool is not None})
+    if config.decontaminate.benchmarks:
+        summary["benchmark_items"] = count_benchmark_items(config.decontaminate)
     for path in storage.list_files(staging):
         storage.delete(path)
     rejected = {reason: count for reason, count in summary["rejected"].items() if count}
@@ -287,7 +292,7 @@ def _map(function: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     return results
 
 
-def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int, file: str, config: IngestConfig) -> dict[str, Any]:
+def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int, file: str, config: IngestConfig, benchmarks: str) -> dict[str, Any]:
     """Pass 1: one file's rows as staged chunks and rejects; done when its `done.json` is there."""
     if storage.exists(f"{folder}/done.json"):
         done: dict[str, Any] = storage.read_json(f"{folder}/done.json")
@@ -296,7 +301,7 @@ def _stage_file(storage: Storage, folder: str, source: SourceConfig, number: int
     matches: dict[str, Counter[str]] = {}
     rows = records = chunks = 0
     name = folder.replace("staging/", "")
-    for chunk, report in _cleaned(_read_chunks(source, file), config.decontaminate):
+    for chunk, report in _cleaned(_read_chunks(source, file), config.decontaminate, benchmarks):
         storage.write_table(f"{folder}/pairs-{chunks:05d}.parquet", chunk.pairs)
         if chunk.rejects.num_rows:
             storage.write_table(f"rejects/ingest/{name}-{chunks:05d}.parquet", chunk.rejects)
@@ -327,18 +332,24 @@ def _read_chunks(source: SourceConfig, file: str) -> Iterator[Chunk]:
     return read_hub_chunks(source, max_rows=MAX_CHUNK_ROWS, max_bytes=MAX_CHUNK_BYTES)
 
 
-def _cleaned(chunks: Iterator[Chunk], config: DecontaminateConfig) -> Iterator[tuple[Chunk, pa.Table]]:
+def _cleaned(chunks: Iterator[Chunk], config: DecontaminateConfig, benchmarks: str) -> Iterator[tuple[Chunk, pa.Table]]:
     """Yield chunks without contaminated pairs (where they are to be dropped) and the report on each."""
-    index = _benchmark_index(config)
+    index = _benchmark_index(config, benchmarks)
     for chunk in chunks:
         found = find_matches(chunk.pairs, index) if config.benchmarks else []
         report = matches_table(chunk.pairs, found) if found else MATCHES_SCHEMA.empty_table()
         yield (drop_contaminated(chunk, found) if found and config.action is Action.DROP else chunk), report
 
 
+def _benchmarks_digest(config: DecontaminateConfig) -> str:
+    """Return a digest of the benchmark files' bytes, empty where there are none."""
+    sources = [SourceConfig(name=benchmark.name or benchmark.path, path=benchmark.path, format=benchmark.format) for benchmark in config.benchmarks]
+    return content_digest([digest_file(file) for source in sources for file in list_source_files(source)]) if sources else ""
+
+
 @lru_cache(maxsize=1)
-def _benchmark_index(config: DecontaminateConfig) -> BenchmarkIndex:
-    """Return the index of a worker; every process that stages files builds it once."""
+def _benchmark_index(config: DecontaminateConfig, digest: str) -> BenchmarkIndex:
+    """Return the index of a worker; every process that stages files builds it once, and anew when a benchmark's file has other bytes."""
     return BenchmarkIndex(read_benchmarks(config), candidates=config.candidates)
 
 
@@ -368,6 +379,9 @@ def _closing_table(summary: dict[str, Any]) -> str:
     rows += [(f"pool {name}", str(count)) for name, count in summary["pools"].items()]
     rows += [(f"  of them contradicted, {name}", str(count)) for name, count in summary["contradicted"].items() if count]
     rows += [(f"rejected: {reason}", str(count)) for reason, count in summary["rejected"].items() if count]
+    for benchmark, counts in summary.get("benchmark_items", {}).items():
+        rows.append((f"{benchmark}: items read", str(counts["read"])))
+        rows += [(f"{benchmark}: items without a prompt", str(counts["skipped"]))] if counts["skipped"] else []
     for benchmark, counts in summary.get("benchmarks", {}).items():
         rows += [(f"{benchmark}: {_MATCH_WORDS[MatchKind(kind)]}", str(count)) for kind, count in counts.items()]
     absent = [route.value for route in (Route.SEED, Route.UNVERIFIED) if not summary["pools"].get(route.value)]

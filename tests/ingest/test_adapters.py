@@ -10,18 +10,9 @@ from pydantic import TypeAdapter
 
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.adapt import adapt_rows
-from synpref_ray.ingest.adapters import (
-    Adapter,
-    Better,
-    Candidate,
-    PairRule,
-    RatedRowsAdapter,
-    Refusal,
-    pair_up,
-    propose_group,
-    propose_pairs,
-)
+from synpref_ray.ingest.adapters import Adapter, RatedRowsAdapter, propose_group, propose_pairs
 from synpref_ray.ingest.chunk import Chunk
+from synpref_ray.ingest.pairing import Better, Candidate, PairRule, Refusal, pair_up
 from synpref_ray.ingest.rows import FileRow, plain_rows
 from synpref_ray.ingest.source import SourceConfig
 from synpref_ray.schema import DropReason

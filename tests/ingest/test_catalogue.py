@@ -116,3 +116,8 @@ def test_a_source_is_filled_from_the_row_of_its_name_or_the_one_it_names() -> No
     assert with_catalogue(other) is other
     with pytest.raises(ConfigError, match="the catalogue has no row 'nectarine'"):
         with_catalogue(SourceConfig(name="a", catalogue="nectarine", path="x"))
+
+
+def test_rows_of_a_data_set_with_several_splits_name_their_files() -> None:
+    rows = catalogue().values()
+    assert all(row.hub.files for row in rows if (row.hub.config or row.hub.split != "train") and not row.where)

@@ -19,6 +19,7 @@ from synpref_ray.ingest.decontamination import (
     BenchmarkItem,
     DecontaminateConfig,
     MatchKind,
+    count_benchmark_items,
     drop_contaminated,
     find_matches,
     first_turn,
@@ -26,6 +27,7 @@ from synpref_ray.ingest.decontamination import (
     read_benchmarks,
     split_words,
 )
+from synpref_ray.ingest.fields import TextForm
 from synpref_ray.ingest.readers import read_pair_file
 from synpref_ray.ingest.source import SourceConfig
 
@@ -45,10 +47,21 @@ def find(index: BenchmarkIndex, prompt: str, chosen: str = "yes", rejected: str 
 def test_words() -> None:
     assert split_words("It's ÉTÉ, x_y 3.5!") == ("it", "s", "été", "x", "y", "3", "5")
     assert split_words("请用中文 reply カナ") == ("请", "用", "中", "文", "reply", "カ", "ナ")
+    assert split_words("e\u0301te\u0301 \ufb01ne \uff26\uff55\uff4c\uff4c \uff76\uff85 co\u00adop\u200bera\u2060te STRASSE straße") == (
+        *("été", "fine", "full", "カ", "ナ", "cooperate"),
+        *("strasse", "strasse"),
+    )
+    assert split_words("\ufeffascii only") == split_words("ASCII, only!")
     assert first_turn([{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "user", "content": "r"}]) == "q"
     assert first_turn("q") == "q"
     assert first_turn([{"role": "assistant", "content": "a"}]) is None
     assert first_turn(3) is None
+    assert first_turn([{"from": "human", "value": "q"}]) == "q"
+    assert first_turn({"role": "user", "content": [{"type": "text", "text": "q"}]}) == "q"
+    assert first_turn("\n\nHuman: q\n\nAssistant: a", TextForm.TRANSCRIPT) == "q"
+    assert first_turn('[{"role": "user", "content": "q"}]', TextForm.JSON) == "q"
+    assert first_turn('["q", "r"]', TextForm.JSON_TURNS) == "q"
+    assert first_turn("[", TextForm.JSON) is None
 
 
 def test_thirteen_words_anywhere_in_the_pair() -> None:
@@ -147,6 +160,11 @@ def test_benchmark_files_of_their_own_formats(tmp_path: Path) -> None:
         BenchmarkItem("lines.jsonl", "p", ("line", "prompt")),
         BenchmarkItem("packed.json.gz", "u", ("packed",)),
     ]
+    assert count_benchmark_items(DecontaminateConfig(benchmarks=files)) == {
+        "array.json": {"read": 1, "skipped": 1},
+        "lines.jsonl": {"read": 1, "skipped": 1},
+        "packed.json.gz": {"read": 1, "skipped": 0},
+    }
     with pytest.raises(InputError, match=r"benchmark odd\.json: no row of .* has a prompt in one of the columns prompt, question"):
         read_benchmarks(DecontaminateConfig(benchmarks=(benchmark(tmp_path, "odd.json", [{"text": "x"}]),)))
 

@@ -1,9 +1,12 @@
 """Streaming with `datasets`, from a local folder in the hub's layout: the same pairs as the files give."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -53,6 +56,26 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
         pin_revision(HubDataset(dataset="nobody/nothing"))  # the tests are offline
     with pytest.raises(InputError, match="is a folder"):
         pin_revision(HubDataset(dataset=str(tmp_path)))
+
+
+def test_faults_of_the_net_and_of_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise httpx2.ConnectError("no route\nto the hub")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+        with pytest.raises(InputError, match="nobody/nothing from the hub: no route to the hub; give a local copy"):
+            pin_revision(HubDataset(dataset="nobody/nothing"))
+        patch.setattr("datasets.load_dataset", refuse)
+        with pytest.raises(InputError, match=r"no route to the hub$"):
+            list(read_hub_chunks(SourceConfig(name="a", hub=HubDataset(dataset="nobody/nothing")), max_rows=1, max_bytes=1))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    rows = b"".join(json.dumps({"prompt": str(place), "chosen": "a", "rejected": "b"}).encode() + b"\n" for place in range(50_000))
+    (tmp_path / "set" / "train.jsonl.gz").write_bytes(gzip.compress(rows)[:-2000])  # breaks off while it is read
+    source = SourceConfig(name="a", hub=HubDataset(dataset=str(tmp_path / "set")))
+    with pytest.raises(InputError, match="cannot read hf://datasets/"):
+        list(read_hub_chunks(source, max_rows=1000, max_bytes=1 << 20))
 
 
 def test_an_address_says_what_was_read() -> None:

@@ -117,11 +117,71 @@ def test_reporting_drops_nothing_and_names_the_matches(tmp_path: Path) -> None:
     reported = ingest(tmp_path, tmp_path / "report", action="report")
     assert "contaminated" not in reported["rejected"]
     assert reported["benchmarks"] == dropped["benchmarks"]
+    assert reported["benchmark_items"] == {"bench": {"read": 2, "skipped": 0}}
     assert set(dropped["benchmarks"]["bench"]) >= {"overlap", "exact"}
     (file, *_) = sorted((tmp_path / "report" / "decontamination").rglob("*.parquet"))
     line = pq.read_table(file).to_pylist()[0]
     assert (line["benchmark"], line["source"]) == ("bench", "plain")
     assert line["ngram"] in {" ".join(LONG.split()[start : start + n]) for start in range(14) for n in range(5, 14)} | {"short one"}
+
+
+def test_fingerprints_know_the_matcher_only_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "seed.jsonl").write_text('{"prompt": "Hi?", "chosen": "Hi.", "rejected": "No."}\n')
+    (tmp_path / "bench.json").write_text('[{"prompt": "other"}]')
+    benchmarks = {"benchmarks": [{"path": str(tmp_path / "bench.json")}]}
+
+    def fingerprints(version: int) -> list[str]:
+        monkeypatch.setattr("synpref_ray.pipeline.ingest.MATCHER_VERSION", version)
+        found = []
+        for number, decontaminate in enumerate(({}, benchmarks)):
+            workspace = str(tmp_path / f"ws{version}-{number}")
+            config = IngestConfig.model_validate({"data": str(tmp_path / "data"), "workspace": workspace, "decontaminate": decontaminate})
+            run_ingest(config, Run(config.storage, "ingest", config))
+            found.append(open_pool(config.storage, "seed").fingerprint)
+        return found
+
+    first, second = fingerprints(1), fingerprints(2)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
+
+
+def test_a_benchmark_that_changes_under_its_path_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "seed.jsonl").write_text('{"prompt": "Hi there?", "chosen": "Hi.", "rejected": "No."}\n')
+    found = []
+    for number, prompt in enumerate(("other", "hi there")):  # one process, one path
+        (tmp_path / "bench.json").write_text(json.dumps([{"prompt": prompt}]))
+        decontaminate = {"benchmarks": [{"path": str(tmp_path / "bench.json"), "name": "bench"}]}
+        config = IngestConfig.model_validate(
+            {"data": str(tmp_path / "data"), "workspace": str(tmp_path / f"ws{number}"), "decontaminate": decontaminate}
+        )
+        run = Run(config.storage, "ingest", config)
+        run_ingest(config, run)
+        found.append(run.metrics["rejected"].get("contaminated", 0))
+    assert found == [0, 1]
+
+
+def test_files_staged_before_records_were_counted_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "seed.jsonl").write_text('{"prompt": "Hi there?", "chosen": "Hi.", "rejected": "No."}\n7\n')
+    config = IngestConfig.model_validate({"data": str(tmp_path / "data"), "workspace": str(tmp_path / "ws")})
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("synpref_ray.pipeline.ingest.index_chunk", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_ingest(config, Run(config.storage, "ingest", config))
+    (done,) = (tmp_path / "ws" / "staging").rglob("done.json")
+    old = json.loads(done.read_text())
+    for key in ("records", "matches"):
+        del old[key]
+    done.write_text(json.dumps(old))
+    run = Run(config.storage, "ingest", config)
+    run_ingest(config, run)
+    assert (run.metrics["records"], run.metrics["pools"], run.metrics["rejected"]) == (2, {"seed": 1}, {"duplicate": 0, "wrong_type": 1})
 
 
 def test_the_record_tells_licences_and_where_sets_came_from(tmp_path: Path) -> None:
