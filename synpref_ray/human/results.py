@@ -1,6 +1,6 @@
 """What the queue has found so far: votes, outcomes, agreement, quality; for the admin page, the status table and the export.
 
-The export is three Parquet files: `verdicts` (a line per settled pair, as `verdict_file` reads it), `votes` (the whole log) and `attributes` (what
+The export is three Parquet files: `verdicts` (a line per judged pair, as `verdict_file` reads it), `votes` (the whole log) and `attributes` (what
 people made of each judged pair's attributes: the truth that taggers can be measured against).
 """
 
@@ -16,6 +16,7 @@ from synpref_ray.human.agreement import Agreement, Vote, agreement_by_category, 
 from synpref_ray.human.consensus import ConsensusConfig, Outcome, Standing, dawid_skene, settle_pairs
 from synpref_ray.human.database import Adjudication, Assignment, Database, Item, NotFound, Refused, Role, State, User, VerdictRow, record
 from synpref_ray.human.protocol import UNDECIDABLE
+from synpref_ray.human.verdict_file import UNSETTLED
 
 ATTRIBUTES = ("task_category", "objectivity", "controversiality", "desired_attributes", "annotation_guideline")
 NO_CATEGORY = "none"
@@ -175,13 +176,13 @@ class Results:
 
 
 def verdict_table(snapshot: Snapshot) -> pa.Table:
-    """Return VERDICTS_SCHEMA rows of the pairs that are settled, undecidable ones too, in the order of the queue."""
+    """Return VERDICTS_SCHEMA rows of the pairs that people have judged, in the order of the queue; `unsettled` until there is an outcome."""
     rows = []
     for pair_id, item in snapshot.items.items():
         outcome = snapshot.outcomes[pair_id]
-        if outcome.verdict is not None:
+        if outcome.annotators:
             about = {"pair_id": pair_id, "pool": item["pool"], "selected_by": item["selected_by"], "num_votes": len(snapshot.edits.get(pair_id, ()))}
-            said = {"verdict": outcome.verdict, "annotator": ", ".join(outcome.annotators), "confidence": outcome.confidence}
+            said = {"verdict": outcome.verdict or UNSETTLED, "annotator": ", ".join(outcome.annotators), "confidence": outcome.confidence}
             rows.append({**about, **said, "standing": outcome.standing.value})
     return pa.Table.from_pylist(rows, schema=VERDICTS_SCHEMA)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, SecretStr
 
 from synpref_ray.config import Settings
@@ -33,7 +34,7 @@ from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.verification import ANNOTATION, VERDICTS, queue_path
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
-from synpref_ray.rules.annotation_queue import QueueConfig, order_queue
+from synpref_ray.rules.annotation_queue import QUEUE_ORDER_SCHEMA, QueueConfig, order_queue
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.sidecars import open_sidecar, zip_shard
 
@@ -99,11 +100,12 @@ def fill_queue(config: AnnotateConfig, run: Run) -> str:
         raise InputError(f"queue.max_fraction={config.queue.max_fraction:g} of the {pool.num_rows} pairs of pool {pool.name!r} is not one pair")
     notes = _read_notes(config.notes) if config.notes else {}
     rows = {row["pair_id"]: row for row in pairs.to_pylist()}
+    asked = _with_earlier(config, order)  # first of all: a pair of the database that the file lacks would look as if nobody had been asked
+    config.storage.write_table(queue_path(pool.name), asked)
     items = [_item(pool, rows[entry["pair_id"]], entry, notes.get(entry["pair_id"], {})) for entry in order.to_pylist()]
     database = config.open_database()
     num_new = AnnotationQueue(database, config.protocol).add(items)
     database.close()
-    config.storage.write_table(queue_path(pool.name), order)
     counts = {"pool": pool.name, "queued": len(items), "new": num_new, "verdicts_wanted": sum(item.required for item in items)}
     run.metrics["queue"] = counts
     return format_table(("queue", "pairs", "new", "verdicts wanted"), [(pool.name, *(str(counts[k]) for k in ("queued", "new", "verdicts_wanted")))])
@@ -202,6 +204,16 @@ VERBS: Mapping[str, Callable[[AnnotateConfig, Run], str]] = {
     "to_label_studio": to_label_studio,
     "from_label_studio": from_label_studio,
 }
+
+
+def _with_earlier(config: AnnotateConfig, order: pa.Table) -> pa.Table:
+    """Return the order together with the pairs of the pool that people were asked about before, smallest rank first; those stay as they were."""
+    path = queue_path(config.pool)
+    if not config.storage.exists(path):
+        return order
+    earlier = config.storage.read_table(path, QUEUE_ORDER_SCHEMA.names).cast(QUEUE_ORDER_SCHEMA)
+    is_new = pc.invert(pc.is_in(order["pair_id"], value_set=earlier["pair_id"].combine_chunks()))
+    return pa.concat_tables([earlier, order.filter(is_new)]).sort_by([("rank", "ascending"), ("pair_id", "ascending")])
 
 
 def _guideline_of(attributes: Mapping[str, str | None]) -> str:

@@ -62,7 +62,7 @@ def test_a_round_trip(site: SmallSite) -> None:
 
     found = site.results.snapshot()
     said = {int(row["pair_id"], 16): row["verdict"] for row in verdict_table(found).to_pylist()}
-    assert said == {1: "chosen", 2: "undecidable", 4: "rejected"}
+    assert said == {0: "unsettled", 1: "chosen", 2: "undecidable", 4: "rejected"}
     assert found.to_adjudicate == [f"{0:032x}"]
     assert {worker.name for worker in found.workers} == {"ls-7", "ls-eve@example.org"}
     assert {row["pair_id"]: row["changed"] for row in attribute_table(found).to_pylist()}[f"{1:032x}"] == ["task_category"]

@@ -98,7 +98,8 @@ def test_what_people_say_in_the_browser_reads_back_as_verdicts(tmp_path: Path) -
     assert 'id="count-disputed">1<' in page
     assert "/admin/items/2" in page
     before = verdict_table(site.results.snapshot())
-    assert before["pair_id"].to_pylist() == [f"{number:032x}" for number in (0, 2, 3)]
+    assert before["pair_id"].to_pylist() == [f"{number:032x}" for number in range(4)]
+    assert before["verdict"].to_pylist() == ["chosen", "unsettled", "undecidable", "chosen"]
     dispute = root.get("/admin/items/2").text
     choice = "1" if dispute.index("good reply") < dispute.index("bad reply") else "2"
     assert root.post("/admin/items/2/adjudicate", data={"csrf": token_of(root), "choice": choice, "rationale": "sums"}).status_code == 303

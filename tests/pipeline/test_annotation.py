@@ -22,7 +22,7 @@ from synpref_ray.llm.guidelines import guideline_for
 from synpref_ray.pipeline.annotation import AnnotateConfig
 from synpref_ray.pipeline.ingest import IngestConfig
 from synpref_ray.pipeline.job import EXIT_WAITING, JobConfig, run_verb
-from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
+from synpref_ray.pipeline.verification import AnnotatorConfig, queue_path, verify_pool
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import GoldConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
@@ -101,6 +101,28 @@ def test_a_round_waits_for_people_and_goes_on_with_what_they_said(seed: tuple[Po
     assert pq.read_table(Path(workspace) / "annotation" / "attributes.parquet").num_rows == 4
     assert json.loads((Path(workspace) / "annotation" / "agreement.json").read_text())["all"]["num_votes"] == 4
     assert "settled" in job(capsys, "status", f"workspace={workspace}")
+
+
+def test_a_queue_made_again_forgets_nobody_and_a_disputed_pair_is_undecidable(seed: tuple[Pool, Sidecar], capsys: pytest.CaptureFixture[str]) -> None:
+    pool, attributes = seed
+    workspace = f"workspace={pool.storage.url}"
+    job(capsys, "queue", workspace, "queue.repeat_share=1")
+    first = pool.storage.read_table(queue_path("seed"))
+    clients = [browser(AnnotateConfig(workspace=pool.storage.url), name) for name in ("ann", "bob")]
+    said = [judge(client, take(client), choice=choice).status_code for client, choice in zip(clients, ("undecidable", "1"), strict=True)]
+    assert said == [303, 303]
+    job(capsys, "queue", workspace, "queue.max_pairs=1", "queue.seed=5")
+    again = pool.storage.read_table(queue_path("seed"))
+    assert set(first["pair_id"].to_pylist()) <= set(again["pair_id"].to_pylist())
+    assert [row for row in again.to_pylist() if row["pair_id"] in first["pair_id"].to_pylist()] == first.to_pylist()
+    job(capsys, "export", workspace)
+    run = Run(pool.storage, "stage1", IngestConfig())
+    with pytest.raises(WaitingError, match="have no verdict"):
+        verify_pool(run, "verify", pool, attributes, 0, AnnotatorConfig(kind="queue"), GoldConfig())
+    human = verify_pool(run, "verify", pool, attributes, 0, AnnotatorConfig(kind="queue", wait=False), GoldConfig()).sidecars[0][0]
+    rows = [(row["human_verdict"], row["drop_reason"]) for row in human.read_all().to_pylist()]
+    assert rows.count(("abstain", "undecidable")) == 1
+    assert rows.count((None, "not_selected")) == 7
 
 
 def test_waiting_has_an_exit_code_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
