@@ -52,6 +52,8 @@ class Progress:
     done: int
     skipped: int
     open_to_them: int
+    last: tuple[int, int] | None = None
+    """The assignment of their last verdict and its revision: what an undo must name."""
 
 
 class AnnotationQueue:
@@ -146,14 +148,19 @@ class AnnotationQueue:
             session.flush()
             return self._lease(session, user_id)
 
-    def undo(self, user_id: int) -> int:
-        """Take this person's last verdict back and give them the pair again; the log keeps both. Return the assignment."""
+    def undo(self, user_id: int, assignment_id: int, revision: int) -> int:
+        """Take this person's last verdict back and give them the pair again; the log keeps both. Return the assignment.
+
+        Raises:
+            Refused: the assignment in this revision is not their last verdict: another page undid it, or said more since.
+        """
         now = self._db.clock()
         with self._db.write() as session:
-            mine = select(Assignment).where(Assignment.user_id == user_id, Assignment.state == State.DONE.value)
-            last = session.scalars(mine.order_by(Assignment.closed_at.desc(), Assignment.id.desc()).limit(1).with_for_update()).first()
+            last = session.scalars(_last_done(user_id).with_for_update()).first()
             if last is None:
                 raise Refused("There is no verdict of yours to undo.")
+            if (last.id, last.revision) != (assignment_id, revision):
+                raise Refused("That is no longer your last verdict: nothing was undone.")
             item = session.get_one(Item, last.item_id, with_for_update=True)
             last.revision += 1
             last.state, last.closed_at = State.LEASED.value, None
@@ -181,7 +188,9 @@ class AnnotationQueue:
             waiting = session.scalar(select(func.count()).select_from(Item).where(~Item.complete)) or 0
             mine = select(func.count()).select_from(Assignment).join(Item, Item.id == Assignment.item_id)
             finished = session.scalar(mine.where(Assignment.user_id == user_id, Assignment.state != State.LEASED.value, ~Item.complete)) or 0
-            return Progress(counts.get(State.DONE.value, 0), counts.get(State.SKIPPED.value, 0), waiting - finished)
+            last = session.scalars(_last_done(user_id)).first()
+            done, skipped = counts.get(State.DONE.value, 0), counts.get(State.SKIPPED.value, 0)
+            return Progress(done, skipped, waiting - finished, None if last is None else (last.id, last.revision))
 
     @property
     def _lease_seconds(self) -> float:
@@ -241,6 +250,11 @@ def _num_taken(item_id: Any, now: float) -> Any:
     leased = and_(Assignment.state == State.LEASED.value, Assignment.leased_until > now)
     taken = select(func.count()).where(Assignment.item_id == item_id, or_(Assignment.state == State.DONE.value, leased))
     return taken.correlate(Item).scalar_subquery()
+
+
+def _last_done(user_id: int) -> Select[Assignment]:
+    mine = select(Assignment).where(Assignment.user_id == user_id, Assignment.state == State.DONE.value)
+    return mine.order_by(Assignment.closed_at.desc(), Assignment.id.desc()).limit(1)
 
 
 def _finished_by(user_id: int) -> Any:

@@ -60,13 +60,13 @@ def test_an_undone_verdict_comes_back_first_and_frees_no_place(tmp_path: Path) -
     assert first is not None
     second = queue.answer(ann, first, 0, Given(choice="2", rationale="because"))
     site.clock.now += 5
-    assert queue.undo(ann) == first
+    assert queue.undo(ann, first, 1) == first
     assert queue.lease_next(bob) is None
     task = queue.open(ann, first)
     assert (task.revision, task.earlier["choice"], task.earlier["rationale"]) == (2, "2", "because")
     assert queue.answer(ann, first, 2, Given(choice="1")) == second
     with pytest.raises(Refused, match="no verdict of yours"):
-        queue.undo(bob)
+        queue.undo(bob, first, 3)
 
 
 def test_a_skipped_pair_goes_to_others_and_never_comes_back(tmp_path: Path) -> None:

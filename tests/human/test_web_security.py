@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from synpref_ray.human.accounts import LoginConfig
 from synpref_ray.human.database import AuditEvent, Role, User, VerdictRow
-from tests.human.site import SECRET, SmallSite, form_of, hidden, judge, log_in, make_item, take, token_of
+from tests.human.site import SECRET, SmallSite, form_of, hidden, judge, log_in, make_item, take, token_of, undo_form
 
 
 @pytest.fixture
@@ -124,10 +124,24 @@ def test_a_form_that_was_sent_before_is_refused_also_after_an_undo(site: SmallSi
     form = form_of(client, path)
     assert client.post(f"{path}/verdict", data=form).status_code == 303
     assert client.post(f"{path}/verdict", data=form).status_code == 409
-    assert client.post("/undo", data={"csrf": form["csrf"]}).headers["location"] == path
+    assert client.post("/undo", data=undo_form(client)).headers["location"] == path
     assert client.post(f"{path}/verdict", data=form).status_code == 409
     assert num_verdicts(site) == 2  # the verdict, and that it was taken back
     assert judge(client, path).status_code == 303
+
+
+def test_an_undo_that_is_sent_again_takes_back_nothing_more(site: SmallSite) -> None:
+    client = site.signed_in("ann")
+    for _ in range(3):
+        judge(client, take(client))
+    form = undo_form(client)
+    answers = [client.post("/undo", data=form).status_code for _ in range(3)]
+    assert answers == [303, 409, 409]
+    assert client.post("/undo", data={"csrf": form["csrf"]}).status_code == 409
+    assert num_verdicts(site) == 4
+    path = f"/assignments/{form['assignment_id']}"
+    judge(client, path)
+    assert client.post("/undo", data=form).status_code == 409  # the same assignment, said anew
 
 
 def test_another_person_s_pair_is_not_there(site: SmallSite) -> None:
@@ -233,7 +247,7 @@ def test_the_log_of_verdicts_only_grows_and_the_audit_log_names_every_change(sit
     client = site.signed_in("ann")
     path = take(client)
     judge(client, path)
-    client.post("/undo", data={"csrf": token_of(client)})
+    client.post("/undo", data=undo_form(client))
     judge(client, path, choice="undecidable")
     client.post(f"{take(client)}/skip", data={"csrf": token_of(client), "reason": "needs an expert"})
     with site.database.read() as session:

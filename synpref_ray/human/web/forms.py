@@ -26,6 +26,13 @@ class VerdictForm(Given):
         return Given(**self.model_dump(exclude={"csrf", "revision"}))
 
 
+class UndoForm(SignedForm):
+    """The verdict to take back, as the page knew it; without them nothing is undone."""
+
+    assignment_id: int = Field(default=0, ge=0, le=2**31)
+    revision: int = Field(default=0, ge=0, le=2**31)
+
+
 class SkipForm(SignedForm):
     """A pair given back."""
 
