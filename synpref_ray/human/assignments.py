@@ -12,7 +12,7 @@ from sqlalchemy import Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
 from synpref_ray.human.database import Assignment, Database, Item, NotFound, Refused, State, User, VerdictRow, record
-from synpref_ray.human.protocol import WITHDRAWN, Given, ProtocolConfig, is_swapped
+from synpref_ray.human.protocol import WITHDRAWN, Given, ProtocolConfig, is_swapped, problems
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Task:
     replies: tuple[str, str]
     notes: tuple[str, str]
     attributes: dict[str, str | None]
+    tagged_category: str | None  # the pair's own, whatever this person made of it
     earlier: dict[str, Any]  # what this person said before an undo
 
 
@@ -105,8 +106,19 @@ class AnnotationQueue:
                 replies=replies[::-1] if assignment.swapped else replies,
                 notes=notes[::-1] if assignment.swapped else notes,
                 attributes=before.attributes if before else item.attributes,
+                tagged_category=item.attributes.get("task_category"),
                 earlier=_earlier(before, assignment.swapped) if before else {},
             )
+
+    def problems(self, user_id: int, assignment_id: int, given: Given) -> list[str]:
+        """Return what a verdict on this pair lacks; empty: `answer` may be asked to store it.
+
+        Raises:
+            NotFound: the assignment is not this person's.
+        """
+        with self._db.read() as session:
+            item = session.get_one(Item, self._own(session, user_id, assignment_id).item_id)
+            return problems(given, self._config, item.attributes.get("task_category"))
 
     def answer(self, user_id: int, assignment_id: int, revision: int, given: Given) -> int | None:
         """Store a verdict and lease the next pair; return its assignment, None if there is none to be had without waiting (`lease_next` waits).
@@ -196,12 +208,15 @@ class AnnotationQueue:
     def _lease_seconds(self) -> float:
         return 60 * self._config.lease_minutes
 
+    @staticmethod
+    def _own(session: Session, user_id: int, assignment_id: int, *, lock: bool = False) -> Assignment:
+        found = session.get(Assignment, assignment_id, with_for_update=True if lock else None) if 0 < assignment_id < 2**31 else None
+        if found is None or found.user_id != user_id:
+            raise NotFound("There is no such pair in your hands.")
+        return found
+
     def _held(self, session: Session, user_id: int, assignment_id: int, *, lock: bool) -> Assignment:
-        if not 0 < assignment_id < 2**31:
-            raise NotFound("There is no such pair in your hands.")
-        assignment = session.get(Assignment, assignment_id, with_for_update=True if lock else None)
-        if assignment is None or assignment.user_id != user_id:
-            raise NotFound("There is no such pair in your hands.")
+        assignment = self._own(session, user_id, assignment_id, lock=lock)
         if assignment.state != State.LEASED.value:
             raise Refused("This pair is answered or skipped already: nothing was stored twice.")
         if assignment.leased_until <= self._db.clock():

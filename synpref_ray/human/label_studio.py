@@ -103,7 +103,7 @@ def _store(session: Session, now: float, data: Any, annotation: Any, config: Pro
         given = _given(annotation, item.attributes)
     except (ValidationError, TypeError, KeyError, IndexError, AttributeError):
         return "unreadable"
-    lacking = problems(given, config)
+    lacking = problems(given, config, item.attributes.get("task_category"))
     if lacking:
         return lacking[0]
     user = _user(session, now, annotation.get("completed_by"))

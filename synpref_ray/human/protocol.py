@@ -5,6 +5,7 @@ LLMs is allowed, relying on them fully is not; a pair that a person cannot decid
 a setting, an undecidable pair needs none, and a person states with every verdict whether an LLM helped.
 """
 
+from collections.abc import Set
 from enum import StrEnum
 from urllib.parse import urlsplit
 
@@ -76,8 +77,12 @@ class Given(Settings):
 _VALUES = {"task_category": TaskCategory, "objectivity": Objectivity, "controversiality": Controversiality}
 
 
-def problems(given: Given, config: ProtocolConfig) -> list[str]:
-    """Return what a verdict lacks, a sentence each; empty: it may be stored."""
+def problems(given: Given, config: ProtocolConfig, tagged: str | None) -> list[str]:
+    """Return what a verdict lacks, a sentence each; empty: it may be stored.
+
+    Args:
+        tagged: the task category that the pair came with. Its evidence is asked for too: changing or clearing the category gets nobody round it.
+    """
     found = []
     if given.choice not in ("1", "2", UNDECIDABLE):
         found.append("Say which reply is better, or that you cannot decide.")
@@ -95,7 +100,7 @@ def problems(given: Given, config: ProtocolConfig) -> list[str]:
     if given.choice in ("1", "2"):
         if given.llm_helped and not given.own_judgement:
             found.append("An LLM helped: confirm that the judgement is your own. If it is not, choose undecidable.")
-        found += _missing_evidence(given, config)
+        found += _missing_evidence(given, {required_evidence(category, config) for category in (tagged, given.task_category)})
     return found
 
 
@@ -118,10 +123,10 @@ def is_swapped(seed: int, pair_id: str, annotator: str) -> bool:
     return bool(stable_hash(seed, pair_id, f"reply_order:{annotator}") & 1)
 
 
-def _missing_evidence(given: Given, config: ProtocolConfig) -> list[str]:
-    wanted = required_evidence(given.task_category, config)
-    if wanted is Evidence.SEARCH_LINK and not given.search_link.strip():
-        return ["Facts must be checked: give the link of what you found."]
-    if wanted is Evidence.CODE_RUN and len(given.code_run.strip()) < MIN_RUN_CHARS:
-        return ["Code must be run: paste what you ran and what came out."]
-    return []
+def _missing_evidence(given: Given, wanted: Set[Evidence | None]) -> list[str]:
+    found = []
+    if Evidence.SEARCH_LINK in wanted and not given.search_link.strip():
+        found.append("Facts must be checked: give the link of what you found.")
+    if Evidence.CODE_RUN in wanted and len(given.code_run.strip()) < MIN_RUN_CHARS:
+        found.append("Code must be run: paste what you ran and what came out.")
+    return found

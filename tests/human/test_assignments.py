@@ -152,13 +152,16 @@ def test_the_protocol_asks_for_evidence_where_the_category_does() -> None:
     config = ProtocolConfig(min_rationale_chars=3)
     good = {"choice": "1", "rationale": "yes"}
     facts, code = TaskCategory.INFORMATION_SEEKING.value, TaskCategory.CODING.value
-    assert problems(Given(**good, task_category="math"), config) == []
-    assert problems(Given(**good, task_category=facts, search_link="https://example.org/a"), config) == []
-    assert "link" in problems(Given(**good, task_category=facts), config)[0]
-    assert "http" in problems(Given(**good, task_category=facts, search_link="javascript:alert(1)"), config)[0]
-    assert "run" in problems(Given(**good, task_category=code, code_run="ran it"), config)[0]
-    assert problems(Given(**good, task_category=code, code_run="print(1 + 1)  # gave 2"), config) == []
-    assert problems(Given(choice="undecidable", rationale="yes", task_category=code), config) == []
-    assert "own" in problems(Given(**good, llm_helped=True), config)[0]
-    assert problems(Given(**good, llm_helped=True, own_judgement=True), config) == []
-    assert "3 characters" in problems(Given(choice="1", rationale="no"), config)[0]
+    assert problems(Given(**good, task_category="math"), config, None) == []
+    assert problems(Given(**good, task_category=facts, search_link="https://example.org/a"), config, None) == []
+    assert "link" in problems(Given(**good, task_category=facts), config, None)[0]
+    assert "http" in problems(Given(**good, task_category=facts, search_link="javascript:alert(1)"), config, None)[0]
+    assert "run" in problems(Given(**good, task_category=code, code_run="ran it"), config, None)[0]
+    assert problems(Given(**good, task_category=code, code_run="print(1 + 1)  # gave 2"), config, None) == []
+    assert problems(Given(choice="undecidable", rationale="yes", task_category=code), config, None) == []
+    assert "own" in problems(Given(**good, llm_helped=True), config, None)[0]
+    assert problems(Given(**good, llm_helped=True, own_judgement=True), config, None) == []
+    assert "3 characters" in problems(Given(choice="1", rationale="no"), config, None)[0]
+    for changed in ("math", ""):  # the category of the pair itself still asks
+        assert "run" in problems(Given(**good, task_category=changed), config, code)[0]
+    assert len(problems(Given(**good, task_category=code), config, facts)) == 2

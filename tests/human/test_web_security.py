@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from synpref_ray.human.accounts import LoginConfig
 from synpref_ray.human.database import AuditEvent, Role, User, VerdictRow
-from tests.human.site import SECRET, SmallSite, form_of, hidden, judge, log_in, make_item, take, token_of, undo_form
+from tests.human.site import SECRET, TAGS, SmallSite, form_of, hidden, judge, log_in, make_item, take, token_of, undo_form
 
 
 @pytest.fixture
@@ -228,6 +228,19 @@ def test_texts_are_stored_as_they_are(site: SmallSite, hostile: str) -> None:
     assert (row.rationale, row.attributes["desired_attributes"]) == (hostile, hostile)
     admin = site.signed_in("root", Role.ADMIN)
     assert "{{ 7*7 }}" not in hostile or "{{ 7*7 }}" in admin.get("/admin/items/1").text
+
+
+def test_another_category_gets_nobody_round_the_evidence(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0, attributes={**TAGS, "task_category": "coding_and_debugging"})])
+    client = site.signed_in("ann")
+    path = take(client)
+    for category in ("math", "", "coding_and_debugging"):
+        answer = judge(client, path, task_category=category, rationale="typed at length")
+        assert answer.status_code == 422
+        assert "Code must be run" in answer.text
+        assert "typed at length" in answer.text
+    assert judge(client, path, task_category="math", code_run="print(1 + 1)  # gave 2").status_code == 303
 
 
 def test_what_is_no_form_is_refused(site: SmallSite) -> None:
