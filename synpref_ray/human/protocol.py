@@ -9,7 +9,7 @@ from collections.abc import Set
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpref_ray.config import Settings
 from synpref_ray.schema import Controversiality, Objectivity, TaskCategory, Verdict, stable_hash
@@ -55,6 +55,11 @@ class Given(Settings):
     desired_attributes: str = Field(default="", max_length=MAX_TEXT_CHARS)
     annotation_guideline: str = Field(default="", max_length=MAX_TEXT_CHARS)
     focus_seconds: float = Field(default=0.0, ge=0.0, le=1e6)
+
+    @field_validator("rationale", "code_run", "desired_attributes", "annotation_guideline", mode="before")
+    @classmethod
+    def _line_ends(cls, value: object) -> object:
+        return unix_lines(value)
 
     @property
     def attributes(self) -> dict[str, str | None]:
@@ -102,6 +107,11 @@ def problems(given: Given, config: ProtocolConfig, tagged: str | None) -> list[s
             found.append("An LLM helped: confirm that the judgement is your own. If it is not, choose undecidable.")
         found += _missing_evidence(given, {required_evidence(category, config) for category in (tagged, given.task_category)})
     return found
+
+
+def unix_lines(value: object) -> object:
+    """Return a text with line ends as they were before a browser sent it: forms carry CR LF."""
+    return value.replace("\r\n", "\n") if isinstance(value, str) else value
 
 
 def required_evidence(task_category: str | None, config: ProtocolConfig) -> Evidence | None:

@@ -194,7 +194,8 @@ def attribute_table(snapshot: Snapshot) -> pa.Table:
         given = snapshot.edits.get(pair_id)
         if given:
             agreed = {name: _most(item["attributes"].get(name), [values.get(name) for values in given]) for name in ATTRIBUTES}
-            rows.append({"pair_id": pair_id, **agreed, "changed": [name for name in ATTRIBUTES if agreed[name] != item["attributes"].get(name)]})
+            changed = [name for name in ATTRIBUTES if _plain(agreed[name]) != _plain(item["attributes"].get(name))]
+            rows.append({"pair_id": pair_id, **agreed, "changed": changed})
     return pa.Table.from_pylist(rows, schema=EDITED_SCHEMA)
 
 
@@ -213,10 +214,15 @@ def vote_table(database: Database) -> pa.Table:
 
 
 def _most(original: str | None, values: list[str | None]) -> str | None:
-    counts = Counter(values)
+    counts = Counter(_plain(value) for value in values)
     most = max(counts.values())
     winners = [value for value in counts if counts[value] == most]
-    return winners[0] if len(winners) == 1 else original
+    return winners[0] if len(winners) == 1 and winners[0] != _plain(original) else original
+
+
+def _plain(value: str | None) -> str | None:
+    """Return a text as a form gives it back when nobody touched it."""
+    return (value or "").replace("\r\n", "\n").strip() or None
 
 
 def _median(values: list[float]) -> float | None:

@@ -11,7 +11,7 @@ from synpref_ray.human.database import Role
 from synpref_ray.human.results import attribute_table, verdict_table, vote_table
 from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.schema import Verdict
-from tests.human.site import SmallSite, better, judge, make_item, take, token_of
+from tests.human.site import TAGS, SmallSite, better, judge, make_item, take, token_of
 
 
 def votes(text: str, category: str = "math") -> list[Vote]:
@@ -121,6 +121,17 @@ def test_what_people_say_in_the_browser_reads_back_as_verdicts(tmp_path: Path) -
     for name in ("votes", "attributes"):
         (tmp_path / name).write_bytes(root.get(f"/admin/export/{name}.parquet").content)
         assert pq.read_table(tmp_path / name).num_rows in (4, 6)
+
+
+def test_lines_as_a_browser_sends_them_are_no_edit(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0, attributes={**TAGS, "desired_attributes": " exact\nshort\n", "annotation_guideline": "a\r\nb"})])
+    ann = site.signed_in("ann")
+    texts = {"desired_attributes": " exact\r\nshort\r\n", "annotation_guideline": "a\r\nb", "rationale": "two\r\nlines"}
+    assert judge(ann, take(ann), **texts).status_code == 303
+    (row,) = attribute_table(site.results.snapshot()).to_pylist()
+    assert (row["changed"], row["desired_attributes"]) == ([], " exact\nshort\n")
+    assert vote_table(site.database)["rationale"].to_pylist() == ["two\nlines"]
 
 
 def test_a_pair_that_everybody_skipped_is_for_the_admin(tmp_path: Path) -> None:

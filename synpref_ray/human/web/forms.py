@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpref_ray.config import Settings
-from synpref_ray.human.protocol import MAX_TEXT_CHARS, Given
+from synpref_ray.human.protocol import MAX_TEXT_CHARS, Given, unix_lines
 
 
 class SignedForm(Settings):
@@ -44,6 +44,11 @@ class AdjudicationForm(SignedForm):
 
     choice: Literal["1", "2", "undecidable"]
     rationale: str = Field(default="", max_length=MAX_TEXT_CHARS)
+
+    @field_validator("rationale", mode="before")
+    @classmethod
+    def _line_ends(cls, value: object) -> object:
+        return unix_lines(value)
 
 
 class LoginForm(SignedForm):
