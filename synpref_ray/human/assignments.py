@@ -15,6 +15,9 @@ from synpref_ray.human.database import Assignment, Database, Item, NotFound, Ref
 from synpref_ray.human.protocol import WITHDRAWN, Given, ProtocolConfig, is_swapped, problems
 
 
+_CLOSED = "This pair is answered or skipped already: nothing was stored twice."
+
+
 @dataclass(frozen=True)
 class NewItem:
     """A pair for the queue. `rank` orders it (smallest first), `required` is how many people judge it, `selected_by` says why it is here."""
@@ -89,26 +92,15 @@ class AnnotationQueue:
         """Return what the page shows.
 
         Raises:
-            Refused: the assignment is not this person's, is answered, or its lease ran out.
+            Refused: the assignment is not this person's, is answered, or its lease ran out and somebody else has the place.
         """
         with self._db.read() as session:
-            assignment = self._held(session, user_id, assignment_id, lock=False)
-            item = session.get_one(Item, assignment.item_id)
-            said = select(VerdictRow).where(VerdictRow.assignment_id == assignment.id, VerdictRow.verdict != WITHDRAWN)
-            before = session.scalars(said.order_by(VerdictRow.revision.desc()).limit(1)).first()
-            replies = (item.content["chosen"], item.content["rejected"])
-            notes = (item.notes.get("chosen", ""), item.notes.get("rejected", ""))
-            return Task(
-                assignment_id=assignment.id,
-                revision=assignment.revision,
-                leased_until=assignment.leased_until,
-                prompt=item.content["prompt"],
-                replies=replies[::-1] if assignment.swapped else replies,
-                notes=notes[::-1] if assignment.swapped else notes,
-                attributes=before.attributes if before else item.attributes,
-                tagged_category=item.attributes.get("task_category"),
-                earlier=_earlier(before, assignment.swapped) if before else {},
-            )
+            assignment = self._own(session, user_id, assignment_id)
+            if assignment.state != State.LEASED.value or assignment.leased_until > self._db.clock():
+                return _task(session, assignment)
+        self.renew(user_id, assignment_id)
+        with self._db.read() as session:
+            return _task(session, self._own(session, user_id, assignment_id))
 
     def problems(self, user_id: int, assignment_id: int, given: Given) -> list[str]:
         """Return what a verdict on this pair lacks; empty: `answer` may be asked to store it.
@@ -127,14 +119,12 @@ class AnnotationQueue:
             revision: the assignment's when the form was made; a form that was sent before is refused by it.
 
         Raises:
-            Refused: the assignment is not this person's, is answered already, or its lease ran out.
+            Refused: the assignment is not this person's, is answered already, or its lease ran out and somebody else has the place.
         """
-        now = self._db.clock()
         with self._db.write() as session:
-            assignment = self._held(session, user_id, assignment_id, lock=True)
+            assignment, item, now = self._held(session, user_id, assignment_id)
             if assignment.revision != revision:
                 raise Refused("This form was sent before: nothing was stored twice.")
-            item = session.get_one(Item, assignment.item_id, with_for_update=True)
             assignment.revision += 1
             assignment.state, assignment.closed_at = State.DONE.value, now
             verdict = given.verdict(swapped=assignment.swapped)
@@ -151,11 +141,9 @@ class AnnotationQueue:
         """Give a pair back for good, with a reason; return the next assignment."""
         if not reason.strip() or len(reason) > 500 or "\x00" in reason:
             raise Refused("Say in a few words why you skip this pair.")
-        now = self._db.clock()
         with self._db.write() as session:
-            assignment = self._held(session, user_id, assignment_id, lock=True)
+            assignment, item, now = self._held(session, user_id, assignment_id)
             assignment.state, assignment.closed_at = State.SKIPPED.value, now
-            item = session.get_one(Item, assignment.item_id)
             record(session, at=now, user_id=user_id, action="skip", subject=item.pair_id, reason=reason.strip())
             session.flush()
             return self._lease(session, user_id)
@@ -166,14 +154,15 @@ class AnnotationQueue:
         Raises:
             Refused: the assignment in this revision is not their last verdict: another page undid it, or said more since.
         """
-        now = self._db.clock()
         with self._db.write() as session:
-            last = session.scalars(_last_done(user_id).with_for_update()).first()
-            if last is None:
+            found = session.scalars(_last_done(user_id)).first()
+            if found is None:
                 raise Refused("There is no verdict of yours to undo.")
-            if (last.id, last.revision) != (assignment_id, revision):
+            item = session.get_one(Item, found.item_id, with_for_update=True)  # always the item first: two orders could wait for each other
+            last = session.scalars(_last_done(user_id).with_for_update().execution_options(populate_existing=True)).first()
+            if last is None or (last.id, last.revision, last.item_id) != (assignment_id, revision, item.id):
                 raise Refused("That is no longer your last verdict: nothing was undone.")
-            item = session.get_one(Item, last.item_id, with_for_update=True)
+            now = self._db.clock()
             last.revision += 1
             last.state, last.closed_at = State.LEASED.value, None
             last.opened_at, last.leased_until = now, now + self._lease_seconds
@@ -186,10 +175,10 @@ class AnnotationQueue:
             return last.id
 
     def renew(self, user_id: int, assignment_id: int) -> float:
-        """Prolong a lease that still holds; return its new end."""
+        """Prolong a lease; return its new end. One that ran out is given again if its place is still free."""
         with self._db.write() as session:
-            assignment = self._held(session, user_id, assignment_id, lock=True)
-            assignment.leased_until = self._db.clock() + self._lease_seconds
+            assignment, _, now = self._held(session, user_id, assignment_id)
+            assignment.leased_until = now + self._lease_seconds
             return assignment.leased_until
 
     def progress(self, user_id: int) -> Progress:
@@ -210,18 +199,27 @@ class AnnotationQueue:
 
     @staticmethod
     def _own(session: Session, user_id: int, assignment_id: int, *, lock: bool = False) -> Assignment:
-        found = session.get(Assignment, assignment_id, with_for_update=True if lock else None) if 0 < assignment_id < 2**31 else None
+        known = 0 < assignment_id < 2**31
+        found = session.get(Assignment, assignment_id, with_for_update=True if lock else None, populate_existing=lock) if known else None
         if found is None or found.user_id != user_id:
             raise NotFound("There is no such pair in your hands.")
         return found
 
-    def _held(self, session: Session, user_id: int, assignment_id: int, *, lock: bool) -> Assignment:
-        assignment = self._own(session, user_id, assignment_id, lock=lock)
+    def _held(self, session: Session, user_id: int, assignment_id: int) -> tuple[Assignment, Item, float]:
+        """Lock an assignment that this person holds, and its item before it; return both, and the time now that they are locked.
+
+        A lease that ran out still holds if nobody took the place: what the person typed meanwhile is not lost.
+        """
+        item = session.get_one(Item, self._own(session, user_id, assignment_id).item_id, with_for_update=True, populate_existing=True)
+        assignment = self._own(session, user_id, assignment_id, lock=True)
+        now = self._db.clock()
         if assignment.state != State.LEASED.value:
-            raise Refused("This pair is answered or skipped already: nothing was stored twice.")
-        if assignment.leased_until <= self._db.clock():
-            raise Refused("Your time for this pair ran out, and it went back to the queue: nothing was stored.")
-        return assignment
+            raise Refused(_CLOSED)
+        if assignment.leased_until <= now:
+            if item.complete or (session.scalar(select(_num_taken(item.id, now))) or 0) >= item.required:
+                raise Refused("Your time for this pair ran out, and somebody else has it now: nothing was stored.")
+            assignment.leased_until = now + self._lease_seconds
+        return assignment, item, now
 
     def _lease(self, session: Session, user_id: int, *, wait: bool = False) -> int | None:
         """Give a place to a person. `wait`: also look at items that others hold locked this moment (PostgreSQL); only where no lock is held yet."""
@@ -258,6 +256,27 @@ class AnnotationQueue:
         done = select(func.count()).where(Assignment.item_id == item.id, Assignment.state == State.DONE.value)
         item.complete = (session.scalar(done) or 0) >= item.required
         session.flush()
+
+
+def _task(session: Session, assignment: Assignment) -> Task:
+    if assignment.state != State.LEASED.value:
+        raise Refused(_CLOSED)
+    item = session.get_one(Item, assignment.item_id)
+    said = select(VerdictRow).where(VerdictRow.assignment_id == assignment.id, VerdictRow.verdict != WITHDRAWN)
+    before = session.scalars(said.order_by(VerdictRow.revision.desc()).limit(1)).first()
+    replies = (item.content["chosen"], item.content["rejected"])
+    notes = (item.notes.get("chosen", ""), item.notes.get("rejected", ""))
+    return Task(
+        assignment_id=assignment.id,
+        revision=assignment.revision,
+        leased_until=assignment.leased_until,
+        prompt=item.content["prompt"],
+        replies=replies[::-1] if assignment.swapped else replies,
+        notes=notes[::-1] if assignment.swapped else notes,
+        attributes=before.attributes if before else item.attributes,
+        tagged_category=item.attributes.get("task_category"),
+        earlier=_earlier(before, assignment.swapped) if before else {},
+    )
 
 
 def _num_taken(item_id: Any, now: float) -> Any:

@@ -40,20 +40,23 @@ class ProtocolConfig(Settings):
 
 
 class Given(Settings):
-    """A verdict as a form gives it: replies are 1 and 2 as they stood on the page. Strength: 1 slight, 2 clear, 3 strong."""
+    """A verdict as a form gives it: replies are 1 and 2 as they stood on the page. Strength: 1 slight, 2 clear, 3 strong.
+
+    Texts of any length are taken, and `problems` bounds them: what a person typed is shown to them again, not thrown away.
+    """
 
     choice: str
     strength: int = Field(default=2, ge=1, le=3)
-    rationale: str = Field(default="", max_length=MAX_TEXT_CHARS)
-    search_link: str = Field(default="", max_length=2000)
-    code_run: str = Field(default="", max_length=MAX_TEXT_CHARS)
+    rationale: str = ""
+    search_link: str = ""
+    code_run: str = ""
     llm_helped: bool = False
     own_judgement: bool = False
     task_category: str = ""
     objectivity: str = ""
     controversiality: str = ""
-    desired_attributes: str = Field(default="", max_length=MAX_TEXT_CHARS)
-    annotation_guideline: str = Field(default="", max_length=MAX_TEXT_CHARS)
+    desired_attributes: str = ""
+    annotation_guideline: str = ""
     focus_seconds: float = Field(default=0.0, ge=0.0, le=1e6)
 
     @field_validator("rationale", "code_run", "desired_attributes", "annotation_guideline", mode="before")
@@ -79,6 +82,8 @@ class Given(Settings):
         return Verdict.REJECTED.value if (self.choice == "1") == swapped else Verdict.CHOSEN.value
 
 
+_LIMITS = {"rationale": MAX_TEXT_CHARS, "search_link": 2000, "code_run": MAX_TEXT_CHARS}
+_LIMITS |= {"desired_attributes": MAX_TEXT_CHARS, "annotation_guideline": MAX_TEXT_CHARS}
 _VALUES = {"task_category": TaskCategory, "objectivity": Objectivity, "controversiality": Controversiality}
 
 
@@ -95,8 +100,11 @@ def problems(given: Given, config: ProtocolConfig, tagged: str | None) -> list[s
         value = getattr(given, name)
         if value and value not in {entry.value for entry in enum}:
             found.append(f"{name.replace('_', ' ').capitalize()} has a value that is not on the list.")
-    texts = (given.rationale, given.search_link, given.code_run, given.desired_attributes, given.annotation_guideline)
-    if any(ord(char) < 32 and char not in "\t\n\r" for text in texts for char in text):
+    for name, limit in _LIMITS.items():
+        if len(getattr(given, name)) > limit:
+            found.append(f"{name.replace('_', ' ').capitalize()} has {len(getattr(given, name))} characters; at most {limit} are kept.")
+    texts = [getattr(given, name) for name in _LIMITS]
+    if any((ord(char) < 32 and char not in "\t\n\r") or "\ud800" <= char <= "\udfff" for text in texts for char in text):
         found.append("A text holds a control character; paste it as plain text.")
     if len(given.rationale.strip()) < config.min_rationale_chars:
         found.append(f"Give your reason in at least {config.min_rationale_chars} characters.")

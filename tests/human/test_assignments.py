@@ -81,6 +81,42 @@ def test_a_skipped_pair_goes_to_others_and_never_comes_back(tmp_path: Path) -> N
     assert numbers(site, [queue.lease_next(bob)]) == [0]
 
 
+class SlowTurn:
+    """A database that others hold for a while: whoever waits for it finds that time has passed."""
+
+    def __init__(self, clock: Clock, seconds: float):
+        self.clock, self.seconds = clock, seconds
+
+    def __enter__(self) -> None:
+        self.clock.now += self.seconds
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_the_clock_is_read_once_the_item_is_locked(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    queue, (ann, bob) = queue_of(site, "ab")
+    queue.add([make_item(0), make_item(1)])
+    first = queue.lease_next(ann)
+    assert first is not None
+    site.database._turn = SlowTurn(site.clock, 40.0)
+    began = site.clock.now
+    assert queue.renew(ann, first) == began + 40 + 1800
+    second = queue.answer(ann, first, 0, Given(choice="1"))
+    with site.database.read() as session:
+        row = session.scalars(select(VerdictRow)).one()
+        assert (row.created_at, row.seconds) == (began + 80, 80.0)
+    site.database._turn = SlowTurn(site.clock, 0.0)
+    site.clock.now += 29 * 60
+    assert second is not None
+    site.clock.now += 2 * 60
+    assert numbers(site, [queue.lease_next(bob)]) == [1]
+    for late in (lambda: queue.answer(ann, second, 0, Given(choice="1")), lambda: queue.skip(ann, second, "x"), lambda: queue.renew(ann, second)):
+        with pytest.raises(Refused, match="somebody else has it"):
+            late()
+
+
 def test_seconds_are_counted_from_the_lease(tmp_path: Path) -> None:
     site = SmallSite(tmp_path)
     queue, (ann,) = queue_of(site, "a")

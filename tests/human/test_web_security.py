@@ -170,11 +170,38 @@ def test_an_expired_lease_is_refused_and_its_pair_goes_to_the_next(site: SmallSi
     site.clock.now += 29 * 60
     assert ann.get(path).status_code == 200
     site.clock.now += 60
+    bob_path = take(bob)
+    assert "Question 0" in bob.get(bob_path).text
     assert ann.get(path).status_code == 409
     for verb, data in (("verdict", form), ("skip", {"csrf": form["csrf"], "reason": "x"}), ("renew", {"csrf": form["csrf"]})):
         assert ann.post(f"{path}/{verb}", data=data).status_code == 409
     assert num_verdicts(site) == 0
-    assert "Question 0" in bob.get(take(bob)).text
+    assert judge(bob, bob_path).status_code == 303
+
+
+def test_an_expired_lease_whose_place_is_free_goes_on(site: SmallSite) -> None:
+    ann = site.signed_in("ann")
+    path = take(ann)
+    for _ in range(2):
+        site.clock.now += 31 * 60
+        assert ann.get(path).status_code == 200
+    form = form_of(ann, path, rationale="typed for an hour")
+    site.clock.now += 3600
+    assert ann.post(f"{path}/renew", data={"csrf": form["csrf"]}).status_code == 200
+    site.clock.now += 3600
+    assert ann.post(f"{path}/verdict", data=form).status_code == 303
+    assert num_verdicts(site) == 1
+
+
+@pytest.mark.parametrize("name", ["rationale", "code_run", "desired_attributes", "annotation_guideline", "search_link"])
+def test_a_text_that_is_too_long_is_shown_again(site: SmallSite, name: str) -> None:
+    client = site.signed_in("ann")
+    path, typed = take(client), "https://x.org/" + "y" * 10_000
+    answer = judge(client, path, **{name: typed})
+    assert answer.status_code == 422
+    assert "characters; at most" in answer.text
+    assert answer.text.count(typed) == 1
+    assert num_verdicts(site) == 0
 
 
 def test_an_annotator_cannot_become_an_admin(site: SmallSite) -> None:

@@ -54,9 +54,11 @@ async function showGuideline() {
 
 function keepLease(task) {
   const body = new URLSearchParams({ csrf: task.dataset.csrf });
-  setInterval(() => {
-    if (!document.hidden) fetch(task.dataset.renew, { method: "POST", body });
-  }, 1000 * Number(task.dataset.renewSeconds));
+  const renew = () => {
+    if (!document.hidden) fetch(task.dataset.renew, { method: "POST", body }).catch(() => {}); // offline: the next time will do
+  };
+  setInterval(renew, 1000 * Number(task.dataset.renewSeconds));
+  document.addEventListener("visibilitychange", renew); // back from another tab, or from sleep
 }
 
 function countFocus(field) {
