@@ -58,6 +58,8 @@ class Progress:
     open_to_them: int
     last: tuple[int, int] | None = None
     """The assignment of their last verdict and its revision: what an undo must name."""
+    held: int | None = None
+    """The assignment that they hold now."""
 
 
 class AnnotationQueue:
@@ -191,7 +193,8 @@ class AnnotationQueue:
             finished = session.scalar(mine.where(Assignment.user_id == user_id, Assignment.state != State.LEASED.value, ~Item.complete)) or 0
             last = session.scalars(_last_done(user_id)).first()
             done, skipped = counts.get(State.DONE.value, 0), counts.get(State.SKIPPED.value, 0)
-            return Progress(done, skipped, waiting - finished, None if last is None else (last.id, last.revision))
+            held = session.scalar(_held_by(user_id, self._db.clock()))
+            return Progress(done, skipped, waiting - finished, None if last is None else (last.id, last.revision), held)
 
     @property
     def _lease_seconds(self) -> float:
@@ -224,8 +227,7 @@ class AnnotationQueue:
     def _lease(self, session: Session, user_id: int, *, wait: bool = False) -> int | None:
         """Give a place to a person. `wait`: also look at items that others hold locked this moment (PostgreSQL); only where no lock is held yet."""
         now = self._db.clock()
-        held = select(Assignment.id).where(Assignment.user_id == user_id, Assignment.state == State.LEASED.value, Assignment.leased_until > now)
-        mine = session.scalar(held.order_by(Assignment.opened_at.desc(), Assignment.id.desc()).limit(1))
+        mine = session.scalar(_held_by(user_id, now))
         if mine is not None:
             return mine
         full: list[int] = []
@@ -284,6 +286,11 @@ def _num_taken(item_id: Any, now: float) -> Any:
     leased = and_(Assignment.state == State.LEASED.value, Assignment.leased_until > now)
     taken = select(func.count()).where(Assignment.item_id == item_id, or_(Assignment.state == State.DONE.value, leased))
     return taken.correlate(Item).scalar_subquery()
+
+
+def _held_by(user_id: int, now: float) -> Select[int]:
+    held = select(Assignment.id).where(Assignment.user_id == user_id, Assignment.state == State.LEASED.value, Assignment.leased_until > now)
+    return held.order_by(Assignment.opened_at.desc(), Assignment.id.desc()).limit(1)
 
 
 def _last_done(user_id: int) -> Select[Assignment]:

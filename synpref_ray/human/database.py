@@ -214,6 +214,8 @@ class Database:
             self._turn: Any = threading.Lock() if is_sqlite else nullcontext()
             if is_sqlite:
                 _prepare_sqlite(self.engine)
+            # SQLite's readers see one state by themselves; PostgreSQL would show each statement a newer one.
+            self._reader = self.engine if is_sqlite else self.engine.execution_options(isolation_level="REPEATABLE READ")
             self._writer = self.engine.execution_options(writes=True)
             self._create()
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
@@ -234,7 +236,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """Give a session that sees one state of the data and changes nothing."""
-        with Session(self.engine, expire_on_commit=False) as session:
+        with Session(self._reader, expire_on_commit=False) as session:
             yield session
 
     @contextmanager

@@ -251,9 +251,11 @@ def _read_notes(path: str) -> dict[str, dict[str, str]]:
                 continue
             try:
                 row = json.loads(line)
-                notes[row["pair_id"]] = {side: str(row.get(side) or "") for side in ("chosen", "rejected")}
+                note = {side: str(row.get(side) or "") for side in ("chosen", "rejected")}
+                "".join((row["pair_id"], *note.values())).encode()  # JSON may hold half of a surrogate pair: no page can show it
+                notes[row["pair_id"]] = note
             except (ValueError, TypeError, KeyError, AttributeError):
-                raise InputError(f"{path}, row {number}: expected an object with pair_id, chosen and rejected") from None
+                raise InputError(f"{path}, row {number}: expected an object with pair_id, chosen and rejected, all of them Unicode text") from None
     return notes
 
 

@@ -96,3 +96,43 @@ def test_twenty_threads_never_hold_one_place_twice(server: str) -> None:
     with pytest.raises(Refused, match="name or the secret"):
         accounts.log_in("person\x00", SECRET, "here")
     database.close()
+
+
+def test_a_reader_sees_one_state_of_the_data(server: str) -> None:
+    database = Database(server, Clock())
+    queue = AnnotationQueue(database, ProtocolConfig())
+    queue.add([make_item(1000)])
+    with database.read() as session:
+        before = len(session.scalars(select(Item.id)).all())
+        queue.add([make_item(1001), make_item(1002)])
+        assert len(session.scalars(select(Item.id)).all()) == before
+    with database.read() as session:
+        assert len(session.scalars(select(Item.id)).all()) == before + 2
+    database.close()
+
+
+def test_a_lease_that_somebody_else_took_meanwhile_is_refused(server: str) -> None:
+    clock = Clock()
+    database = Database(server, clock)
+    queue = AnnotationQueue(database, ProtocolConfig())
+    accounts = Accounts(database, LoginConfig(), QUICK_HASHER)
+    for name in ("ann", "bob"):
+        accounts.save_user(name, Role.ANNOTATOR, SECRET)
+    with database.read() as session:
+        ann, bob = session.scalars(select(User.id).where(User.name.in_(["ann", "bob"])).order_by(User.name)).all()
+    queue.add([make_item(2000, rank=-5)])
+    held = queue.lease_next(ann)
+    assert held is not None
+    clock.now += 3600
+    assert queue.renew(ann, held) == clock.now + 1800
+    clock.now += 3600
+    taken = queue.lease_next(bob)
+    assert taken is not None
+    for late in (lambda: queue.answer(ann, held, 0, Given(choice="1")), lambda: queue.skip(ann, held, "x"), lambda: queue.renew(ann, held)):
+        with pytest.raises(Refused, match="somebody else has it"):
+            late()
+    queue.answer(bob, taken, 0, Given(choice="1"))
+    assert queue.undo(bob, taken, 1) == taken
+    with pytest.raises(Refused, match="no verdict of yours"):
+        queue.undo(bob, taken, 1)
+    database.close()

@@ -257,6 +257,22 @@ def test_texts_are_stored_as_they_are(site: SmallSite, hostile: str) -> None:
     assert "{{ 7*7 }}" not in hostile or "{{ 7*7 }}" in admin.get("/admin/items/1").text
 
 
+def test_a_pair_whose_page_cannot_be_shown_can_be_skipped_from_the_first_page(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0, notes={"chosen": "half \ud800"}), make_item(1)])
+    client = site.signed_in("ann")
+    assert "/skip" not in client.get("/").text
+    path = take(client)
+    with pytest.raises(UnicodeEncodeError):  # a server answers 500
+        client.get(path)
+    page = client.get("/").text
+    found = re.search(r'action="(/assignments/\d+/skip)"', page)
+    assert found, page
+    assert found[1] == f"{path}/skip"
+    answer = client.post(found[1], data={"csrf": hidden(page, "csrf"), "reason": "broken text"})
+    assert "Question 1" in client.get(answer.headers["location"]).text
+
+
 def test_another_category_gets_nobody_round_the_evidence(tmp_path: Path) -> None:
     site = SmallSite(tmp_path)
     site.queue.add([make_item(0, attributes={**TAGS, "task_category": "coding_and_debugging"})])

@@ -125,6 +125,13 @@ def test_a_queue_made_again_forgets_nobody_and_a_disputed_pair_is_undecidable(se
     assert rows.count((None, "not_selected")) == 7
 
 
+@pytest.mark.parametrize("line", ['{"pair_id": "a", "chosen": "\\ud800"}', '{"pair_id": "\\udfff"}', '{"pair_id": 1}', "[]", "{"])
+def test_a_note_that_no_page_can_show_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    (tmp_path / "notes.jsonl").write_text('{"pair_id": "b", "chosen": "fine"}\n' + line + "\n")
+    assert annotate.main(["queue", f"workspace={tmp_path}", f"notes={tmp_path / 'notes.jsonl'}", "--dry-run"]) == 2
+    assert "notes.jsonl, row 2: expected" in capsys.readouterr().err
+
+
 def test_waiting_has_an_exit_code_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def body(config: JobConfig, run: Run) -> str:
         raise WaitingError("do this first")
