@@ -4,6 +4,7 @@ Two people never hold the same place: an item has as many places as it needs ver
 gives a lease holds the item (SQLite: the only writer; PostgreSQL: `FOR UPDATE SKIP LOCKED`, and a second look after the lock).
 """
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,8 @@ from typing import Any
 from sqlalchemy import Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
-from synpref_ray.human.database import Assignment, Database, Item, NotFound, Refused, State, User, VerdictRow, record
-from synpref_ray.human.protocol import WITHDRAWN, Given, ProtocolConfig, is_swapped, problems
-
+from synpref_ray.human.database import Adjudication, Assignment, Database, Item, NotFound, Refused, State, VerdictRow, record
+from synpref_ray.human.protocol import WITHDRAWN, Given, ProtocolConfig, problems
 
 _CLOSED = "This pair is answered or skipped already: nothing was stored twice."
 
@@ -135,7 +135,7 @@ class AnnotationQueue:
             row.evidence, row.attributes = given.evidence, {**item.attributes, **given.attributes}
             row.seconds, row.focus_seconds = now - assignment.opened_at, given.focus_seconds
             session.add(row)
-            self._recount(session, item)
+            recount(session, item)
             record(session, at=now, user_id=user_id, action="verdict", subject=item.pair_id, verdict=verdict, revision=assignment.revision)
             return self._lease(session, user_id)
 
@@ -172,7 +172,7 @@ class AnnotationQueue:
             row = VerdictRow(assignment_id=last.id, revision=last.revision, verdict=WITHDRAWN, strength=0, rationale="", created_at=now)
             row.evidence, row.attributes, row.seconds, row.focus_seconds = nothing, nothing, 0.0, 0.0
             session.add(row)
-            self._recount(session, item)
+            recount(session, item)
             record(session, at=now, user_id=user_id, action="undo", subject=item.pair_id, revision=last.revision)
             return last.id
 
@@ -232,32 +232,34 @@ class AnnotationQueue:
             return mine
         full: list[int] = []
         while (found := session.execute(_free_items(user_id, now, full, skip_locked=not wait)).first()) is not None:
-            item_id, pair_id, required = found
+            item_id, required = found
             if wait:
                 session.execute(select(Item.id).where(Item.id == item_id).with_for_update())
             if (session.scalar(select(_num_taken(item_id, now))) or 0) < required:
-                return self._give(session, user_id, item_id, pair_id)
+                return self._give(session, user_id, item_id)
             full.append(item_id)  # PostgreSQL: taken between the look and the lock
         return None
 
-    def _give(self, session: Session, user_id: int, item_id: int, pair_id: str) -> int:
+    def _give(self, session: Session, user_id: int, item_id: int) -> int:
         now = self._db.clock()
         assignment = session.scalar(select(Assignment).where(Assignment.item_id == item_id, Assignment.user_id == user_id))
         if assignment is None:
-            name = session.get_one(User, user_id).name
-            assignment = Assignment(item_id=item_id, user_id=user_id, revision=0, swapped=is_swapped(self._config.seed, pair_id, name))
+            # Drawn, not computed: a pair's id is a hash of its texts, so an order that follows from it would tell which reply is the chosen one.
+            assignment = Assignment(item_id=item_id, user_id=user_id, revision=0, swapped=bool(secrets.randbits(1)))
             session.add(assignment)
         assignment.state, assignment.closed_at = State.LEASED.value, None
         assignment.opened_at, assignment.leased_until = now, now + self._lease_seconds
         session.flush()
         return assignment.id
 
-    @staticmethod
-    def _recount(session: Session, item: Item) -> None:
-        session.flush()
-        done = select(func.count()).where(Assignment.item_id == item.id, Assignment.state == State.DONE.value)
-        item.complete = (session.scalar(done) or 0) >= item.required
-        session.flush()
+
+def recount(session: Session, item: Item) -> None:
+    """Say anew whether an item is complete: it has its verdicts, or an admin's word, which stands whatever is undone later."""
+    session.flush()
+    done = select(func.count()).where(Assignment.item_id == item.id, Assignment.state == State.DONE.value)
+    has_word = session.scalar(select(exists().where(Adjudication.item_id == item.id)))
+    item.complete = bool(has_word) or (session.scalar(done) or 0) >= item.required
+    session.flush()
 
 
 def _task(session: Session, assignment: Assignment) -> Task:
@@ -303,8 +305,8 @@ def _finished_by(user_id: int) -> Any:
     return exists().where(Assignment.item_id == Item.id, Assignment.user_id == user_id, closed).correlate(Item)
 
 
-def _free_items(user_id: int, now: float, but: Sequence[int], *, skip_locked: bool) -> Select[int, str, int]:
-    rows = select(Item.id, Item.pair_id, Item.required)
+def _free_items(user_id: int, now: float, but: Sequence[int], *, skip_locked: bool) -> Select[int, int]:
+    rows = select(Item.id, Item.required)
     rows = rows.where(~Item.complete, Item.id.not_in(but), ~_finished_by(user_id), _num_taken(Item.id, now) < Item.required)
     rows = rows.order_by(Item.rank, Item.id).limit(1)
     return rows.with_for_update(skip_locked=True, of=Item) if skip_locked else rows

@@ -5,6 +5,7 @@ process take turns in a lock, which is fairer than SQLite's own busy handler. Tr
 """
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import DDL, Dialect, Engine, ForeignKey, Index, Text, UniqueConstraint, create_engine, event, select
+from sqlalchemy import DDL, Dialect, Engine, ForeignKey, Index, Text, UniqueConstraint, create_engine, event, inspect, select
 from sqlalchemy.engine import Connection, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -20,7 +21,7 @@ from sqlalchemy.types import TypeDecorator
 
 from synpref_ray.errors import InputError
 
-LAYOUT = "1"
+LAYOUT = "2"
 """Raise it with any change of the tables."""
 BUSY_MILLISECONDS = 30_000
 CONNECTIONS = 48  # ours: more than the threads that a server answers with (40), so that none waits for a connection
@@ -177,6 +178,15 @@ class Adjudication(Base):
     created_at: Mapped[float]
 
 
+class LabelStudioTask(Base):
+    """A pair as Label Studio knows it: by a token that says nothing, its replies in an order drawn once."""
+
+    __tablename__ = "label_studio_tasks"
+    token: Mapped[str] = mapped_column(primary_key=True)
+    item_id: Mapped[int] = mapped_column(ForeignKey("items.id"), unique=True)
+    swapped: Mapped[bool]
+
+
 class AuditEvent(Base):
     """Who changed what, and when."""
 
@@ -224,14 +234,26 @@ class Database:
             raise InputError(f"cannot open the annotation database: {' '.join(str(error.orig).split())}") from None
 
     def _create(self) -> None:
-        with self._turn, self._writer.begin() as connection:
-            Base.metadata.create_all(connection)
         with self.write() as session:
-            found = session.scalar(select(Meta.value).where(Meta.key == "layout"))
-            if found is None:
-                session.add(Meta(key="layout", value=LAYOUT))
-            elif found != LAYOUT:
-                raise InputError(f"the annotation database has layout {found}, this version writes {LAYOUT}: export with the version that made it")
+            connection = session.connection()
+            if connection.dialect.name == "postgresql":
+                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(25070)")  # two that start at once would both make the tables
+            if inspect(connection).has_table(Meta.__tablename__):
+                found = session.scalar(select(Meta.value).where(Meta.key == "layout"))
+                if found is not None and found != LAYOUT:
+                    raise InputError(
+                        f"the annotation database has layout {found}, this version writes {LAYOUT}: export with the version that made it"
+                    )
+            Base.metadata.create_all(connection)
+            known = set(session.scalars(select(Meta.key)))
+            facts = {"layout": LAYOUT, "salt": secrets.token_hex(32)}
+            session.add_all([Meta(key=key, value=value) for key, value in facts.items() if key not in known])
+
+    @property
+    def salt(self) -> str:
+        """A secret of this database, drawn when it was made."""
+        with self.read() as session:
+            return session.get_one(Meta, "salt").value
 
     @contextmanager
     def read(self) -> Iterator[Session]:

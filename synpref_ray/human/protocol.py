@@ -5,6 +5,7 @@ LLMs is allowed, relying on them fully is not; a pair that a person cannot decid
 a setting, an undecidable pair needs none, and a person states with every verdict whether an LLM helped.
 """
 
+import hmac
 from collections.abc import Set
 from enum import StrEnum
 from urllib.parse import urlsplit
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from synpref_ray.config import Settings
-from synpref_ray.schema import Controversiality, Objectivity, TaskCategory, Verdict, stable_hash
+from synpref_ray.schema import Controversiality, Objectivity, TaskCategory, Verdict
 
 MAX_TEXT_CHARS = 10_000
 MIN_RUN_CHARS = 20
@@ -30,7 +31,6 @@ class Evidence(StrEnum):
 class ProtocolConfig(Settings):
     """How people verify."""
 
-    seed: int = 0
     lease_minutes: float = Field(default=30.0, gt=0)  # ours: the paper's slowest pair took five; the page renews it while it is open
     evidence: dict[TaskCategory, Evidence] = Field(  # Sec. 3.2: facts are checked with a search engine, code by running it
         default={TaskCategory.INFORMATION_SEEKING: Evidence.SEARCH_LINK, TaskCategory.CODING: Evidence.CODE_RUN}
@@ -136,9 +136,9 @@ def is_web_link(text: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.netloc) and not any(char.isspace() for char in text)
 
 
-def is_swapped(seed: int, pair_id: str, annotator: str) -> bool:
-    """Whether this person sees the pair's rejected reply first; the same whenever they see it."""
-    return bool(stable_hash(seed, pair_id, f"reply_order:{annotator}") & 1)
+def is_swapped(salt: str, pair_id: str, admin: str) -> bool:
+    """Whether this admin sees the pair's rejected reply first; the same whenever they see it, and not to be told without the database's salt."""
+    return bool(hmac.digest(salt.encode(), f"{pair_id}:{admin}".encode(), "sha256")[0] & 1)
 
 
 def _missing_evidence(given: Given, wanted: Set[Evidence | None]) -> list[str]:

@@ -118,19 +118,24 @@ class Results:
             self._kept = (state, self._read())
         return self._kept[1]
 
-    def adjudicate(self, admin_id: int, item_id: int, verdict: str, rationale: str) -> None:
+    def adjudicate(self, admin_id: int, item_id: int, verdict: str, rationale: str, words_seen: int) -> None:
         """Store an admin's word on a pair; it overrides votes and earlier words.
 
+        Args:
+            words_seen: how many words on this pair the admin has seen.
+
         Raises:
-            Refused: no such pair or verdict.
+            Refused: no such pair or verdict, or another word came meanwhile.
         """
         if verdict not in ("chosen", "rejected", UNDECIDABLE) or len(rationale) > 10_000 or "\x00" in rationale:
             raise Refused("A verdict is one reply or the other, or undecidable.")
         now = self._db.clock()
         with self._db.write() as session:
-            item = session.get(Item, item_id) if 0 < item_id < 2**31 else None
+            item = session.get(Item, item_id, with_for_update=True) if 0 < item_id < 2**31 else None
             if item is None:
                 raise NotFound("There is no such pair.")
+            if session.scalar(select(func.count()).where(Adjudication.item_id == item.id)) != words_seen:
+                raise Refused("This pair was settled since you opened its page: nothing was stored. Open it again and read what was said.")
             item.complete = True
             session.add(Adjudication(item_id=item.id, user_id=admin_id, verdict=verdict, rationale=rationale.strip(), created_at=now))
             record(session, at=now, user_id=admin_id, action="adjudicate", subject=item.pair_id, verdict=verdict)

@@ -23,7 +23,12 @@ from synpref_ray.schema import DropReason, Verdict
 COLUMNS = ("pair_id", "verdict", "annotator")
 UNSETTLED = "unsettled"
 """The verdict of a pair that people have judged without an outcome yet: undecidable to whoever does not wait for them, so that no LLM decides it."""
-_VERDICTS = {Verdict.CHOSEN.value: Verdict.CHOSEN, Verdict.REJECTED.value: Verdict.REJECTED, DropReason.UNDECIDABLE.value: Verdict.ABSTAIN, UNSETTLED: Verdict.ABSTAIN}
+_VERDICTS = {
+    Verdict.CHOSEN.value: Verdict.CHOSEN,
+    Verdict.REJECTED.value: Verdict.REJECTED,
+    DropReason.UNDECIDABLE.value: Verdict.ABSTAIN,
+    UNSETTLED: Verdict.ABSTAIN,
+}
 
 
 class VerdictImportReport(Settings):

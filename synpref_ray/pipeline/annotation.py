@@ -170,7 +170,7 @@ def show_status(config: AnnotateConfig, run: Run) -> str:
 def to_label_studio(config: AnnotateConfig, run: Run) -> str:
     """Write the open pairs as Label Studio tasks, and the labelling config that goes with them."""
     database, folder = config.open_database(), f"{config.export_folder}/label_studio"
-    tasks = make_tasks(database, config.protocol, _guideline_of)
+    tasks = make_tasks(database, _guideline_of)
     database.close()
     config.storage.write_json(f"{folder}/tasks.json", tasks)
     config.storage.write_bytes(f"{folder}/labelling_config.xml", labelling_config().encode())

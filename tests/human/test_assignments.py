@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.database import Assignment, Database, Item, Refused, User, VerdictRow
-from synpref_ray.human.protocol import Given, ProtocolConfig, is_swapped, problems
+from synpref_ray.human.protocol import Given, ProtocolConfig, problems
 from synpref_ray.schema import TaskCategory
 from tests.human.site import Clock, SmallSite, make_item
 
@@ -138,15 +138,16 @@ def test_replies_are_blind_and_in_an_order_of_each_person_s_own(tmp_path: Path) 
     held = queue.lease_next(ann)
     while held is not None:
         task = queue.open(ann, held)
-        (number,) = numbers(site, [held])
-        expected = is_swapped(0, f"{number:032x}", "a")
+        with site.database.read() as session:
+            expected = session.get_one(Assignment, held).swapped
+        assert queue.open(ann, held).replies == task.replies
         assert task.replies[0].startswith("bad" if expected else "good")
         held = queue.answer(ann, held, 0, Given(choice="1"))
         with site.database.read() as session:
             said = session.scalars(select(VerdictRow.verdict).order_by(VerdictRow.id.desc())).first()
         assert said == ("rejected" if expected else "chosen")
         swapped += expected
-    assert 10 < swapped < 30
+    assert 2 < swapped < 38  # drawn: outside of this once in 700 million runs
 
 
 def test_twenty_threads_never_hold_one_place_twice(tmp_path: Path) -> None:

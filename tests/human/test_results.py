@@ -8,10 +8,11 @@ import pytest
 from synpref_ray.human.agreement import Vote, agreement_by_category, measure_agreement
 from synpref_ray.human.consensus import ConsensusConfig, Standing, dawid_skene, settle_pairs
 from synpref_ray.human.database import Role
+from synpref_ray.human.protocol import is_swapped
 from synpref_ray.human.results import attribute_table, verdict_table, vote_table
 from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.schema import Verdict
-from tests.human.site import TAGS, SmallSite, better, judge, make_item, take, token_of
+from tests.human.site import TAGS, SmallSite, better, hidden, judge, make_item, take, token_of, undo_form
 
 
 def votes(text: str, category: str = "math") -> list[Vote]:
@@ -145,3 +146,26 @@ def test_a_pair_that_everybody_skipped_is_for_the_admin(tmp_path: Path) -> None:
     root.post("/admin/items/1/adjudicate", data={"csrf": token_of(root), "choice": "undecidable"})
     found = site.results.snapshot()
     assert (found.to_adjudicate, found.standings["adjudicated"]) == ([], 1)
+
+
+def test_a_word_stands_after_an_undo_and_a_stale_one_is_refused(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0)])
+    ann, bob, root = site.signed_in("ann"), site.signed_in("bob"), site.signed_in("root", Role.ADMIN)
+    judge(ann, take(ann))
+    words = hidden(root.get("/admin/items/1").text, "words")
+    form = {"csrf": token_of(root), "choice": "1", "words": words}
+    answers = [root.post("/admin/items/1/adjudicate", data=form).status_code for _ in range(2)]
+    assert answers == [303, 409]
+    assert hidden(root.get("/admin/items/1").text, "words") == "1"
+    ann.post("/undo", data=undo_form(ann))
+    assert take(bob) == "/"  # an admin has settled it: nobody is asked any more
+    assert site.results.snapshot().standings == {"adjudicated": 1}
+
+
+def test_an_admin_s_order_of_replies_needs_the_salt(tmp_path: Path) -> None:
+    sites = [SmallSite(folder) for folder in (tmp_path / "a", tmp_path / "b") if folder.mkdir() is None]
+    orders = [[is_swapped(site.database.salt, f"{number:032x}", "root") for number in range(200)] for site in sites]
+    assert orders[0] != orders[1]
+    assert all(50 < sum(order) < 150 for order in orders)
+    assert sites[0].database.salt == SmallSite(tmp_path / "a").database.salt

@@ -319,6 +319,6 @@ def test_the_log_of_verdicts_only_grows_and_the_audit_log_names_every_change(sit
         "UPDATE adjudications SET verdict = ''",
     ):
         if "adjudications" in statement:
-            site.results.adjudicate(1, 1, "chosen", "")
+            site.results.adjudicate(1, 1, "chosen", "", 0)
         with pytest.raises(IntegrityError, match="only grows"), site.database.write() as session:
             session.execute(text(statement))

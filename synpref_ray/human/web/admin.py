@@ -38,7 +38,7 @@ def admin_routes(site: Site) -> APIRouter:
         require_token(account, form.csrf)
         first, second = _dispute(site, account, item_id)["sides"]
         verdict = {"1": first, "2": second}.get(form.choice, UNDECIDABLE)
-        site.results.adjudicate(account.user_id, item_id, verdict, form.rationale)
+        site.results.adjudicate(account.user_id, item_id, verdict, form.rationale, form.words)
         return RedirectResponse("/admin", 303)
 
     @routes.get("/export/{table}.parquet")
@@ -63,13 +63,14 @@ def _dispute(site: Site, account: Account, item_id: int) -> dict[str, Any]:
         said = said.where(Assignment.item_id == item.id, Assignment.state == State.DONE.value, VerdictRow.revision == Assignment.revision)
         votes = [(row, name) for row, name in session.execute(said.order_by(VerdictRow.id))]
         words = list(session.scalars(select(Adjudication).where(Adjudication.item_id == item.id).order_by(Adjudication.id)))
-    sides = ("rejected", "chosen") if is_swapped(site.protocol.seed, item.pair_id, account.name) else ("chosen", "rejected")
+    sides = ("rejected", "chosen") if is_swapped(site.database.salt, item.pair_id, account.name) else ("chosen", "rejected")
     names = {sides[0]: "reply 1", sides[1]: "reply 2", UNDECIDABLE: "cannot decide"}
     return {
         "item": item,
         "sides": sides,
         "replies": tuple(item.content[side] for side in sides),
         "votes": [(row, name, names[row.verdict]) for row, name in votes],
+        "num_words": len(words),
         "word": names[words[-1].verdict] if words else "",
         "guideline": site.guideline_of(item.attributes),
     }

@@ -43,6 +43,7 @@ class AdjudicationForm(SignedForm):
     """An admin's word."""
 
     choice: Literal["1", "2", "undecidable"]
+    words: int = Field(default=0, ge=0, le=2**31)  # how many words on this pair the page showed
     rationale: str = Field(default="", max_length=MAX_TEXT_CHARS)
 
     @field_validator("rationale", mode="before")
