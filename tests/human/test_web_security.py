@@ -40,6 +40,8 @@ def test_pages_carry_strict_headers_and_cookies_are_closed_to_scripts(tmp_path: 
     assert client.cookies["session"] not in (plain.folder / "annotations.db").read_bytes().decode("latin-1")
     cookie = log_in(secure.client(), "ann", SECRET).headers["set-cookie"]
     assert cookie.startswith("__Host-session=")
+    assert "max-age" in secure.client().get("/login").headers["strict-transport-security"]
+    assert "strict-transport-security" not in page.headers
     assert "secure" in cookie.lower()
 
 

@@ -165,7 +165,9 @@ def test_an_account_is_made_and_its_secret_is_only_printed(tmp_path: Path, capsy
 def test_a_network_is_not_served_in_plain_text_by_accident(host: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="plain text"):
         load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}"])
-    load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.allow_plain_http=true"])
+    plain = load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.allow_plain_http=true"])
+    proxied = load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.behind_tls_proxy=true"])
+    assert (plain.serve.secure, proxied.serve.secure) == (False, True)
     load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.tls_certificate=c.pem", "serve.tls_key=k.pem"])
     with pytest.raises(ConfigError, match="both files"):
         load_config(AnnotateConfig, None, ["serve.tls_key=k.pem"])
