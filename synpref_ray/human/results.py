@@ -163,7 +163,8 @@ class Results:
             edits.setdefault(pair_id, []).append(row.attributes)
             seconds.setdefault(user_id, []).append(row.seconds)
         adjudicated = {pair_of[word.item_id]: (word.verdict, name_of[word.user_id]) for word in words}
-        outcomes = settle_pairs({pair_id: row["required"] for pair_id, row in items.items()}, votes, adjudicated, self._config)
+        required, pools = ({pair_id: row[name] for pair_id, row in items.items()} for name in ("required", "pool"))
+        outcomes = settle_pairs(required, votes, adjudicated, self._config, pools=pools)
         shared = {
             pair_id for pair_id, given in edits.items() if len(given) > 1
         }  # of a pair that one person judged, the model only learns to trust them

@@ -155,6 +155,9 @@ def _digest(config: AnnotatorConfig, selected: Set[str]) -> str:
     """Name what the annotator would say of these pairs: verdicts added about other pairs change nothing here."""
     if config.kind != "simulated":
         answers = import_verdicts(config.path).answers
-        return content_digest([[pair_id, *astuple(answers[pair_id])] for pair_id in sorted(selected & set(answers))])
+        said = {pair_id: answers[pair_id] for pair_id in sorted(selected & set(answers))}
+        if config.kind == "queue":  # one more person who says the same changes no gold, and nothing is to be computed anew for them
+            return content_digest([[pair_id, answer.verdict] for pair_id, answer in said.items()])
+        return content_digest([[pair_id, *astuple(answer)] for pair_id, answer in said.items()])
     with open_binary(config.path) as stream:
         return content_digest(stream.read().hex())

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
@@ -119,10 +120,21 @@ def test_a_queue_made_again_forgets_nobody_and_a_disputed_pair_is_undecidable(se
     run = Run(pool.storage, "stage1", IngestConfig())
     with pytest.raises(WaitingError, match="have no verdict"):
         verify_pool(run, "verify", pool, attributes, 0, AnnotatorConfig(kind="queue"), GoldConfig())
-    human = verify_pool(run, "verify", pool, attributes, 0, AnnotatorConfig(kind="queue", wait=False), GoldConfig()).sidecars[0][0]
+    result = verify_pool(run, "verify", pool, attributes, 0, AnnotatorConfig(kind="queue", wait=False), GoldConfig())
+    human = result.sidecars[0][0]
     rows = [(row["human_verdict"], row["drop_reason"]) for row in human.read_all().to_pylist()]
     assert rows.count(("abstain", "undecidable")) == 1
     assert rows.count((None, "not_selected")) == 7
+    assert result.rows_computed == 8
+    path = pool.storage.join("annotation/verdicts.parquet")
+    exported = pq.read_table(path)
+    names = pa.array(["eve, mallory"] * exported.num_rows)
+    for kind, computed in (("queue", 0), ("file", 8)):  # who said it is no part of the queue's fingerprint
+        config = AnnotatorConfig(kind=kind, wait=False, path=path)
+        verify_pool(run, "verify", pool, attributes, 0, config, GoldConfig())
+        pq.write_table(exported.set_column(exported.column_names.index("annotator"), "annotator", names), path)
+        assert verify_pool(run, "verify", pool, attributes, 0, config, GoldConfig()).rows_computed == computed
+        pq.write_table(exported, path)
 
 
 @pytest.mark.parametrize("line", ['{"pair_id": "a", "chosen": "\\ud800"}', '{"pair_id": "\\udfff"}', '{"pair_id": 1}', "[]", "{"])
