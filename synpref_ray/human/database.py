@@ -14,12 +14,12 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import DDL, Dialect, Engine, ForeignKey, Index, Text, UniqueConstraint, create_engine, event, inspect, select
-from sqlalchemy.engine import Connection, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from synpref_ray.errors import InputError
+from synpref_ray.errors import ConfigError, InputError
 
 LAYOUT = "2"
 """Raise it with any change of the tables."""
@@ -204,8 +204,32 @@ for _table in _APPEND_ONLY:
     for _change in ("UPDATE", "DELETE"):
         _sqlite = f"CREATE TRIGGER {_table}_no_{_change} BEFORE {_change} ON {_table} BEGIN SELECT RAISE(ABORT, '{_table} only grows'); END"
         event.listen(Base.metadata.tables[_table], "after_create", DDL(_sqlite).execute_if(dialect="sqlite"))  # type: ignore[no-untyped-call]
-        _rule = f"CREATE RULE {_table}_no_{_change} AS ON {_change} TO {_table} DO INSTEAD NOTHING"
-        event.listen(Base.metadata.tables[_table], "after_create", DDL(_rule).execute_if(dialect="postgresql"))  # type: ignore[no-untyped-call]
+    _body = f"BEGIN RAISE EXCEPTION '{_table} only grows'; END"
+    for _sql in (
+        f"CREATE OR REPLACE FUNCTION {_table}_only_grows() RETURNS trigger LANGUAGE plpgsql AS $${_body}$$",
+        f"CREATE TRIGGER {_table}_only_grows BEFORE UPDATE OR DELETE OR TRUNCATE ON {_table} EXECUTE FUNCTION {_table}_only_grows()",
+    ):
+        event.listen(Base.metadata.tables[_table], "after_create", DDL(_sql).execute_if(dialect="postgresql"))  # type: ignore[no-untyped-call]
+
+
+def _parse(url: str) -> URL:
+    """Return a URL that this package can use. What is wrong with another one is said without its password.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    expected = "expected sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME"
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ConfigError(f"database= is no URL of a database; {expected}") from None
+    if parsed.drivername not in ("sqlite", "postgresql", "postgresql+psycopg"):
+        raise ConfigError(f"database= names {parsed.drivername[:40]!r}; {expected}")
+    if parsed.drivername != "sqlite":
+        return parsed.set(drivername="postgresql+psycopg")
+    if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:") or parsed.query or parsed.host:
+        raise ConfigError(f"database= names no plain file for SQLite; {expected}")
+    return parsed
 
 
 class Database:
@@ -214,12 +238,7 @@ class Database:
     def __init__(self, url: str, clock: Clock = time.time):
         self.clock = clock
         try:
-            parsed = make_url(url)
-            if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-                raise InputError(
-                    f"the annotation database is SQLite (sqlite:///FILE) or PostgreSQL (postgresql+psycopg://…), not {parsed.drivername}"
-                )
-            self.engine = create_engine(parsed, pool_size=CONNECTIONS, max_overflow=0)
+            self.engine = create_engine(_parse(url), pool_size=CONNECTIONS, max_overflow=0)
             is_sqlite = self.engine.dialect.name == "sqlite"
             self._turn: Any = threading.Lock() if is_sqlite else nullcontext()
             if is_sqlite:
@@ -228,10 +247,12 @@ class Database:
             self._reader = self.engine if is_sqlite else self.engine.execution_options(isolation_level="REPEATABLE READ")
             self._writer = self.engine.execution_options(writes=True)
             self._create()
-        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-            raise InputError(f"cannot use the annotation database: {' '.join(str(error).split())}") from None
+        except (ImportError, ValueError) as error:  # no driver; a name or an option that it cannot read
+            raise ConfigError(f"cannot use the annotation database: {' '.join(str(error).split())}") from None
         except OperationalError as error:
             raise InputError(f"cannot open the annotation database: {' '.join(str(error.orig).split())}") from None
+        except DBAPIError as error:  # an option that the driver does not know, a file that is no database
+            raise ConfigError(f"cannot use the annotation database: {' '.join(str(error.orig).split())}") from None
 
     def _create(self) -> None:
         with self.write() as session:

@@ -1,7 +1,7 @@
 """What the queue has found so far: votes, outcomes, agreement, quality; for the admin page, the status table and the export.
 
-The export is three Parquet files: `verdicts` (a line per judged pair, as `verdict_file` reads it), `votes` (the whole log) and `attributes` (what
-people made of each judged pair's attributes: the truth that taggers can be measured against).
+The export is Parquet files: `verdicts` (a line per judged pair, as `verdict_file` reads it), `votes` (the whole log) and `attributes` (what
+people made of each judged pair's attributes: the truth that taggers can be measured against), `skips` and `adjudications`.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 
 from synpref_ray.human.agreement import Agreement, Vote, agreement_by_category, measure_agreement
 from synpref_ray.human.consensus import ConsensusConfig, Outcome, Standing, dawid_skene, settle_pairs
-from synpref_ray.human.database import Adjudication, Assignment, Database, Item, NotFound, Refused, Role, State, User, VerdictRow, record
+from synpref_ray.human.database import Adjudication, Assignment, AuditEvent, Database, Item, NotFound, Refused, Role, State, User, VerdictRow, record
 from synpref_ray.human.protocol import UNDECIDABLE
 from synpref_ray.human.verdict_file import UNSETTLED
 
@@ -47,6 +47,24 @@ VOTES_SCHEMA = pa.schema(
         pa.field("llm_helped", pa.bool_()),
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("focus_seconds", pa.float64(), nullable=False),
+        pa.field("created_at", pa.float64(), nullable=False),
+    ]
+)
+SKIPS_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("annotator", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("created_at", pa.float64(), nullable=False),
+    ]
+)
+WORDS_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("admin", pa.string(), nullable=False),
+        pa.field("counts", pa.bool_(), nullable=False),
+        pa.field("verdict", pa.string(), nullable=False),
+        pa.field("rationale", pa.string(), nullable=False),
         pa.field("created_at", pa.float64(), nullable=False),
     ]
 )
@@ -110,10 +128,10 @@ class Results:
     def snapshot(self) -> Snapshot:
         """Return the state now."""
         with self._db.read() as session:
-            state = tuple(session.scalar(select(func.count()).select_from(table)) for table in (VerdictRow, Adjudication, Item, Assignment, User))
+            state = tuple(session.scalar(select(func.count()).select_from(table)) for table in (VerdictRow, Adjudication, Item, Assignment))
             skipped = session.scalar(select(func.count()).where(Assignment.state == State.SKIPPED.value))
-            active = session.scalar(select(func.count()).where(User.active))
-        state = (*state, skipped, active)
+            people = tuple(tuple(row) for row in session.execute(select(User.id, User.role, User.active).order_by(User.id)))
+        state = (*state, skipped, people)
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, self._read())
         return self._kept[1]
@@ -217,6 +235,36 @@ def vote_table(database: Database) -> pa.Table:
             plain = ("revision", "verdict", "strength", "rationale", "seconds", "focus_seconds", "created_at")
             rows.append({**about, **{key: getattr(row, key) for key in plain}, **row.evidence})
     return pa.Table.from_pylist(rows, schema=VOTES_SCHEMA)
+
+
+def skip_table(database: Database) -> pa.Table:
+    """Return SKIPS_SCHEMA: who gave which pair back, and why."""
+    said = select(AuditEvent, User.name).join(User, AuditEvent.user_id == User.id).where(AuditEvent.action == "skip").order_by(AuditEvent.id)
+    with database.read() as session:
+        rows = [
+            {"pair_id": row.subject, "annotator": name, "reason": row.detail["reason"], "created_at": row.at} for row, name in session.execute(said)
+        ]
+    return pa.Table.from_pylist(rows, schema=SKIPS_SCHEMA)
+
+
+def adjudication_table(database: Database) -> pa.Table:
+    """Return WORDS_SCHEMA: every word of an admin; the last one of a pair counts."""
+    said = select(Adjudication, Item.pair_id, User.name).join(Item, Adjudication.item_id == Item.id).join(User, Adjudication.user_id == User.id)
+    with database.read() as session:
+        found = list(session.execute(said.order_by(Adjudication.id)))
+    last = {pair_id: row.id for row, pair_id, _ in found}
+    rows = [
+        {
+            "pair_id": pair_id,
+            "admin": name,
+            "counts": last[pair_id] == row.id,
+            "verdict": row.verdict,
+            "rationale": row.rationale,
+            "created_at": row.created_at,
+        }
+        for row, pair_id, name in found
+    ]
+    return pa.Table.from_pylist(rows, schema=WORDS_SCHEMA)
 
 
 def _most(original: str | None, values: list[str | None]) -> str | None:

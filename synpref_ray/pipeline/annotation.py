@@ -25,7 +25,7 @@ from synpref_ray.human.consensus import ConsensusConfig
 from synpref_ray.human.database import Database, Role
 from synpref_ray.human.label_studio import import_annotations, labelling_config, make_tasks
 from synpref_ray.human.protocol import ProtocolConfig
-from synpref_ray.human.results import ATTRIBUTES, Results, Snapshot, attribute_table, verdict_table, vote_table
+from synpref_ray.human.results import ATTRIBUTES, Results, Snapshot, adjudication_table, attribute_table, skip_table, verdict_table, vote_table
 from synpref_ray.human.serving import ServeConfig, check_files, serve
 from synpref_ray.human.web import Site, create_app
 from synpref_ray.ingest.readers import open_binary
@@ -152,6 +152,8 @@ def export(config: AnnotateConfig, run: Run) -> str:
     found = Results(database, config.consensus).snapshot()
     storage.write_table(f"{folder}/{VERDICTS}", verdict_table(found))
     storage.write_table(f"{folder}/votes.parquet", vote_table(database))
+    storage.write_table(f"{folder}/skips.parquet", skip_table(database))
+    storage.write_table(f"{folder}/adjudications.parquet", adjudication_table(database))
     storage.write_table(f"{folder}/attributes.parquet", attribute_table(found))
     agreement = {name: entry.model_dump(mode="json") for name, entry in found.agreement().items()}
     storage.write_json(f"{folder}/agreement.json", agreement)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, text, update
+from sqlalchemy.exc import DBAPIError
 
 from synpref_ray.human.accounts import Accounts, LoginConfig
 from synpref_ray.human.assignments import AnnotationQueue
@@ -89,8 +90,9 @@ def test_twenty_threads_never_hold_one_place_twice(server: str) -> None:
 
     found = Results(database, ConsensusConfig()).snapshot()
     assert verdict_table(found).num_rows == 60
-    with database.write() as session:
-        session.execute(delete(VerdictRow))
+    for statement in (delete(VerdictRow), update(VerdictRow).values(verdict="chosen"), text("TRUNCATE verdicts")):
+        with pytest.raises(DBAPIError, match="verdicts only grows"), database.write() as session:
+            session.execute(statement)
     with database.read() as session:
         assert len(session.scalars(select(VerdictRow.id)).all()) == 72
     with pytest.raises(Refused, match="name or the secret"):

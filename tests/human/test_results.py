@@ -12,7 +12,7 @@ from synpref_ray.human.protocol import is_swapped
 from synpref_ray.human.results import attribute_table, verdict_table, vote_table
 from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.schema import Verdict
-from tests.human.site import TAGS, SmallSite, better, hidden, judge, make_item, take, token_of, undo_form
+from tests.human.site import SECRET, TAGS, SmallSite, better, hidden, judge, make_item, take, token_of, undo_form
 
 
 def votes(text: str, category: str = "math") -> list[Vote]:
@@ -159,6 +159,30 @@ def test_a_pair_that_everybody_skipped_is_for_the_admin(tmp_path: Path) -> None:
     root.post("/admin/items/1/adjudicate", data={"csrf": token_of(root), "choice": "undecidable"})
     found = site.results.snapshot()
     assert (found.to_adjudicate, found.standings["adjudicated"]) == ([], 1)
+
+
+def test_skips_and_every_word_of_an_admin_are_exported(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0)])
+    ann, root = site.signed_in("ann"), site.signed_in("root", Role.ADMIN)
+    ann.post(f"{take(ann)}/skip", data={"csrf": token_of(ann), "reason": "needs an expert"})
+    for words, choice in enumerate(("undecidable", "1")):
+        form = {"csrf": token_of(root), "choice": choice, "words": words, "rationale": f"word {words}"}
+        assert root.post("/admin/items/1/adjudicate", data=form).status_code == 303
+    (tmp_path / "skips").write_bytes(root.get("/admin/export/skips.parquet").content)
+    (tmp_path / "words").write_bytes(root.get("/admin/export/adjudications.parquet").content)
+    skips, words_said = (pq.read_table(tmp_path / name).to_pylist() for name in ("skips", "words"))
+    assert [(row["pair_id"], row["annotator"], row["reason"]) for row in skips] == [(f"{0:032x}", "ann", "needs an expert")]
+    said = [(row["admin"], row["counts"], row["rationale"]) for row in words_said]
+    assert said == [("root", False, "word 0"), ("root", True, "word 1")]
+
+
+def test_a_changed_role_is_seen_at_once(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.user("ann")
+    assert [worker.role for worker in site.results.snapshot().workers] == ["annotator"]
+    site.accounts.save_user("ann", Role.ADMIN, SECRET)
+    assert [worker.role for worker in site.results.snapshot().workers] == ["admin"]
 
 
 def test_a_word_stands_after_an_undo_and_a_stale_one_is_refused(tmp_path: Path) -> None:

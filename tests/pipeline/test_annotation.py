@@ -14,7 +14,7 @@ from synpref_ray.errors import ConfigError, SynprefError, WaitingError
 from synpref_ray.human.accounts import Accounts
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.consensus import ConsensusConfig
-from synpref_ray.human.database import Role
+from synpref_ray.human.database import Database, Role
 from synpref_ray.human.protocol import ProtocolConfig
 from synpref_ray.human.results import Results
 from synpref_ray.human.serving import ServeConfig
@@ -192,7 +192,25 @@ def test_a_database_password_is_in_no_run_folder(tmp_path: Path) -> None:
     assert not any(b"hidden-word" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_other_databases_are_refused() -> None:
-    for url in ("mysql://x", "nonsense", "sqlite:////no/such/folder/a.db"):
-        with pytest.raises(SynprefError):
-            load_config(AnnotateConfig, None, [f"database={url}"]).open_database()
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("mysql://x", "nonsense", "sqlite://", "sqlite:///:memory:", "sqlite:///a.db?timeout=x", "sqlite://host/a.db", "sqlite+aiosqlite:///a.db"),
+        *("postgresql+psycopg://me:hidden-word@h:port/x", "postgresql+psycopg2://me:hidden-word@h/x", "postgresql://me:hidden-word@127.0.0.1:1/x?bogus=1"),
+    ],
+)
+def test_other_databases_are_refused_in_one_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError):
+        Database(url)
+    assert annotate.main(["status", f"workspace={tmp_path}", f"database={json.dumps(url)}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "hidden-word" not in said
+
+
+def test_a_file_that_is_no_database_and_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.db").write_text("no database at all, " * 100)
+    with pytest.raises(ConfigError, match="not a database"):
+        Database(f"sqlite:///{tmp_path / 'a.db'}")
+    with pytest.raises(SynprefError):
+        Database(f"sqlite:///{tmp_path / 'none' / 'a.db'}")

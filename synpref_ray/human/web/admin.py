@@ -11,11 +11,11 @@ from sqlalchemy import select
 from synpref_ray.human.accounts import Account
 from synpref_ray.human.database import Adjudication, Assignment, Item, NotFound, State, User, VerdictRow
 from synpref_ray.human.protocol import UNDECIDABLE, is_swapped
-from synpref_ray.human.results import attribute_table, verdict_table, vote_table
+from synpref_ray.human.results import adjudication_table, attribute_table, skip_table, verdict_table, vote_table
 from synpref_ray.human.web.forms import AdjudicationForm
 from synpref_ray.human.web.site import Site, require_token
 
-Table = Literal["verdicts", "votes", "attributes"]
+Table = Literal["verdicts", "votes", "attributes", "skips", "adjudications"]
 
 
 def admin_routes(site: Site) -> APIRouter:
@@ -43,8 +43,9 @@ def admin_routes(site: Site) -> APIRouter:
 
     @routes.get("/export/{table}.parquet")
     def export(account: Annotated[Account, Depends(site.admin)], table: Table) -> Response:
-        found = site.results.snapshot()
-        rows = vote_table(site.database) if table == "votes" else verdict_table(found) if table == "verdicts" else attribute_table(found)
+        logs = {"votes": vote_table, "skips": skip_table, "adjudications": adjudication_table}
+        tables = {"verdicts": verdict_table, "attributes": attribute_table}
+        rows = logs[table](site.database) if table in logs else tables[table](site.results.snapshot())
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink, compression="zstd")
         headers = {"Content-Disposition": f'attachment; filename="{table}.parquet"'}
