@@ -131,9 +131,9 @@ class Results:
             state = tuple(session.scalar(select(func.count()).select_from(table)) for table in (VerdictRow, Adjudication, Item, Assignment))
             skipped = session.scalar(select(func.count()).where(Assignment.state == State.SKIPPED.value))
             people = tuple(tuple(row) for row in session.execute(select(User.id, User.role, User.active).order_by(User.id)))
-        state = (*state, skipped, people)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self._read())
+        key = (state, skipped, people)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._read())
         return self._kept[1]
 
     def adjudicate(self, admin_id: int, item_id: int, verdict: str, rationale: str, words_seen: int) -> None:

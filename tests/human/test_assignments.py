@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
+from synpref_ray.errors import SynprefError
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.database import Assignment, Database, Item, Refused, User, VerdictRow
 from synpref_ray.human.protocol import Given, ProtocolConfig, problems
@@ -158,16 +159,16 @@ def test_twenty_threads_never_hold_one_place_twice(tmp_path: Path) -> None:
     ready, errors = threading.Barrier(20), []
 
     def work(user_id: int) -> None:
-        database = Database(f"sqlite:///{tmp_path / 'annotations.db'}", Clock())
-        queue = AnnotationQueue(database, ProtocolConfig())
         ready.wait(timeout=60)
         try:
+            database = Database(f"sqlite:///{tmp_path / 'annotations.db'}", Clock())
+            queue = AnnotationQueue(database, ProtocolConfig())
             held = queue.lease_next(user_id)
             while held is not None:
                 held = queue.answer(user_id, held, 0, Given(choice="1"))
-        except Refused as refused:
-            errors.append(refused)
-        database.close()
+            database.close()
+        except SynprefError as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=work, args=(user_id,)) for user_id in people]
     for thread in threads:

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import delete, select, text, update
 from sqlalchemy.exc import DBAPIError
 
+from synpref_ray.errors import SynprefError
 from synpref_ray.human.accounts import Accounts, LoginConfig
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.consensus import ConsensusConfig
@@ -63,17 +64,17 @@ def test_twenty_threads_never_hold_one_place_twice(server: str) -> None:
     ready, errors = threading.Barrier(20), []
 
     def work(user_id: int) -> None:
-        own = Database(server, Clock())
-        queue = AnnotationQueue(own, ProtocolConfig())
         ready.wait(timeout=60)
         try:
+            own = Database(server, Clock())
+            queue = AnnotationQueue(own, ProtocolConfig())
             held = queue.lease_next(user_id)
             while held is not None:
                 queue.open(user_id, held)
                 held = queue.answer(user_id, held, 0, Given(choice="1", rationale="\u05e9")) or queue.lease_next(user_id)
-        except Refused as refused:
-            errors.append(refused)
-        own.close()
+            own.close()
+        except SynprefError as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=work, args=(user_id,)) for user_id in people]
     for thread in threads:

@@ -85,7 +85,9 @@ def test_dawid_skene_believes_those_who_are_usually_right() -> None:
 def test_a_later_round_leaves_the_outcomes_of_an_earlier_one() -> None:
     early = [Vote(f"p{pair}", person, "chosen" if person == "a" else "rejected", "math") for pair in range(2) for person in "ab"]
     early += [Vote(f"q{pair}", person, verdict, "math") for pair, verdict in enumerate(["chosen", "rejected"] * 4) for person in "ac"]
-    late = [Vote(f"r{pair}", person, "chosen" if (person == "b") == (pair % 2 == 0) else "rejected", "math") for pair in range(20) for person in "abc"]
+    late = [
+        Vote(f"r{pair}", person, "chosen" if (person == "b") == (pair % 2 == 0) else "rejected", "math") for pair in range(20) for person in "abc"
+    ]
     pools = {vote.pair_id: "late" if vote.pair_id[0] == "r" else "early" for vote in early + late}
     config, required = ConsensusConfig(rule="dawid_skene"), dict.fromkeys(pools, 2)
     before = settle_pairs({pair: 2 for pair in required if pair[0] != "r"}, early, {}, config, pools=pools)

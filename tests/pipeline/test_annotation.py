@@ -196,7 +196,11 @@ def test_a_database_password_is_in_no_run_folder(tmp_path: Path) -> None:
     "url",
     [
         *("mysql://x", "nonsense", "sqlite://", "sqlite:///:memory:", "sqlite:///a.db?timeout=x", "sqlite://host/a.db", "sqlite+aiosqlite:///a.db"),
-        *("postgresql+psycopg://me:hidden-word@h:port/x", "postgresql+psycopg2://me:hidden-word@h/x", "postgresql://me:hidden-word@127.0.0.1:1/x?bogus=1"),
+        *(
+            "postgresql+psycopg://me:hidden-word@h:port/x",
+            "postgresql+psycopg2://me:hidden-word@h/x",
+            "postgresql://me:hidden-word@127.0.0.1:1/x?bogus=1",
+        ),
     ],
 )
 def test_other_databases_are_refused_in_one_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
