@@ -3,7 +3,7 @@ to_label_studio, from_label_studio.
 
 Paper: Sec. 3.2 (human verification). Guide: docs/annotation.md.
 Inputs: `queue` takes a tagged pool of the workspace (Stage 1 says which); the rest works on the annotation database.
-Outputs: annotation/ in the workspace: queues, verdicts.parquet, votes.parquet, attributes.parquet, agreement.json.
+Outputs: annotation/ in the workspace: queues; verdicts, votes, attributes, skips and adjudications (Parquet); agreement.json.
 
 Laptop:  python jobs/annotate.py serve --config jobs/configs/annotate.yaml workspace=workspace
 Cluster: the same on one node, with TLS files or behind a proxy, and database=postgresql+psycopg://user@host/name where many people work

@@ -22,6 +22,7 @@ from synpref_ray.human.database import Database, LoginFailure, LoginSession, Ref
 
 MIN_SECRET_CHARS = 12  # ours: NIST SP 800-63B asks for 8 at least, 15 where nothing else guards
 MAX_SECRET_CHARS = 256
+RESERVED_PREFIX = "ls-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
@@ -74,6 +75,8 @@ class Accounts:
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(f"a user's name has 1 to 64 letters, digits or . _ @ -, found {name[:80]!r}")
+        if name.lower().startswith(RESERVED_PREFIX):
+            raise ConfigError(f"names that begin with {RESERVED_PREFIX!r} stand for annotators of Label Studio; found {name!r}")
         if not MIN_SECRET_CHARS <= len(secret) <= MAX_SECRET_CHARS:
             raise ConfigError(f"a secret has {MIN_SECRET_CHARS} to {MAX_SECRET_CHARS} characters, found {len(secret)}")
         hashed, now = self._hash(secret), self._db.clock()

@@ -4,6 +4,7 @@ Two people never hold the same place: an item has as many places as it needs ver
 gives a lease holds the item (SQLite: the only writer; PostgreSQL: `FOR UPDATE SKIP LOCKED`, and a second look after the lock).
 """
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 from sqlalchemy import Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
-from synpref_ray.human.database import Assignment, Database, Item, NotFound, Refused, State, User, VerdictRow, record
-from synpref_ray.human.protocol import WITHDRAWN, Given, ProtocolConfig, is_swapped
+from synpref_ray.human.database import Adjudication, Assignment, Database, Item, NotFound, Refused, State, VerdictRow, record
+from synpref_ray.human.protocol import WITHDRAWN, Given, ProtocolConfig, problems
+
+_CLOSED = "This pair is answered or skipped already: nothing was stored twice."
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Task:
     replies: tuple[str, str]
     notes: tuple[str, str]
     attributes: dict[str, str | None]
+    tagged_category: str | None  # the pair's own, whatever this person made of it
     earlier: dict[str, Any]  # what this person said before an undo
 
 
@@ -52,6 +56,10 @@ class Progress:
     done: int
     skipped: int
     open_to_them: int
+    last: tuple[int, int] | None = None
+    """The assignment of their last verdict and its revision: what an undo must name."""
+    held: int | None = None
+    """The assignment that they hold now."""
 
 
 class AnnotationQueue:
@@ -86,25 +94,25 @@ class AnnotationQueue:
         """Return what the page shows.
 
         Raises:
-            Refused: the assignment is not this person's, is answered, or its lease ran out.
+            Refused: the assignment is not this person's, is answered, or its lease ran out and somebody else has the place.
         """
         with self._db.read() as session:
-            assignment = self._held(session, user_id, assignment_id, lock=False)
-            item = session.get_one(Item, assignment.item_id)
-            said = select(VerdictRow).where(VerdictRow.assignment_id == assignment.id, VerdictRow.verdict != WITHDRAWN)
-            before = session.scalars(said.order_by(VerdictRow.revision.desc()).limit(1)).first()
-            replies = (item.content["chosen"], item.content["rejected"])
-            notes = (item.notes.get("chosen", ""), item.notes.get("rejected", ""))
-            return Task(
-                assignment_id=assignment.id,
-                revision=assignment.revision,
-                leased_until=assignment.leased_until,
-                prompt=item.content["prompt"],
-                replies=replies[::-1] if assignment.swapped else replies,
-                notes=notes[::-1] if assignment.swapped else notes,
-                attributes=before.attributes if before else item.attributes,
-                earlier=_earlier(before, assignment.swapped) if before else {},
-            )
+            assignment = self._own(session, user_id, assignment_id)
+            if assignment.state != State.LEASED.value or assignment.leased_until > self._db.clock():
+                return _task(session, assignment)
+        self.renew(user_id, assignment_id)
+        with self._db.read() as session:
+            return _task(session, self._own(session, user_id, assignment_id))
+
+    def problems(self, user_id: int, assignment_id: int, given: Given) -> list[str]:
+        """Return what a verdict on this pair lacks; empty: `answer` may be asked to store it.
+
+        Raises:
+            NotFound: the assignment is not this person's.
+        """
+        with self._db.read() as session:
+            item = session.get_one(Item, self._own(session, user_id, assignment_id).item_id)
+            return problems(given, self._config, item.attributes.get("task_category"))
 
     def answer(self, user_id: int, assignment_id: int, revision: int, given: Given) -> int | None:
         """Store a verdict and lease the next pair; return its assignment, None if there is none to be had without waiting (`lease_next` waits).
@@ -113,14 +121,12 @@ class AnnotationQueue:
             revision: the assignment's when the form was made; a form that was sent before is refused by it.
 
         Raises:
-            Refused: the assignment is not this person's, is answered already, or its lease ran out.
+            Refused: the assignment is not this person's, is answered already, or its lease ran out and somebody else has the place.
         """
-        now = self._db.clock()
         with self._db.write() as session:
-            assignment = self._held(session, user_id, assignment_id, lock=True)
+            assignment, item, now = self._held(session, user_id, assignment_id)
             if assignment.revision != revision:
                 raise Refused("This form was sent before: nothing was stored twice.")
-            item = session.get_one(Item, assignment.item_id, with_for_update=True)
             assignment.revision += 1
             assignment.state, assignment.closed_at = State.DONE.value, now
             verdict = given.verdict(swapped=assignment.swapped)
@@ -129,7 +135,7 @@ class AnnotationQueue:
             row.evidence, row.attributes = given.evidence, {**item.attributes, **given.attributes}
             row.seconds, row.focus_seconds = now - assignment.opened_at, given.focus_seconds
             session.add(row)
-            self._recount(session, item)
+            recount(session, item)
             record(session, at=now, user_id=user_id, action="verdict", subject=item.pair_id, verdict=verdict, revision=assignment.revision)
             return self._lease(session, user_id)
 
@@ -137,24 +143,28 @@ class AnnotationQueue:
         """Give a pair back for good, with a reason; return the next assignment."""
         if not reason.strip() or len(reason) > 500 or "\x00" in reason:
             raise Refused("Say in a few words why you skip this pair.")
-        now = self._db.clock()
         with self._db.write() as session:
-            assignment = self._held(session, user_id, assignment_id, lock=True)
+            assignment, item, now = self._held(session, user_id, assignment_id)
             assignment.state, assignment.closed_at = State.SKIPPED.value, now
-            item = session.get_one(Item, assignment.item_id)
             record(session, at=now, user_id=user_id, action="skip", subject=item.pair_id, reason=reason.strip())
             session.flush()
             return self._lease(session, user_id)
 
-    def undo(self, user_id: int) -> int:
-        """Take this person's last verdict back and give them the pair again; the log keeps both. Return the assignment."""
-        now = self._db.clock()
+    def undo(self, user_id: int, assignment_id: int, revision: int) -> int:
+        """Take this person's last verdict back and give them the pair again; the log keeps both. Return the assignment.
+
+        Raises:
+            Refused: the assignment in this revision is not their last verdict: another page undid it, or said more since.
+        """
         with self._db.write() as session:
-            mine = select(Assignment).where(Assignment.user_id == user_id, Assignment.state == State.DONE.value)
-            last = session.scalars(mine.order_by(Assignment.closed_at.desc(), Assignment.id.desc()).limit(1).with_for_update()).first()
-            if last is None:
+            found = session.scalars(_last_done(user_id)).first()
+            if found is None:
                 raise Refused("There is no verdict of yours to undo.")
-            item = session.get_one(Item, last.item_id, with_for_update=True)
+            item = session.get_one(Item, found.item_id, with_for_update=True)  # always the item first: two orders could wait for each other
+            last = session.scalars(_last_done(user_id).with_for_update().execution_options(populate_existing=True)).first()
+            if last is None or (last.id, last.revision, last.item_id) != (assignment_id, revision, item.id):
+                raise Refused("That is no longer your last verdict: nothing was undone.")
+            now = self._db.clock()
             last.revision += 1
             last.state, last.closed_at = State.LEASED.value, None
             last.opened_at, last.leased_until = now, now + self._lease_seconds
@@ -162,15 +172,15 @@ class AnnotationQueue:
             row = VerdictRow(assignment_id=last.id, revision=last.revision, verdict=WITHDRAWN, strength=0, rationale="", created_at=now)
             row.evidence, row.attributes, row.seconds, row.focus_seconds = nothing, nothing, 0.0, 0.0
             session.add(row)
-            self._recount(session, item)
+            recount(session, item)
             record(session, at=now, user_id=user_id, action="undo", subject=item.pair_id, revision=last.revision)
             return last.id
 
     def renew(self, user_id: int, assignment_id: int) -> float:
-        """Prolong a lease that still holds; return its new end."""
+        """Prolong a lease; return its new end. One that ran out is given again if its place is still free."""
         with self._db.write() as session:
-            assignment = self._held(session, user_id, assignment_id, lock=True)
-            assignment.leased_until = self._db.clock() + self._lease_seconds
+            assignment, _, now = self._held(session, user_id, assignment_id)
+            assignment.leased_until = now + self._lease_seconds
             return assignment.leased_until
 
     def progress(self, user_id: int) -> Progress:
@@ -181,59 +191,96 @@ class AnnotationQueue:
             waiting = session.scalar(select(func.count()).select_from(Item).where(~Item.complete)) or 0
             mine = select(func.count()).select_from(Assignment).join(Item, Item.id == Assignment.item_id)
             finished = session.scalar(mine.where(Assignment.user_id == user_id, Assignment.state != State.LEASED.value, ~Item.complete)) or 0
-            return Progress(counts.get(State.DONE.value, 0), counts.get(State.SKIPPED.value, 0), waiting - finished)
+            last = session.scalars(_last_done(user_id)).first()
+            done, skipped = counts.get(State.DONE.value, 0), counts.get(State.SKIPPED.value, 0)
+            held = session.scalar(_held_by(user_id, self._db.clock()))
+            return Progress(done, skipped, waiting - finished, None if last is None else (last.id, last.revision), held)
 
     @property
     def _lease_seconds(self) -> float:
         return 60 * self._config.lease_minutes
 
-    def _held(self, session: Session, user_id: int, assignment_id: int, *, lock: bool) -> Assignment:
-        if not 0 < assignment_id < 2**31:
+    @staticmethod
+    def _own(session: Session, user_id: int, assignment_id: int, *, lock: bool = False) -> Assignment:
+        known = 0 < assignment_id < 2**31
+        found = session.get(Assignment, assignment_id, with_for_update=True if lock else None, populate_existing=lock) if known else None
+        if found is None or found.user_id != user_id:
             raise NotFound("There is no such pair in your hands.")
-        assignment = session.get(Assignment, assignment_id, with_for_update=True if lock else None)
-        if assignment is None or assignment.user_id != user_id:
-            raise NotFound("There is no such pair in your hands.")
+        return found
+
+    def _held(self, session: Session, user_id: int, assignment_id: int) -> tuple[Assignment, Item, float]:
+        """Lock an assignment that this person holds, and its item before it; return both, and the time now that they are locked.
+
+        A lease that ran out still holds if nobody took the place: what the person typed meanwhile is not lost.
+        """
+        item = session.get_one(Item, self._own(session, user_id, assignment_id).item_id, with_for_update=True, populate_existing=True)
+        assignment = self._own(session, user_id, assignment_id, lock=True)
+        now = self._db.clock()
         if assignment.state != State.LEASED.value:
-            raise Refused("This pair is answered or skipped already: nothing was stored twice.")
-        if assignment.leased_until <= self._db.clock():
-            raise Refused("Your time for this pair ran out, and it went back to the queue: nothing was stored.")
-        return assignment
+            raise Refused(_CLOSED)
+        if assignment.leased_until <= now:
+            if item.complete or (session.scalar(select(_num_taken(item.id, now))) or 0) >= item.required:
+                raise Refused("Your time for this pair ran out, and somebody else has it now: nothing was stored.")
+            assignment.leased_until = now + self._lease_seconds
+        return assignment, item, now
 
     def _lease(self, session: Session, user_id: int, *, wait: bool = False) -> int | None:
         """Give a place to a person. `wait`: also look at items that others hold locked this moment (PostgreSQL); only where no lock is held yet."""
         now = self._db.clock()
-        held = select(Assignment.id).where(Assignment.user_id == user_id, Assignment.state == State.LEASED.value, Assignment.leased_until > now)
-        mine = session.scalar(held.order_by(Assignment.opened_at.desc(), Assignment.id.desc()).limit(1))
+        mine = session.scalar(_held_by(user_id, now))
         if mine is not None:
             return mine
         full: list[int] = []
         while (found := session.execute(_free_items(user_id, now, full, skip_locked=not wait)).first()) is not None:
-            item_id, pair_id, required = found
+            item_id, required = found
             if wait:
                 session.execute(select(Item.id).where(Item.id == item_id).with_for_update())
             if (session.scalar(select(_num_taken(item_id, now))) or 0) < required:
-                return self._give(session, user_id, item_id, pair_id)
+                return self._give(session, user_id, item_id)
             full.append(item_id)  # PostgreSQL: taken between the look and the lock
         return None
 
-    def _give(self, session: Session, user_id: int, item_id: int, pair_id: str) -> int:
+    def _give(self, session: Session, user_id: int, item_id: int) -> int:
         now = self._db.clock()
         assignment = session.scalar(select(Assignment).where(Assignment.item_id == item_id, Assignment.user_id == user_id))
         if assignment is None:
-            name = session.get_one(User, user_id).name
-            assignment = Assignment(item_id=item_id, user_id=user_id, revision=0, swapped=is_swapped(self._config.seed, pair_id, name))
+            # Drawn, not computed: a pair's id is a hash of its texts, so an order that follows from it would tell which reply is the chosen one.
+            assignment = Assignment(item_id=item_id, user_id=user_id, revision=0, swapped=bool(secrets.randbits(1)))
             session.add(assignment)
         assignment.state, assignment.closed_at = State.LEASED.value, None
         assignment.opened_at, assignment.leased_until = now, now + self._lease_seconds
         session.flush()
         return assignment.id
 
-    @staticmethod
-    def _recount(session: Session, item: Item) -> None:
-        session.flush()
-        done = select(func.count()).where(Assignment.item_id == item.id, Assignment.state == State.DONE.value)
-        item.complete = (session.scalar(done) or 0) >= item.required
-        session.flush()
+
+def recount(session: Session, item: Item) -> None:
+    """Say anew whether an item is complete: it has its verdicts, or an admin's word, which stands whatever is undone later."""
+    session.flush()
+    done = select(func.count()).where(Assignment.item_id == item.id, Assignment.state == State.DONE.value)
+    has_word = session.scalar(select(exists().where(Adjudication.item_id == item.id)))
+    item.complete = bool(has_word) or (session.scalar(done) or 0) >= item.required
+    session.flush()
+
+
+def _task(session: Session, assignment: Assignment) -> Task:
+    if assignment.state != State.LEASED.value:
+        raise Refused(_CLOSED)
+    item = session.get_one(Item, assignment.item_id)
+    said = select(VerdictRow).where(VerdictRow.assignment_id == assignment.id, VerdictRow.verdict != WITHDRAWN)
+    before = session.scalars(said.order_by(VerdictRow.revision.desc()).limit(1)).first()
+    replies = (item.content["chosen"], item.content["rejected"])
+    notes = (item.notes.get("chosen", ""), item.notes.get("rejected", ""))
+    return Task(
+        assignment_id=assignment.id,
+        revision=assignment.revision,
+        leased_until=assignment.leased_until,
+        prompt=item.content["prompt"],
+        replies=replies[::-1] if assignment.swapped else replies,
+        notes=notes[::-1] if assignment.swapped else notes,
+        attributes=before.attributes if before else item.attributes,
+        tagged_category=item.attributes.get("task_category"),
+        earlier=_earlier(before, assignment.swapped) if before else {},
+    )
 
 
 def _num_taken(item_id: Any, now: float) -> Any:
@@ -243,13 +290,23 @@ def _num_taken(item_id: Any, now: float) -> Any:
     return taken.correlate(Item).scalar_subquery()
 
 
+def _held_by(user_id: int, now: float) -> Select[int]:
+    held = select(Assignment.id).where(Assignment.user_id == user_id, Assignment.state == State.LEASED.value, Assignment.leased_until > now)
+    return held.order_by(Assignment.opened_at.desc(), Assignment.id.desc()).limit(1)
+
+
+def _last_done(user_id: int) -> Select[Assignment]:
+    mine = select(Assignment).where(Assignment.user_id == user_id, Assignment.state == State.DONE.value)
+    return mine.order_by(Assignment.closed_at.desc(), Assignment.id.desc()).limit(1)
+
+
 def _finished_by(user_id: int) -> Any:
     closed = Assignment.state.in_([State.DONE.value, State.SKIPPED.value])
     return exists().where(Assignment.item_id == Item.id, Assignment.user_id == user_id, closed).correlate(Item)
 
 
-def _free_items(user_id: int, now: float, but: Sequence[int], *, skip_locked: bool) -> Select[int, str, int]:
-    rows = select(Item.id, Item.pair_id, Item.required)
+def _free_items(user_id: int, now: float, but: Sequence[int], *, skip_locked: bool) -> Select[int, int]:
+    rows = select(Item.id, Item.required)
     rows = rows.where(~Item.complete, Item.id.not_in(but), ~_finished_by(user_id), _num_taken(Item.id, now) < Item.required)
     rows = rows.order_by(Item.rank, Item.id).limit(1)
     return rows.with_for_update(skip_locked=True, of=Item) if skip_locked else rows

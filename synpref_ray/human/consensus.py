@@ -46,18 +46,31 @@ class Outcome:
 
 
 def settle_pairs(
-    required: Mapping[str, int], votes: Sequence[Vote], adjudicated: Mapping[str, tuple[str, str]], config: ConsensusConfig
+    required: Mapping[str, int],
+    votes: Sequence[Vote],
+    adjudicated: Mapping[str, tuple[str, str]],
+    config: ConsensusConfig,
+    *,
+    pools: Mapping[str, str] | None = None,
 ) -> dict[str, Outcome]:
     """Return the outcome of every pair of the queue.
 
     Args:
         required: by pair, how many verdicts the queue asks for.
         adjudicated: by pair, the admin's verdict and name.
+        pools: by pair, its pool. The model is fitted to each pool by itself, so that what people say of a later round leaves the gold of an
+            earlier one as it was; without it all pairs are of one pool.
     """
     given: dict[str, dict[str, str]] = {pair_id: {} for pair_id in required}
     for vote in votes:
         given[vote.pair_id][vote.annotator] = vote.verdict
-    model = dawid_skene(votes, config.max_iterations)[0] if config.rule == "dawid_skene" else {}
+    model: dict[str, dict[str, float]] = {}
+    if config.rule == "dawid_skene":
+        by_pool: dict[str, list[Vote]] = {}
+        for vote in votes:
+            by_pool.setdefault((pools or {}).get(vote.pair_id, ""), []).append(vote)
+        for part in by_pool.values():
+            model |= dawid_skene(part, config.max_iterations)[0]
     outcomes = {}
     for pair_id, said in given.items():
         annotators = tuple(sorted(said))

@@ -5,6 +5,7 @@ process take turns in a lock, which is fairer than SQLite's own busy handler. Tr
 """
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,15 +13,15 @@ from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import DDL, Dialect, Engine, ForeignKey, Index, Text, UniqueConstraint, create_engine, event, select
-from sqlalchemy.engine import Connection, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy import DDL, Dialect, Engine, ForeignKey, Index, Text, UniqueConstraint, create_engine, event, inspect, select
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from synpref_ray.errors import InputError
+from synpref_ray.errors import ConfigError, InputError
 
-LAYOUT = "1"
+LAYOUT = "2"
 """Raise it with any change of the tables."""
 BUSY_MILLISECONDS = 30_000
 CONNECTIONS = 48  # ours: more than the threads that a server answers with (40), so that none waits for a connection
@@ -177,6 +178,15 @@ class Adjudication(Base):
     created_at: Mapped[float]
 
 
+class LabelStudioTask(Base):
+    """A pair as Label Studio knows it: by a token that says nothing, its replies in an order drawn once."""
+
+    __tablename__ = "label_studio_tasks"
+    token: Mapped[str] = mapped_column(primary_key=True)
+    item_id: Mapped[int] = mapped_column(ForeignKey("items.id"), unique=True)
+    swapped: Mapped[bool]
+
+
 class AuditEvent(Base):
     """Who changed what, and when."""
 
@@ -194,8 +204,32 @@ for _table in _APPEND_ONLY:
     for _change in ("UPDATE", "DELETE"):
         _sqlite = f"CREATE TRIGGER {_table}_no_{_change} BEFORE {_change} ON {_table} BEGIN SELECT RAISE(ABORT, '{_table} only grows'); END"
         event.listen(Base.metadata.tables[_table], "after_create", DDL(_sqlite).execute_if(dialect="sqlite"))  # type: ignore[no-untyped-call]
-        _rule = f"CREATE RULE {_table}_no_{_change} AS ON {_change} TO {_table} DO INSTEAD NOTHING"
-        event.listen(Base.metadata.tables[_table], "after_create", DDL(_rule).execute_if(dialect="postgresql"))  # type: ignore[no-untyped-call]
+    _body = f"BEGIN RAISE EXCEPTION '{_table} only grows'; END"
+    for _sql in (
+        f"CREATE OR REPLACE FUNCTION {_table}_only_grows() RETURNS trigger LANGUAGE plpgsql AS $${_body}$$",
+        f"CREATE TRIGGER {_table}_only_grows BEFORE UPDATE OR DELETE OR TRUNCATE ON {_table} EXECUTE FUNCTION {_table}_only_grows()",
+    ):
+        event.listen(Base.metadata.tables[_table], "after_create", DDL(_sql).execute_if(dialect="postgresql"))  # type: ignore[no-untyped-call]
+
+
+def _parse(url: str) -> URL:
+    """Return a URL that this package can use. What is wrong with another one is said without its password.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    expected = "expected sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME"
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ConfigError(f"database= is no URL of a database; {expected}") from None
+    if parsed.drivername not in ("sqlite", "postgresql", "postgresql+psycopg"):
+        raise ConfigError(f"database= names {parsed.drivername[:40]!r}; {expected}")
+    if parsed.drivername != "sqlite":
+        return parsed.set(drivername="postgresql+psycopg")
+    if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:") or parsed.query or parsed.host:
+        raise ConfigError(f"database= names no plain file for SQLite; {expected}")
+    return parsed
 
 
 class Database:
@@ -204,37 +238,48 @@ class Database:
     def __init__(self, url: str, clock: Clock = time.time):
         self.clock = clock
         try:
-            parsed = make_url(url)
-            if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-                raise InputError(
-                    f"the annotation database is SQLite (sqlite:///FILE) or PostgreSQL (postgresql+psycopg://…), not {parsed.drivername}"
-                )
-            self.engine = create_engine(parsed, pool_size=CONNECTIONS, max_overflow=0)
+            self.engine = create_engine(_parse(url), pool_size=CONNECTIONS, max_overflow=0)
             is_sqlite = self.engine.dialect.name == "sqlite"
             self._turn: Any = threading.Lock() if is_sqlite else nullcontext()
             if is_sqlite:
                 _prepare_sqlite(self.engine)
+            # SQLite's readers see one state by themselves; PostgreSQL would show each statement a newer one.
+            self._reader = self.engine if is_sqlite else self.engine.execution_options(isolation_level="REPEATABLE READ")
             self._writer = self.engine.execution_options(writes=True)
             self._create()
-        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-            raise InputError(f"cannot use the annotation database: {' '.join(str(error).split())}") from None
+        except (ImportError, ValueError) as error:  # no driver; a name or an option that it cannot read
+            raise ConfigError(f"cannot use the annotation database: {' '.join(str(error).split())}") from None
         except OperationalError as error:
             raise InputError(f"cannot open the annotation database: {' '.join(str(error.orig).split())}") from None
+        except DBAPIError as error:  # an option that the driver does not know, a file that is no database
+            raise ConfigError(f"cannot use the annotation database: {' '.join(str(error.orig).split())}") from None
 
     def _create(self) -> None:
-        with self._turn, self._writer.begin() as connection:
-            Base.metadata.create_all(connection)
         with self.write() as session:
-            found = session.scalar(select(Meta.value).where(Meta.key == "layout"))
-            if found is None:
-                session.add(Meta(key="layout", value=LAYOUT))
-            elif found != LAYOUT:
-                raise InputError(f"the annotation database has layout {found}, this version writes {LAYOUT}: export with the version that made it")
+            connection = session.connection()
+            if connection.dialect.name == "postgresql":
+                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(25070)")  # two that start at once would both make the tables
+            if inspect(connection).has_table(Meta.__tablename__):
+                found = session.scalar(select(Meta.value).where(Meta.key == "layout"))
+                if found is not None and found != LAYOUT:
+                    raise InputError(
+                        f"the annotation database has layout {found}, this version writes {LAYOUT}: export with the version that made it"
+                    )
+            Base.metadata.create_all(connection)
+            known = set(session.scalars(select(Meta.key)))
+            facts = {"layout": LAYOUT, "salt": secrets.token_hex(32)}
+            session.add_all([Meta(key=key, value=value) for key, value in facts.items() if key not in known])
+
+    @property
+    def salt(self) -> str:
+        """A secret of this database, drawn when it was made."""
+        with self.read() as session:
+            return session.get_one(Meta, "salt").value
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """Give a session that sees one state of the data and changes nothing."""
-        with Session(self.engine, expire_on_commit=False) as session:
+        with Session(self._reader, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
@@ -252,7 +297,7 @@ def _prepare_sqlite(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def connect(connection: Any, _: object) -> None:
         connection.isolation_level = None  # sqlite3 would begin by itself, and late; `begin` below does
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_MILLISECONDS}"):
+        for pragma in (f"busy_timeout={BUSY_MILLISECONDS}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

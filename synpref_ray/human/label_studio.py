@@ -2,7 +2,7 @@
 
 Our choice: what comes back is held to the same protocol as our own pages: an annotation without the evidence that its category needs is refused and
 counted. Which reply stood first is read from the task's own texts, so no setting that changed meanwhile can turn a verdict round. Annotators
-become closed accounts named `ls-…`: they count in agreement and quality, and cannot sign in here.
+become closed accounts named `ls-` and their number in Label Studio (reserved here): they count in agreement and quality, and cannot sign in here.
 """
 
 import json
@@ -10,21 +10,26 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from pydantic import ValidationError
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from synpref_ray.config import Settings
 from synpref_ray.errors import InputError
-from synpref_ray.human.database import Assignment, Database, Item, Role, State, User, VerdictRow, record
-from synpref_ray.human.protocol import UNDECIDABLE, Given, ProtocolConfig, is_swapped, problems
+from synpref_ray.human.accounts import RESERVED_PREFIX
+from synpref_ray.human.assignments import recount
+from synpref_ray.human.database import Assignment, Database, Item, LabelStudioTask, Role, State, User, VerdictRow, record
+from synpref_ray.human.protocol import UNDECIDABLE, Given, ProtocolConfig, problems
 from synpref_ray.schema import Controversiality, Objectivity, TaskCategory
 
 Guideline = Callable[[Mapping[str, str | None]], str]
 _CHOICES = {"task_category": TaskCategory, "objectivity": Objectivity, "controversiality": Controversiality}
+_TOKEN = re.compile("[0-9a-f]{32}")
 _TEXTS = ("desired_attributes", "annotation_guideline")
 _STRENGTHS = {"slightly": 1, "clearly": 2, "strongly": 3}
 
@@ -57,15 +62,23 @@ def labelling_config() -> str:
     return "\n".join([*lines, "</View>"]) + "\n"
 
 
-def make_tasks(database: Database, config: ProtocolConfig, guideline: Guideline) -> list[dict[str, Any]]:
-    """Return a task for every pair that is not complete, in the order of the queue; replies stand in an order drawn per pair."""
-    with database.read() as session:
+def make_tasks(database: Database, guideline: Guideline) -> list[dict[str, Any]]:
+    """Return a task for every pair that is not complete, in the order of the queue.
+
+    Replies stand in an order drawn once per pair, and a token stands for the pair: its id, a hash of its texts, would tell which one is the chosen.
+    """
+    with database.write() as session:
         items = list(session.scalars(select(Item).where(~Item.complete).order_by(Item.rank, Item.id)))
+        known = {task.item_id: task for task in session.scalars(select(LabelStudioTask))}
+        for item in items:
+            if item.id not in known:
+                known[item.id] = LabelStudioTask(token=secrets.token_hex(16), item_id=item.id, swapped=bool(secrets.randbits(1)))
+                session.add(known[item.id])
     tasks = []
     for item in items:
         replies = (item.content["chosen"], item.content["rejected"])
-        first, second = replies[::-1] if is_swapped(config.seed, item.pair_id, "label_studio") else replies
-        data = {"pair_id": item.pair_id, "conversation": item.content["prompt"], "reply_1": first, "reply_2": second}
+        first, second = replies[::-1] if known[item.id].swapped else replies
+        data = {"synpref_task": known[item.id].token, "conversation": item.content["prompt"], "reply_1": first, "reply_2": second}
         tags = "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in item.attributes.items() if value)
         tasks.append({"data": {**data, "guideline": f"{guideline(item.attributes)}\n\n{tags}".strip(), "wanted": item.required}})
     return tasks
@@ -83,49 +96,97 @@ def import_annotations(database: Database, config: ProtocolConfig, text: str) ->
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError("not a JSON export of Label Studio: expected a list of tasks with data and annotations") from None
     counts: Counter[str] = Counter()
+    newest: dict[tuple[int, int], _Said] = {}
     with database.write() as session:
         for data, annotation in found:
-            counts[_store(session, database.clock(), data, annotation, config)] += 1
+            said = _read(session, data, annotation)
+            if isinstance(said, str):
+                counts[said] += 1
+                continue
+            key = (said.item.id, said.person)
+            if key in newest:
+                counts["older than another of the same person"] += 1
+            if key not in newest or newest[key].at <= said.at:
+                newest[key] = said
+        for said in newest.values():
+            counts[_store(session, database.clock(), said, config)] += 1
     new, unchanged = counts.pop("new", 0), counts.pop("unchanged", 0)
     return LabelStudioReport(num_annotations=len(found), num_new=new, num_unchanged=unchanged, refused=dict(counts))
 
 
-def _store(session: Session, now: float, data: Any, annotation: Any, config: ProtocolConfig) -> str:
-    """Store one annotation; return `new`, `unchanged`, or why it was refused."""
-    item = session.scalar(select(Item).where(Item.pair_id == str(data.get("pair_id")))) if isinstance(data, dict) else None
+@dataclass(frozen=True)
+class _Said:
+    """An annotation whose pair, person and time are known. `person`: their number in Label Studio; `at`: seconds since 1970."""
+
+    item: Item
+    person: int
+    at: float
+    seconds: float
+    data: Mapping[str, Any]
+    annotation: Mapping[str, Any]
+
+
+def _read(session: Session, data: Any, annotation: Mapping[str, Any]) -> "_Said | str":
+    """Return what an annotation is about, or why it cannot be told."""
+    token = data.get("synpref_task") if isinstance(data, dict) else None
+    is_token = isinstance(token, str) and _TOKEN.fullmatch(token)
+    known = select(Item).join(LabelStudioTask, LabelStudioTask.item_id == Item.id).where(LabelStudioTask.token == token)
+    item = session.scalar(known.with_for_update(of=Item)) if is_token else None
     if item is None:
         return "unknown pair"
     replies = (item.content["chosen"], item.content["rejected"])
     if (data.get("reply_1"), data.get("reply_2")) not in (replies, replies[::-1]):
         return "other replies than the pair's"
-    swapped = data["reply_1"] == item.content["rejected"]
+    who = annotation.get("completed_by")
+    person = who.get("id") if isinstance(who, dict) else who
+    if not isinstance(person, int) or isinstance(person, bool) or not 0 < person < 2**63:
+        return "nobody is named who made it"
+    at = _seconds_of(annotation.get("updated_at") or annotation.get("created_at"))
+    if at is None:
+        return "no time when it was made"
+    taken = annotation.get("lead_time")
+    seconds = 0.0 if taken is None else taken
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < 1e9:  # JSON may hold NaN, which is not
+        return "its lead time is no number of seconds"
+    return _Said(item, person, at, float(seconds), data, annotation)
+
+
+def _seconds_of(text: object) -> float | None:
+    """Return a time of Label Studio (ISO 8601; without a zone: UTC) as seconds since 1970."""
+    try:
+        found = datetime.fromisoformat(text) if isinstance(text, str) else None
+        return None if found is None else (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _store(session: Session, now: float, said: _Said, config: ProtocolConfig) -> str:
+    """Store one annotation; return `new`, `unchanged` (it is stored already, or one that is newer), or why it was refused."""
+    item, annotation = said.item, said.annotation
+    swapped = said.data["reply_1"] == item.content["rejected"]
     try:
         given = _given(annotation, item.attributes)
     except (ValidationError, TypeError, KeyError, IndexError, AttributeError):
         return "unreadable"
-    lacking = problems(given, config)
+    lacking = problems(given, config, item.attributes.get("task_category"))
     if lacking:
         return lacking[0]
-    user = _user(session, now, annotation.get("completed_by"))
+    user = _user(session, now, said.person)
     assignment = session.scalar(select(Assignment).where(Assignment.item_id == item.id, Assignment.user_id == user.id))
     if assignment is None:
-        assignment = Assignment(item_id=item.id, user_id=user.id, revision=0, opened_at=now, leased_until=now, state=State.DONE.value, closed_at=now)
-        assignment.swapped = swapped
+        assignment = Assignment(item_id=item.id, user_id=user.id, revision=0, state=State.DONE.value, swapped=swapped)
+        assignment.opened_at = assignment.leased_until = assignment.closed_at = said.at
         session.add(assignment)
         session.flush()
     before = session.scalar(select(VerdictRow).where(VerdictRow.assignment_id == assignment.id, VerdictRow.revision == assignment.revision))
+    if before is not None and said.at <= before.created_at:
+        return "unchanged"
     row = VerdictRow(assignment_id=assignment.id, revision=assignment.revision + 1, verdict=given.verdict(swapped=swapped), strength=given.strength)
     row.rationale, row.evidence, row.attributes = given.rationale.strip(), given.evidence, {**item.attributes, **given.attributes}
-    row.seconds, row.focus_seconds, row.created_at = float(annotation.get("lead_time") or 0.0), 0.0, now
-    if before is not None and all(
-        getattr(before, key) == getattr(row, key) for key in ("verdict", "strength", "rationale", "evidence", "attributes")
-    ):
-        return "unchanged"
-    assignment.revision += 1
+    row.seconds, row.focus_seconds, row.created_at = said.seconds, 0.0, said.at
+    assignment.revision, assignment.closed_at = row.revision, said.at
     session.add(row)
-    session.flush()
-    done = select(func.count()).where(Assignment.item_id == item.id, Assignment.state == State.DONE.value)
-    item.complete = (session.scalar(done) or 0) >= item.required
+    recount(session, item)
     record(session, at=now, user_id=user.id, action="label_studio_verdict", subject=item.pair_id, verdict=row.verdict, revision=row.revision)
     session.flush()
     return "new"
@@ -145,10 +206,9 @@ def _given(annotation: Any, tags: Mapping[str, str | None]) -> Given:
     return Given.model_validate({**values, **texts, **attributes})
 
 
-def _user(session: Session, now: float, who: Any) -> User:
+def _user(session: Session, now: float, person: int) -> User:
     """Return the closed account of a Label Studio annotator, made if it is not there."""
-    known = who.get("email") or who.get("id") if isinstance(who, dict) else who
-    name = "ls-" + re.sub(r"[^A-Za-z0-9._@-]", "-", str(known or "unknown"))[:60]
+    name = f"{RESERVED_PREFIX}{person}"
     user = session.scalar(select(User).where(User.name == name))
     if user is None:
         user = User(name=name, role=Role.ANNOTATOR.value, secret_hash=f"!{secrets.token_hex(8)}", active=False, created_at=now)

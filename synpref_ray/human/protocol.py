@@ -5,13 +5,15 @@ LLMs is allowed, relying on them fully is not; a pair that a person cannot decid
 a setting, an undecidable pair needs none, and a person states with every verdict whether an LLM helped.
 """
 
+import hmac
+from collections.abc import Set
 from enum import StrEnum
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpref_ray.config import Settings
-from synpref_ray.schema import Controversiality, Objectivity, TaskCategory, Verdict, stable_hash
+from synpref_ray.schema import Controversiality, Objectivity, TaskCategory, Verdict
 
 MAX_TEXT_CHARS = 10_000
 MIN_RUN_CHARS = 20
@@ -29,7 +31,6 @@ class Evidence(StrEnum):
 class ProtocolConfig(Settings):
     """How people verify."""
 
-    seed: int = 0
     lease_minutes: float = Field(default=30.0, gt=0)  # ours: the paper's slowest pair took five; the page renews it while it is open
     evidence: dict[TaskCategory, Evidence] = Field(  # Sec. 3.2: facts are checked with a search engine, code by running it
         default={TaskCategory.INFORMATION_SEEKING: Evidence.SEARCH_LINK, TaskCategory.CODING: Evidence.CODE_RUN}
@@ -39,21 +40,29 @@ class ProtocolConfig(Settings):
 
 
 class Given(Settings):
-    """A verdict as a form gives it: replies are 1 and 2 as they stood on the page. Strength: 1 slight, 2 clear, 3 strong."""
+    """A verdict as a form gives it: replies are 1 and 2 as they stood on the page. Strength: 1 slight, 2 clear, 3 strong.
+
+    Texts of any length are taken, and `problems` bounds them: what a person typed is shown to them again, not thrown away.
+    """
 
     choice: str
     strength: int = Field(default=2, ge=1, le=3)
-    rationale: str = Field(default="", max_length=MAX_TEXT_CHARS)
-    search_link: str = Field(default="", max_length=2000)
-    code_run: str = Field(default="", max_length=MAX_TEXT_CHARS)
+    rationale: str = ""
+    search_link: str = ""
+    code_run: str = ""
     llm_helped: bool = False
     own_judgement: bool = False
     task_category: str = ""
     objectivity: str = ""
     controversiality: str = ""
-    desired_attributes: str = Field(default="", max_length=MAX_TEXT_CHARS)
-    annotation_guideline: str = Field(default="", max_length=MAX_TEXT_CHARS)
+    desired_attributes: str = ""
+    annotation_guideline: str = ""
     focus_seconds: float = Field(default=0.0, ge=0.0, le=1e6)
+
+    @field_validator("rationale", "code_run", "desired_attributes", "annotation_guideline", mode="before")
+    @classmethod
+    def _line_ends(cls, value: object) -> object:
+        return unix_lines(value)
 
     @property
     def attributes(self) -> dict[str, str | None]:
@@ -73,11 +82,17 @@ class Given(Settings):
         return Verdict.REJECTED.value if (self.choice == "1") == swapped else Verdict.CHOSEN.value
 
 
+_LIMITS = {"rationale": MAX_TEXT_CHARS, "search_link": 2000, "code_run": MAX_TEXT_CHARS}
+_LIMITS |= {"desired_attributes": MAX_TEXT_CHARS, "annotation_guideline": MAX_TEXT_CHARS}
 _VALUES = {"task_category": TaskCategory, "objectivity": Objectivity, "controversiality": Controversiality}
 
 
-def problems(given: Given, config: ProtocolConfig) -> list[str]:
-    """Return what a verdict lacks, a sentence each; empty: it may be stored."""
+def problems(given: Given, config: ProtocolConfig, tagged: str | None) -> list[str]:
+    """Return what a verdict lacks, a sentence each; empty: it may be stored.
+
+    Args:
+        tagged: the task category that the pair came with. Its evidence is asked for too: changing or clearing the category gets nobody round it.
+    """
     found = []
     if given.choice not in ("1", "2", UNDECIDABLE):
         found.append("Say which reply is better, or that you cannot decide.")
@@ -85,8 +100,11 @@ def problems(given: Given, config: ProtocolConfig) -> list[str]:
         value = getattr(given, name)
         if value and value not in {entry.value for entry in enum}:
             found.append(f"{name.replace('_', ' ').capitalize()} has a value that is not on the list.")
-    texts = (given.rationale, given.search_link, given.code_run, given.desired_attributes, given.annotation_guideline)
-    if any(ord(char) < 32 and char not in "\t\n\r" for text in texts for char in text):
+    for name, limit in _LIMITS.items():
+        if len(getattr(given, name)) > limit:
+            found.append(f"{name.replace('_', ' ').capitalize()} has {len(getattr(given, name))} characters; at most {limit} are kept.")
+    texts = [getattr(given, name) for name in _LIMITS]
+    if any((ord(char) < 32 and char not in "\t\n\r") or "\ud800" <= char <= "\udfff" for text in texts for char in text):
         found.append("A text holds a control character; paste it as plain text.")
     if len(given.rationale.strip()) < config.min_rationale_chars:
         found.append(f"Give your reason in at least {config.min_rationale_chars} characters.")
@@ -95,8 +113,13 @@ def problems(given: Given, config: ProtocolConfig) -> list[str]:
     if given.choice in ("1", "2"):
         if given.llm_helped and not given.own_judgement:
             found.append("An LLM helped: confirm that the judgement is your own. If it is not, choose undecidable.")
-        found += _missing_evidence(given, config)
+        found += _missing_evidence(given, {required_evidence(category, config) for category in (tagged, given.task_category)})
     return found
+
+
+def unix_lines(value: object) -> object:
+    """Return a text with line ends as they were before a browser sent it: forms carry CR LF."""
+    return value.replace("\r\n", "\n") if isinstance(value, str) else value
 
 
 def required_evidence(task_category: str | None, config: ProtocolConfig) -> Evidence | None:
@@ -113,15 +136,15 @@ def is_web_link(text: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.netloc) and not any(char.isspace() for char in text)
 
 
-def is_swapped(seed: int, pair_id: str, annotator: str) -> bool:
-    """Whether this person sees the pair's rejected reply first; the same whenever they see it."""
-    return bool(stable_hash(seed, pair_id, f"reply_order:{annotator}") & 1)
+def is_swapped(salt: str, pair_id: str, admin: str) -> bool:
+    """Whether this admin sees the pair's rejected reply first; the same whenever they see it, and not to be told without the database's salt."""
+    return bool(hmac.digest(salt.encode(), f"{pair_id}:{admin}".encode(), "sha256")[0] & 1)
 
 
-def _missing_evidence(given: Given, config: ProtocolConfig) -> list[str]:
-    wanted = required_evidence(given.task_category, config)
-    if wanted is Evidence.SEARCH_LINK and not given.search_link.strip():
-        return ["Facts must be checked: give the link of what you found."]
-    if wanted is Evidence.CODE_RUN and len(given.code_run.strip()) < MIN_RUN_CHARS:
-        return ["Code must be run: paste what you ran and what came out."]
-    return []
+def _missing_evidence(given: Given, wanted: Set[Evidence | None]) -> list[str]:
+    found = []
+    if Evidence.SEARCH_LINK in wanted and not given.search_link.strip():
+        found.append("Facts must be checked: give the link of what you found.")
+    if Evidence.CODE_RUN in wanted and len(given.code_run.strip()) < MIN_RUN_CHARS:
+        found.append("Code must be run: paste what you ran and what came out.")
+    return found

@@ -1,7 +1,7 @@
 """What the queue has found so far: votes, outcomes, agreement, quality; for the admin page, the status table and the export.
 
-The export is three Parquet files: `verdicts` (a line per settled pair, as `verdict_file` reads it), `votes` (the whole log) and `attributes` (what
-people made of each judged pair's attributes: the truth that taggers can be measured against).
+The export is Parquet files: `verdicts` (a line per judged pair, as `verdict_file` reads it), `votes` (the whole log) and `attributes` (what
+people made of each judged pair's attributes: the truth that taggers can be measured against), `skips` and `adjudications`.
 """
 
 from collections import Counter
@@ -14,8 +14,9 @@ from sqlalchemy import func, select
 
 from synpref_ray.human.agreement import Agreement, Vote, agreement_by_category, measure_agreement
 from synpref_ray.human.consensus import ConsensusConfig, Outcome, Standing, dawid_skene, settle_pairs
-from synpref_ray.human.database import Adjudication, Assignment, Database, Item, NotFound, Refused, Role, State, User, VerdictRow, record
+from synpref_ray.human.database import Adjudication, Assignment, AuditEvent, Database, Item, NotFound, Refused, Role, State, User, VerdictRow, record
 from synpref_ray.human.protocol import UNDECIDABLE
+from synpref_ray.human.verdict_file import UNSETTLED
 
 ATTRIBUTES = ("task_category", "objectivity", "controversiality", "desired_attributes", "annotation_guideline")
 NO_CATEGORY = "none"
@@ -46,6 +47,24 @@ VOTES_SCHEMA = pa.schema(
         pa.field("llm_helped", pa.bool_()),
         pa.field("seconds", pa.float64(), nullable=False),
         pa.field("focus_seconds", pa.float64(), nullable=False),
+        pa.field("created_at", pa.float64(), nullable=False),
+    ]
+)
+SKIPS_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("annotator", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("created_at", pa.float64(), nullable=False),
+    ]
+)
+WORDS_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("admin", pa.string(), nullable=False),
+        pa.field("counts", pa.bool_(), nullable=False),
+        pa.field("verdict", pa.string(), nullable=False),
+        pa.field("rationale", pa.string(), nullable=False),
         pa.field("created_at", pa.float64(), nullable=False),
     ]
 )
@@ -109,27 +128,32 @@ class Results:
     def snapshot(self) -> Snapshot:
         """Return the state now."""
         with self._db.read() as session:
-            state = tuple(session.scalar(select(func.count()).select_from(table)) for table in (VerdictRow, Adjudication, Item, Assignment, User))
+            state = tuple(session.scalar(select(func.count()).select_from(table)) for table in (VerdictRow, Adjudication, Item, Assignment))
             skipped = session.scalar(select(func.count()).where(Assignment.state == State.SKIPPED.value))
-            active = session.scalar(select(func.count()).where(User.active))
-        state = (*state, skipped, active)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self._read())
+            people = tuple(tuple(row) for row in session.execute(select(User.id, User.role, User.active).order_by(User.id)))
+        key = (state, skipped, people)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, self._read())
         return self._kept[1]
 
-    def adjudicate(self, admin_id: int, item_id: int, verdict: str, rationale: str) -> None:
+    def adjudicate(self, admin_id: int, item_id: int, verdict: str, rationale: str, words_seen: int) -> None:
         """Store an admin's word on a pair; it overrides votes and earlier words.
 
+        Args:
+            words_seen: how many words on this pair the admin has seen.
+
         Raises:
-            Refused: no such pair or verdict.
+            Refused: no such pair or verdict, or another word came meanwhile.
         """
         if verdict not in ("chosen", "rejected", UNDECIDABLE) or len(rationale) > 10_000 or "\x00" in rationale:
             raise Refused("A verdict is one reply or the other, or undecidable.")
         now = self._db.clock()
         with self._db.write() as session:
-            item = session.get(Item, item_id) if 0 < item_id < 2**31 else None
+            item = session.get(Item, item_id, with_for_update=True) if 0 < item_id < 2**31 else None
             if item is None:
                 raise NotFound("There is no such pair.")
+            if session.scalar(select(func.count()).where(Adjudication.item_id == item.id)) != words_seen:
+                raise Refused("This pair was settled since you opened its page: nothing was stored. Open it again and read what was said.")
             item.complete = True
             session.add(Adjudication(item_id=item.id, user_id=admin_id, verdict=verdict, rationale=rationale.strip(), created_at=now))
             record(session, at=now, user_id=admin_id, action="adjudicate", subject=item.pair_id, verdict=verdict)
@@ -157,7 +181,8 @@ class Results:
             edits.setdefault(pair_id, []).append(row.attributes)
             seconds.setdefault(user_id, []).append(row.seconds)
         adjudicated = {pair_of[word.item_id]: (word.verdict, name_of[word.user_id]) for word in words}
-        outcomes = settle_pairs({pair_id: row["required"] for pair_id, row in items.items()}, votes, adjudicated, self._config)
+        required, pools = ({pair_id: row[name] for pair_id, row in items.items()} for name in ("required", "pool"))
+        outcomes = settle_pairs(required, votes, adjudicated, self._config, pools=pools)
         shared = {
             pair_id for pair_id, given in edits.items() if len(given) > 1
         }  # of a pair that one person judged, the model only learns to trust them
@@ -175,13 +200,13 @@ class Results:
 
 
 def verdict_table(snapshot: Snapshot) -> pa.Table:
-    """Return VERDICTS_SCHEMA rows of the pairs that are settled, undecidable ones too, in the order of the queue."""
+    """Return VERDICTS_SCHEMA rows of the pairs that people have judged, in the order of the queue; `unsettled` until there is an outcome."""
     rows = []
     for pair_id, item in snapshot.items.items():
         outcome = snapshot.outcomes[pair_id]
-        if outcome.verdict is not None:
+        if outcome.annotators:
             about = {"pair_id": pair_id, "pool": item["pool"], "selected_by": item["selected_by"], "num_votes": len(snapshot.edits.get(pair_id, ()))}
-            said = {"verdict": outcome.verdict, "annotator": ", ".join(outcome.annotators), "confidence": outcome.confidence}
+            said = {"verdict": outcome.verdict or UNSETTLED, "annotator": ", ".join(outcome.annotators), "confidence": outcome.confidence}
             rows.append({**about, **said, "standing": outcome.standing.value})
     return pa.Table.from_pylist(rows, schema=VERDICTS_SCHEMA)
 
@@ -193,7 +218,8 @@ def attribute_table(snapshot: Snapshot) -> pa.Table:
         given = snapshot.edits.get(pair_id)
         if given:
             agreed = {name: _most(item["attributes"].get(name), [values.get(name) for values in given]) for name in ATTRIBUTES}
-            rows.append({"pair_id": pair_id, **agreed, "changed": [name for name in ATTRIBUTES if agreed[name] != item["attributes"].get(name)]})
+            changed = [name for name in ATTRIBUTES if _plain(agreed[name]) != _plain(item["attributes"].get(name))]
+            rows.append({"pair_id": pair_id, **agreed, "changed": changed})
     return pa.Table.from_pylist(rows, schema=EDITED_SCHEMA)
 
 
@@ -211,11 +237,46 @@ def vote_table(database: Database) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=VOTES_SCHEMA)
 
 
+def skip_table(database: Database) -> pa.Table:
+    """Return SKIPS_SCHEMA: who gave which pair back, and why."""
+    said = select(AuditEvent, User.name).join(User, AuditEvent.user_id == User.id).where(AuditEvent.action == "skip").order_by(AuditEvent.id)
+    with database.read() as session:
+        rows = [
+            {"pair_id": row.subject, "annotator": name, "reason": row.detail["reason"], "created_at": row.at} for row, name in session.execute(said)
+        ]
+    return pa.Table.from_pylist(rows, schema=SKIPS_SCHEMA)
+
+
+def adjudication_table(database: Database) -> pa.Table:
+    """Return WORDS_SCHEMA: every word of an admin; the last one of a pair counts."""
+    said = select(Adjudication, Item.pair_id, User.name).join(Item, Adjudication.item_id == Item.id).join(User, Adjudication.user_id == User.id)
+    with database.read() as session:
+        found = list(session.execute(said.order_by(Adjudication.id)))
+    last = {pair_id: row.id for row, pair_id, _ in found}
+    rows = [
+        {
+            "pair_id": pair_id,
+            "admin": name,
+            "counts": last[pair_id] == row.id,
+            "verdict": row.verdict,
+            "rationale": row.rationale,
+            "created_at": row.created_at,
+        }
+        for row, pair_id, name in found
+    ]
+    return pa.Table.from_pylist(rows, schema=WORDS_SCHEMA)
+
+
 def _most(original: str | None, values: list[str | None]) -> str | None:
-    counts = Counter(values)
+    counts = Counter(_plain(value) for value in values)
     most = max(counts.values())
     winners = [value for value in counts if counts[value] == most]
-    return winners[0] if len(winners) == 1 else original
+    return winners[0] if len(winners) == 1 and winners[0] != _plain(original) else original
+
+
+def _plain(value: str | None) -> str | None:
+    """Return a text as a form gives it back when nobody touched it."""
+    return (value or "").replace("\r\n", "\n").strip() or None
 
 
 def _median(values: list[float]) -> float | None:

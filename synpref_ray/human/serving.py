@@ -27,24 +27,25 @@ class ServeConfig(Settings):
     port: int = Field(default=8400, ge=0, le=65535)  # ours; 0: any free one
     tls_certificate: str = ""
     tls_key: str = ""
-    allow_plain_http: bool = False  # behind a proxy that ends TLS
+    behind_tls_proxy: bool = False  # a proxy before it ends TLS: browsers see https, so cookies are Secure and HSTS is sent
+    allow_plain_http: bool = False  # no TLS anywhere: everybody on the way reads along
     login: LoginConfig = LoginConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("TLS needs both files: serve.tls_certificate and serve.tls_key")
-        if not (is_loopback(self.host) or self.tls_key or self.allow_plain_http):
+        if not (is_loopback(self.host) or self.secure or self.allow_plain_http):
             raise ValueError(
                 f"serve.host={self.host} opens the app to a network in plain text: give serve.tls_certificate and serve.tls_key, or say "
-                "serve.allow_plain_http=true if a proxy before it ends TLS"
+                "serve.behind_tls_proxy=true if a proxy before it ends TLS (serve.allow_plain_http=true does without TLS)"
             )
         return self
 
     @property
     def secure(self) -> bool:
-        """Whether this server itself ends TLS; cookies are then marked Secure."""
-        return bool(self.tls_key)
+        """Whether browsers come over TLS; cookies are then marked Secure."""
+        return bool(self.tls_key) or self.behind_tls_proxy
 
 
 def is_loopback(host: str) -> bool:
@@ -85,7 +86,7 @@ def serve(app: FastAPI, config: ServeConfig) -> None:
         lifespan="off",
     )
     host = f"[{config.host}]" if family == socket.AF_INET6 else config.host
-    logger.info("serving on %s://%s:%d (Ctrl-C ends it)", "https" if config.secure else "http", host, listener.getsockname()[1])
+    logger.info("serving on %s://%s:%d (Ctrl-C ends it)", "https" if config.tls_key else "http", host, listener.getsockname()[1])
     with listener, _quiet_signals():
         uvicorn.Server(settings).run(sockets=[listener])
 

@@ -17,7 +17,14 @@ from synpref_ray.schema import DropReason, Verdict
 from synpref_ray.tables.row_file import read_rows
 
 COLUMNS = ("pair_id", "verdict", "annotator")
-_VERDICTS = {Verdict.CHOSEN.value: Verdict.CHOSEN, Verdict.REJECTED.value: Verdict.REJECTED, DropReason.UNDECIDABLE.value: Verdict.ABSTAIN}
+UNSETTLED = "unsettled"
+"""The verdict of a pair that people have judged without an outcome yet: undecidable to whoever does not wait for them, so that no LLM decides it."""
+_VERDICTS = {
+    Verdict.CHOSEN.value: Verdict.CHOSEN,
+    Verdict.REJECTED.value: Verdict.REJECTED,
+    DropReason.UNDECIDABLE.value: Verdict.ABSTAIN,
+    UNSETTLED: Verdict.ABSTAIN,
+}
 
 
 class VerdictImportReport(Settings):
@@ -42,6 +49,8 @@ class ImportedVerdicts:
     path: str
     num_lines: int
     answers: Mapping[str, Answer]
+    unsettled: frozenset[str] = frozenset()
+    """Pairs that people have judged without an outcome yet."""
 
     def known(self, pair_ids: Collection[str]) -> set[str]:
         """Return which of these pairs have a verdict."""
@@ -73,6 +82,7 @@ def import_verdicts(path: str) -> ImportedVerdicts:
         SchemaError: a column is missing.
     """
     votes: dict[str, dict[str, Verdict]] = {}
+    unsettled: set[str] = set()
     num_lines = 0
     for line, row in read_rows(path, what="verdict file", required=COLUMNS):
         num_lines += 1
@@ -80,7 +90,9 @@ def import_verdicts(path: str) -> ImportedVerdicts:
         if verdict not in _VERDICTS:
             raise InputError(f"{path}, row {line}: verdict {verdict[:40]!r}; expected {', '.join(_VERDICTS)}")
         votes.setdefault(pair_id, {})[annotator] = _VERDICTS[verdict]
-    return ImportedVerdicts(path, num_lines, {pair_id: settle(given) for pair_id, given in votes.items()})
+        if verdict == UNSETTLED:
+            unsettled.add(pair_id)
+    return ImportedVerdicts(path, num_lines, {pair_id: settle(given) for pair_id, given in votes.items()}, frozenset(unsettled))
 
 
 def settle(votes: Mapping[str, Verdict]) -> Answer:

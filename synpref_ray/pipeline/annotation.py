@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, SecretStr
 
 from synpref_ray.config import Settings
@@ -24,7 +25,7 @@ from synpref_ray.human.consensus import ConsensusConfig
 from synpref_ray.human.database import Database, Role
 from synpref_ray.human.label_studio import import_annotations, labelling_config, make_tasks
 from synpref_ray.human.protocol import ProtocolConfig
-from synpref_ray.human.results import ATTRIBUTES, Results, Snapshot, attribute_table, verdict_table, vote_table
+from synpref_ray.human.results import ATTRIBUTES, Results, Snapshot, adjudication_table, attribute_table, skip_table, verdict_table, vote_table
 from synpref_ray.human.serving import ServeConfig, check_files, serve
 from synpref_ray.human.web import Site, create_app
 from synpref_ray.ingest.readers import open_binary
@@ -33,7 +34,7 @@ from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.verification import ANNOTATION, VERDICTS, queue_path
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
-from synpref_ray.rules.annotation_queue import QueueConfig, order_queue
+from synpref_ray.rules.annotation_queue import QUEUE_ORDER_SCHEMA, QueueConfig, order_queue
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.sidecars import open_sidecar, zip_shard
 
@@ -99,11 +100,12 @@ def fill_queue(config: AnnotateConfig, run: Run) -> str:
         raise InputError(f"queue.max_fraction={config.queue.max_fraction:g} of the {pool.num_rows} pairs of pool {pool.name!r} is not one pair")
     notes = _read_notes(config.notes) if config.notes else {}
     rows = {row["pair_id"]: row for row in pairs.to_pylist()}
+    asked = _with_earlier(config, order)  # first of all: a pair of the database that the file lacks would look as if nobody had been asked
+    config.storage.write_table(queue_path(pool.name), asked)
     items = [_item(pool, rows[entry["pair_id"]], entry, notes.get(entry["pair_id"], {})) for entry in order.to_pylist()]
     database = config.open_database()
     num_new = AnnotationQueue(database, config.protocol).add(items)
     database.close()
-    config.storage.write_table(queue_path(pool.name), order)
     counts = {"pool": pool.name, "queued": len(items), "new": num_new, "verdicts_wanted": sum(item.required for item in items)}
     run.metrics["queue"] = counts
     return format_table(("queue", "pairs", "new", "verdicts wanted"), [(pool.name, *(str(counts[k]) for k in ("queued", "new", "verdicts_wanted")))])
@@ -150,6 +152,8 @@ def export(config: AnnotateConfig, run: Run) -> str:
     found = Results(database, config.consensus).snapshot()
     storage.write_table(f"{folder}/{VERDICTS}", verdict_table(found))
     storage.write_table(f"{folder}/votes.parquet", vote_table(database))
+    storage.write_table(f"{folder}/skips.parquet", skip_table(database))
+    storage.write_table(f"{folder}/adjudications.parquet", adjudication_table(database))
     storage.write_table(f"{folder}/attributes.parquet", attribute_table(found))
     agreement = {name: entry.model_dump(mode="json") for name, entry in found.agreement().items()}
     storage.write_json(f"{folder}/agreement.json", agreement)
@@ -168,7 +172,7 @@ def show_status(config: AnnotateConfig, run: Run) -> str:
 def to_label_studio(config: AnnotateConfig, run: Run) -> str:
     """Write the open pairs as Label Studio tasks, and the labelling config that goes with them."""
     database, folder = config.open_database(), f"{config.export_folder}/label_studio"
-    tasks = make_tasks(database, config.protocol, _guideline_of)
+    tasks = make_tasks(database, _guideline_of)
     database.close()
     config.storage.write_json(f"{folder}/tasks.json", tasks)
     config.storage.write_bytes(f"{folder}/labelling_config.xml", labelling_config().encode())
@@ -202,6 +206,16 @@ VERBS: Mapping[str, Callable[[AnnotateConfig, Run], str]] = {
     "to_label_studio": to_label_studio,
     "from_label_studio": from_label_studio,
 }
+
+
+def _with_earlier(config: AnnotateConfig, order: pa.Table) -> pa.Table:
+    """Return the order together with the pairs of the pool that people were asked about before, smallest rank first; those stay as they were."""
+    path = queue_path(config.pool)
+    if not config.storage.exists(path):
+        return order
+    earlier = config.storage.read_table(path, QUEUE_ORDER_SCHEMA.names).cast(QUEUE_ORDER_SCHEMA)
+    is_new = pc.invert(pc.is_in(order["pair_id"], value_set=earlier["pair_id"].combine_chunks()))
+    return pa.concat_tables([earlier, order.filter(is_new)]).sort_by([("rank", "ascending"), ("pair_id", "ascending")])
 
 
 def _guideline_of(attributes: Mapping[str, str | None]) -> str:
@@ -239,9 +253,11 @@ def _read_notes(path: str) -> dict[str, dict[str, str]]:
                 continue
             try:
                 row = json.loads(line)
-                notes[row["pair_id"]] = {side: str(row.get(side) or "") for side in ("chosen", "rejected")}
+                note = {side: str(row.get(side) or "") for side in ("chosen", "rejected")}
+                "".join((row["pair_id"], *note.values())).encode()  # JSON may hold half of a surrogate pair: no page can show it
+                notes[row["pair_id"]] = note
             except (ValueError, TypeError, KeyError, AttributeError):
-                raise InputError(f"{path}, row {number}: expected an object with pair_id, chosen and rejected") from None
+                raise InputError(f"{path}, row {number}: expected an object with pair_id, chosen and rejected, all of them Unicode text") from None
     return notes
 
 

@@ -45,7 +45,7 @@ class AnnotatorConfig(Settings):
 
     kind: Literal["simulated", "file", "queue"] = "file"
     path: str = ""
-    wait: bool = True  # queue only: stop until every queued pair of the round is settled; false takes what is there
+    wait: bool = True  # queue only: stop until every queued pair is settled; false takes what is there, unsettled pairs as undecidable
     seed_pairs: int = Field(default=0, ge=0)  # simulated only: budget for the seed pool
     round_pairs: int = Field(default=0, ge=0)  # simulated only: budget for each round's selection
     random_fraction: float = Field(default=0.25, ge=0.0, le=1.0)  # ours: gold must not be only what was easy
@@ -138,7 +138,10 @@ def _queued(pool: Pool, attributes: Sidecar, config: AnnotatorConfig) -> Set[str
     asked = set(storage.read_table(queue_path(pool.name), ["pair_id"])["pair_id"].to_pylist())
     ours = frozenset(asked & set(pool.read_all(["pair_id"])["pair_id"].to_pylist()))
     is_there = storage.exists(f"{ANNOTATION}/{VERDICTS}") if config.path == storage.join(f"{ANNOTATION}/{VERDICTS}") else True
-    missing = len(ours) - len(import_verdicts(config.path).known(ours)) if is_there else len(ours)
+    missing = len(ours)
+    if is_there:
+        imported = import_verdicts(config.path)
+        missing -= len(imported.known(ours) - imported.unsettled)
     if missing and (config.wait or not is_there):
         raise WaitingError(
             f"{missing} of {len(ours)} queued pairs of pool {pool.name} have no verdict in {config.path}: have people judge them, and an admin "
@@ -152,6 +155,9 @@ def _digest(config: AnnotatorConfig, selected: Set[str]) -> str:
     """Name what the annotator would say of these pairs: verdicts added about other pairs change nothing here."""
     if config.kind != "simulated":
         answers = import_verdicts(config.path).answers
-        return content_digest([[pair_id, *astuple(answers[pair_id])] for pair_id in sorted(selected & set(answers))])
+        said = {pair_id: answers[pair_id] for pair_id in sorted(selected & set(answers))}
+        if config.kind == "queue":  # one more person who says the same changes no gold, and nothing is to be computed anew for them
+            return content_digest([[pair_id, answer.verdict] for pair_id, answer in said.items()])
+        return content_digest([[pair_id, *astuple(answer)] for pair_id, answer in said.items()])
     with open_binary(config.path) as stream:
         return content_digest(stream.read().hex())

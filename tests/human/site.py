@@ -130,6 +130,13 @@ def judge(client: TestClient, path: str, **changes: Any) -> Any:
     return client.post(f"{path}/verdict", data=form_of(client, path, **changes))
 
 
+def undo_form(client: TestClient) -> dict[str, str]:
+    """Return the undo form of the first page."""
+    page = client.get("/").text
+    form = page[page.index('action="/undo"') :]
+    return {name: hidden(form, name) for name in ("csrf", "assignment_id", "revision")}
+
+
 def better(client: TestClient, path: str) -> str:
     """Return which reply on the page is the pair's chosen one, as a person who knows would."""
     page = client.get(path).text

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
+from synpref_ray.errors import SynprefError
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.database import Assignment, Database, Item, Refused, User, VerdictRow
-from synpref_ray.human.protocol import Given, ProtocolConfig, is_swapped, problems
+from synpref_ray.human.protocol import Given, ProtocolConfig, problems
 from synpref_ray.schema import TaskCategory
 from tests.human.site import Clock, SmallSite, make_item
 
@@ -60,13 +61,13 @@ def test_an_undone_verdict_comes_back_first_and_frees_no_place(tmp_path: Path) -
     assert first is not None
     second = queue.answer(ann, first, 0, Given(choice="2", rationale="because"))
     site.clock.now += 5
-    assert queue.undo(ann) == first
+    assert queue.undo(ann, first, 1) == first
     assert queue.lease_next(bob) is None
     task = queue.open(ann, first)
     assert (task.revision, task.earlier["choice"], task.earlier["rationale"]) == (2, "2", "because")
     assert queue.answer(ann, first, 2, Given(choice="1")) == second
     with pytest.raises(Refused, match="no verdict of yours"):
-        queue.undo(bob)
+        queue.undo(bob, first, 3)
 
 
 def test_a_skipped_pair_goes_to_others_and_never_comes_back(tmp_path: Path) -> None:
@@ -79,6 +80,42 @@ def test_a_skipped_pair_goes_to_others_and_never_comes_back(tmp_path: Path) -> N
         queue.skip(ann, held, "  ")
     assert queue.skip(ann, held, "not my language") is None
     assert numbers(site, [queue.lease_next(bob)]) == [0]
+
+
+class SlowTurn:
+    """A database that others hold for a while: whoever waits for it finds that time has passed."""
+
+    def __init__(self, clock: Clock, seconds: float):
+        self.clock, self.seconds = clock, seconds
+
+    def __enter__(self) -> None:
+        self.clock.now += self.seconds
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_the_clock_is_read_once_the_item_is_locked(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    queue, (ann, bob) = queue_of(site, "ab")
+    queue.add([make_item(0), make_item(1)])
+    first = queue.lease_next(ann)
+    assert first is not None
+    site.database._turn = SlowTurn(site.clock, 40.0)
+    began = site.clock.now
+    assert queue.renew(ann, first) == began + 40 + 1800
+    second = queue.answer(ann, first, 0, Given(choice="1"))
+    with site.database.read() as session:
+        row = session.scalars(select(VerdictRow)).one()
+        assert (row.created_at, row.seconds) == (began + 80, 80.0)
+    site.database._turn = SlowTurn(site.clock, 0.0)
+    site.clock.now += 29 * 60
+    assert second is not None
+    site.clock.now += 2 * 60
+    assert numbers(site, [queue.lease_next(bob)]) == [1]
+    for late in (lambda: queue.answer(ann, second, 0, Given(choice="1")), lambda: queue.skip(ann, second, "x"), lambda: queue.renew(ann, second)):
+        with pytest.raises(Refused, match="somebody else has it"):
+            late()
 
 
 def test_seconds_are_counted_from_the_lease(tmp_path: Path) -> None:
@@ -102,15 +139,16 @@ def test_replies_are_blind_and_in_an_order_of_each_person_s_own(tmp_path: Path) 
     held = queue.lease_next(ann)
     while held is not None:
         task = queue.open(ann, held)
-        (number,) = numbers(site, [held])
-        expected = is_swapped(0, f"{number:032x}", "a")
+        with site.database.read() as session:
+            expected = session.get_one(Assignment, held).swapped
+        assert queue.open(ann, held).replies == task.replies
         assert task.replies[0].startswith("bad" if expected else "good")
         held = queue.answer(ann, held, 0, Given(choice="1"))
         with site.database.read() as session:
             said = session.scalars(select(VerdictRow.verdict).order_by(VerdictRow.id.desc())).first()
         assert said == ("rejected" if expected else "chosen")
         swapped += expected
-    assert 10 < swapped < 30
+    assert 2 < swapped < 38  # drawn: outside of this once in 700 million runs
 
 
 def test_twenty_threads_never_hold_one_place_twice(tmp_path: Path) -> None:
@@ -121,16 +159,16 @@ def test_twenty_threads_never_hold_one_place_twice(tmp_path: Path) -> None:
     ready, errors = threading.Barrier(20), []
 
     def work(user_id: int) -> None:
-        database = Database(f"sqlite:///{tmp_path / 'annotations.db'}", Clock())
-        queue = AnnotationQueue(database, ProtocolConfig())
         ready.wait(timeout=60)
         try:
+            database = Database(f"sqlite:///{tmp_path / 'annotations.db'}", Clock())
+            queue = AnnotationQueue(database, ProtocolConfig())
             held = queue.lease_next(user_id)
             while held is not None:
                 held = queue.answer(user_id, held, 0, Given(choice="1"))
-        except Refused as refused:
-            errors.append(refused)
-        database.close()
+            database.close()
+        except SynprefError as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=work, args=(user_id,)) for user_id in people]
     for thread in threads:
@@ -152,13 +190,16 @@ def test_the_protocol_asks_for_evidence_where_the_category_does() -> None:
     config = ProtocolConfig(min_rationale_chars=3)
     good = {"choice": "1", "rationale": "yes"}
     facts, code = TaskCategory.INFORMATION_SEEKING.value, TaskCategory.CODING.value
-    assert problems(Given(**good, task_category="math"), config) == []
-    assert problems(Given(**good, task_category=facts, search_link="https://example.org/a"), config) == []
-    assert "link" in problems(Given(**good, task_category=facts), config)[0]
-    assert "http" in problems(Given(**good, task_category=facts, search_link="javascript:alert(1)"), config)[0]
-    assert "run" in problems(Given(**good, task_category=code, code_run="ran it"), config)[0]
-    assert problems(Given(**good, task_category=code, code_run="print(1 + 1)  # gave 2"), config) == []
-    assert problems(Given(choice="undecidable", rationale="yes", task_category=code), config) == []
-    assert "own" in problems(Given(**good, llm_helped=True), config)[0]
-    assert problems(Given(**good, llm_helped=True, own_judgement=True), config) == []
-    assert "3 characters" in problems(Given(choice="1", rationale="no"), config)[0]
+    assert problems(Given(**good, task_category="math"), config, None) == []
+    assert problems(Given(**good, task_category=facts, search_link="https://example.org/a"), config, None) == []
+    assert "link" in problems(Given(**good, task_category=facts), config, None)[0]
+    assert "http" in problems(Given(**good, task_category=facts, search_link="javascript:alert(1)"), config, None)[0]
+    assert "run" in problems(Given(**good, task_category=code, code_run="ran it"), config, None)[0]
+    assert problems(Given(**good, task_category=code, code_run="print(1 + 1)  # gave 2"), config, None) == []
+    assert problems(Given(choice="undecidable", rationale="yes", task_category=code), config, None) == []
+    assert "own" in problems(Given(**good, llm_helped=True), config, None)[0]
+    assert problems(Given(**good, llm_helped=True, own_judgement=True), config, None) == []
+    assert "3 characters" in problems(Given(choice="1", rationale="no"), config, None)[0]
+    for changed in ("math", ""):  # the category of the pair itself still asks
+        assert "run" in problems(Given(**good, task_category=changed), config, code)[0]
+    assert len(problems(Given(**good, task_category=code), config, facts)) == 2

@@ -16,13 +16,13 @@ import pytest
 from sqlalchemy import select
 
 from synpref_ray.human.database import Assignment, Item, Role, State, VerdictRow
-from tests.human.live import LiveServer
+from tests.human.live import START_SECONDS, LiveServer
 from tests.human.site import SECRET, TAGS, SmallSite, make_item
 
 NUM_ANNOTATORS = 100
 NUM_VERDICTS = int(os.environ.get("SYNPREF_LOAD_VERDICTS", "10000"))
 THINK_SECONDS = 3.0  # mean; a person takes 10 s at the least (paper), so this is three times the load of a real team of a hundred
-RETRIES = 120
+PATIENCE_SECONDS = START_SECONDS + 60  # a server may take that long to start again
 
 
 @dataclass
@@ -37,7 +37,8 @@ class Load:
 
 async def ask(client: httpx2.AsyncClient, load: Load, method: str, path: str, data: dict[str, str] | None = None) -> httpx2.Response:
     """Send a request, again and again while the server is away."""
-    for _ in range(RETRIES):
+    gives_up_at = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < gives_up_at:
         began = time.monotonic()
         try:
             answer = await client.request(method, path, data=data)
@@ -92,7 +93,12 @@ def read(page: str, name: str) -> str:
 async def run(server: LiveServer) -> Load:
     load = Load()
     people = asyncio.gather(*(annotate(server.url, f"person-{number}", load) for number in range(NUM_ANNOTATORS)))
-    await load.half.wait()
+    half = asyncio.create_task(load.half.wait())
+    await asyncio.wait([half, people], return_when=asyncio.FIRST_COMPLETED)
+    if not load.half.is_set():  # somebody failed before: say with what, and do not wait for ever
+        half.cancel()
+        await people
+        raise AssertionError("the annotators ended before half of the verdicts were there")
     await asyncio.to_thread(server.kill)
     await asyncio.to_thread(server.start)
     await people

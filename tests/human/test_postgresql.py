@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, text, update
+from sqlalchemy.exc import DBAPIError
 
+from synpref_ray.errors import SynprefError
 from synpref_ray.human.accounts import Accounts, LoginConfig
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.consensus import ConsensusConfig
@@ -62,17 +64,17 @@ def test_twenty_threads_never_hold_one_place_twice(server: str) -> None:
     ready, errors = threading.Barrier(20), []
 
     def work(user_id: int) -> None:
-        own = Database(server, Clock())
-        queue = AnnotationQueue(own, ProtocolConfig())
         ready.wait(timeout=60)
         try:
+            own = Database(server, Clock())
+            queue = AnnotationQueue(own, ProtocolConfig())
             held = queue.lease_next(user_id)
             while held is not None:
                 queue.open(user_id, held)
                 held = queue.answer(user_id, held, 0, Given(choice="1", rationale="\u05e9")) or queue.lease_next(user_id)
-        except Refused as refused:
-            errors.append(refused)
-        own.close()
+            own.close()
+        except SynprefError as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=work, args=(user_id,)) for user_id in people]
     for thread in threads:
@@ -88,11 +90,52 @@ def test_twenty_threads_never_hold_one_place_twice(server: str) -> None:
     assert all(places[item.id] == item.required and item.complete for item in items)
 
     found = Results(database, ConsensusConfig()).snapshot()
-    assert verdict_table(found).num_rows + len(found.to_adjudicate) == 60
-    with database.write() as session:
-        session.execute(delete(VerdictRow))
+    assert verdict_table(found).num_rows == 60
+    for statement in (delete(VerdictRow), update(VerdictRow).values(verdict="chosen"), text("TRUNCATE verdicts")):
+        with pytest.raises(DBAPIError, match="verdicts only grows"), database.write() as session:
+            session.execute(statement)
     with database.read() as session:
         assert len(session.scalars(select(VerdictRow.id)).all()) == 72
     with pytest.raises(Refused, match="name or the secret"):
         accounts.log_in("person\x00", SECRET, "here")
+    database.close()
+
+
+def test_a_reader_sees_one_state_of_the_data(server: str) -> None:
+    database = Database(server, Clock())
+    queue = AnnotationQueue(database, ProtocolConfig())
+    queue.add([make_item(1000)])
+    with database.read() as session:
+        before = len(session.scalars(select(Item.id)).all())
+        queue.add([make_item(1001), make_item(1002)])
+        assert len(session.scalars(select(Item.id)).all()) == before
+    with database.read() as session:
+        assert len(session.scalars(select(Item.id)).all()) == before + 2
+    database.close()
+
+
+def test_a_lease_that_somebody_else_took_meanwhile_is_refused(server: str) -> None:
+    clock = Clock()
+    database = Database(server, clock)
+    queue = AnnotationQueue(database, ProtocolConfig())
+    accounts = Accounts(database, LoginConfig(), QUICK_HASHER)
+    for name in ("ann", "bob"):
+        accounts.save_user(name, Role.ANNOTATOR, SECRET)
+    with database.read() as session:
+        ann, bob = session.scalars(select(User.id).where(User.name.in_(["ann", "bob"])).order_by(User.name)).all()
+    queue.add([make_item(2000, rank=-5)])
+    held = queue.lease_next(ann)
+    assert held is not None
+    clock.now += 3600
+    assert queue.renew(ann, held) == clock.now + 1800
+    clock.now += 3600
+    taken = queue.lease_next(bob)
+    assert taken is not None
+    for late in (lambda: queue.answer(ann, held, 0, Given(choice="1")), lambda: queue.skip(ann, held, "x"), lambda: queue.renew(ann, held)):
+        with pytest.raises(Refused, match="somebody else has it"):
+            late()
+    queue.answer(bob, taken, 0, Given(choice="1"))
+    assert queue.undo(bob, taken, 1) == taken
+    with pytest.raises(Refused, match="no verdict of yours"):
+        queue.undo(bob, taken, 1)
     database.close()

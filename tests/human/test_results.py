@@ -8,10 +8,11 @@ import pytest
 from synpref_ray.human.agreement import Vote, agreement_by_category, measure_agreement
 from synpref_ray.human.consensus import ConsensusConfig, Standing, dawid_skene, settle_pairs
 from synpref_ray.human.database import Role
+from synpref_ray.human.protocol import is_swapped
 from synpref_ray.human.results import attribute_table, verdict_table, vote_table
 from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.schema import Verdict
-from tests.human.site import SmallSite, better, judge, make_item, take, token_of
+from tests.human.site import SECRET, TAGS, SmallSite, better, hidden, judge, make_item, take, token_of, undo_form
 
 
 def votes(text: str, category: str = "math") -> list[Vote]:
@@ -81,6 +82,21 @@ def test_dawid_skene_believes_those_who_are_usually_right() -> None:
     assert dawid_skene([], 10) == ({}, {})
 
 
+def test_a_later_round_leaves_the_outcomes_of_an_earlier_one() -> None:
+    early = [Vote(f"p{pair}", person, "chosen" if person == "a" else "rejected", "math") for pair in range(2) for person in "ab"]
+    early += [Vote(f"q{pair}", person, verdict, "math") for pair, verdict in enumerate(["chosen", "rejected"] * 4) for person in "ac"]
+    late = [
+        Vote(f"r{pair}", person, "chosen" if (person == "b") == (pair % 2 == 0) else "rejected", "math") for pair in range(20) for person in "abc"
+    ]
+    pools = {vote.pair_id: "late" if vote.pair_id[0] == "r" else "early" for vote in early + late}
+    config, required = ConsensusConfig(rule="dawid_skene"), dict.fromkeys(pools, 2)
+    before = settle_pairs({pair: 2 for pair in required if pair[0] != "r"}, early, {}, config, pools=pools)
+    after = settle_pairs(required, early + late, {}, config, pools=pools)
+    assert {pair: after[pair] for pair in before} == before
+    together = settle_pairs(required, early + late, {}, config)
+    assert {pair: together[pair] for pair in before} != before  # one model for all would have changed its mind
+
+
 def test_what_people_say_in_the_browser_reads_back_as_verdicts(tmp_path: Path) -> None:
     """Three people, four pairs: agreement, a dispute that an admin settles, doubt, and edited attributes."""
     site = SmallSite(tmp_path)
@@ -98,7 +114,8 @@ def test_what_people_say_in_the_browser_reads_back_as_verdicts(tmp_path: Path) -
     assert 'id="count-disputed">1<' in page
     assert "/admin/items/2" in page
     before = verdict_table(site.results.snapshot())
-    assert before["pair_id"].to_pylist() == [f"{number:032x}" for number in (0, 2, 3)]
+    assert before["pair_id"].to_pylist() == [f"{number:032x}" for number in range(4)]
+    assert before["verdict"].to_pylist() == ["chosen", "unsettled", "undecidable", "chosen"]
     dispute = root.get("/admin/items/2").text
     choice = "1" if dispute.index("good reply") < dispute.index("bad reply") else "2"
     assert root.post("/admin/items/2/adjudicate", data={"csrf": token_of(root), "choice": choice, "rationale": "sums"}).status_code == 303
@@ -122,6 +139,17 @@ def test_what_people_say_in_the_browser_reads_back_as_verdicts(tmp_path: Path) -
         assert pq.read_table(tmp_path / name).num_rows in (4, 6)
 
 
+def test_lines_as_a_browser_sends_them_are_no_edit(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0, attributes={**TAGS, "desired_attributes": " exact\nshort\n", "annotation_guideline": "a\r\nb"})])
+    ann = site.signed_in("ann")
+    texts = {"desired_attributes": " exact\r\nshort\r\n", "annotation_guideline": "a\r\nb", "rationale": "two\r\nlines"}
+    assert judge(ann, take(ann), **texts).status_code == 303
+    (row,) = attribute_table(site.results.snapshot()).to_pylist()
+    assert (row["changed"], row["desired_attributes"]) == ([], " exact\nshort\n")
+    assert vote_table(site.database)["rationale"].to_pylist() == ["two\nlines"]
+
+
 def test_a_pair_that_everybody_skipped_is_for_the_admin(tmp_path: Path) -> None:
     site = SmallSite(tmp_path)
     site.queue.add([make_item(0)])
@@ -133,3 +161,50 @@ def test_a_pair_that_everybody_skipped_is_for_the_admin(tmp_path: Path) -> None:
     root.post("/admin/items/1/adjudicate", data={"csrf": token_of(root), "choice": "undecidable"})
     found = site.results.snapshot()
     assert (found.to_adjudicate, found.standings["adjudicated"]) == ([], 1)
+
+
+def test_skips_and_every_word_of_an_admin_are_exported(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0)])
+    ann, root = site.signed_in("ann"), site.signed_in("root", Role.ADMIN)
+    ann.post(f"{take(ann)}/skip", data={"csrf": token_of(ann), "reason": "needs an expert"})
+    for words, choice in enumerate(("undecidable", "1")):
+        form = {"csrf": token_of(root), "choice": choice, "words": words, "rationale": f"word {words}"}
+        assert root.post("/admin/items/1/adjudicate", data=form).status_code == 303
+    (tmp_path / "skips").write_bytes(root.get("/admin/export/skips.parquet").content)
+    (tmp_path / "words").write_bytes(root.get("/admin/export/adjudications.parquet").content)
+    skips, words_said = (pq.read_table(tmp_path / name).to_pylist() for name in ("skips", "words"))
+    assert [(row["pair_id"], row["annotator"], row["reason"]) for row in skips] == [(f"{0:032x}", "ann", "needs an expert")]
+    said = [(row["admin"], row["counts"], row["rationale"]) for row in words_said]
+    assert said == [("root", False, "word 0"), ("root", True, "word 1")]
+
+
+def test_a_changed_role_is_seen_at_once(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.user("ann")
+    assert [worker.role for worker in site.results.snapshot().workers] == ["annotator"]
+    site.accounts.save_user("ann", Role.ADMIN, SECRET)
+    assert [worker.role for worker in site.results.snapshot().workers] == ["admin"]
+
+
+def test_a_word_stands_after_an_undo_and_a_stale_one_is_refused(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0)])
+    ann, bob, root = site.signed_in("ann"), site.signed_in("bob"), site.signed_in("root", Role.ADMIN)
+    judge(ann, take(ann))
+    words = hidden(root.get("/admin/items/1").text, "words")
+    form = {"csrf": token_of(root), "choice": "1", "words": words}
+    answers = [root.post("/admin/items/1/adjudicate", data=form).status_code for _ in range(2)]
+    assert answers == [303, 409]
+    assert hidden(root.get("/admin/items/1").text, "words") == "1"
+    ann.post("/undo", data=undo_form(ann))
+    assert take(bob) == "/"  # an admin has settled it: nobody is asked any more
+    assert site.results.snapshot().standings == {"adjudicated": 1}
+
+
+def test_an_admin_s_order_of_replies_needs_the_salt(tmp_path: Path) -> None:
+    sites = [SmallSite(folder) for folder in (tmp_path / "a", tmp_path / "b") if folder.mkdir() is None]
+    orders = [[is_swapped(site.database.salt, f"{number:032x}", "root") for number in range(200)] for site in sites]
+    assert orders[0] != orders[1]
+    assert all(50 < sum(order) < 150 for order in orders)
+    assert sites[0].database.salt == SmallSite(tmp_path / "a").database.salt

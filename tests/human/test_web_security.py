@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from synpref_ray.human.accounts import LoginConfig
 from synpref_ray.human.database import AuditEvent, Role, User, VerdictRow
-from tests.human.site import SECRET, SmallSite, form_of, hidden, judge, log_in, make_item, take, token_of
+from tests.human.site import SECRET, TAGS, SmallSite, form_of, hidden, judge, log_in, make_item, take, token_of, undo_form
 
 
 @pytest.fixture
@@ -40,6 +40,8 @@ def test_pages_carry_strict_headers_and_cookies_are_closed_to_scripts(tmp_path: 
     assert client.cookies["session"] not in (plain.folder / "annotations.db").read_bytes().decode("latin-1")
     cookie = log_in(secure.client(), "ann", SECRET).headers["set-cookie"]
     assert cookie.startswith("__Host-session=")
+    assert "max-age" in secure.client().get("/login").headers["strict-transport-security"]
+    assert "strict-transport-security" not in page.headers
     assert "secure" in cookie.lower()
 
 
@@ -124,10 +126,24 @@ def test_a_form_that_was_sent_before_is_refused_also_after_an_undo(site: SmallSi
     form = form_of(client, path)
     assert client.post(f"{path}/verdict", data=form).status_code == 303
     assert client.post(f"{path}/verdict", data=form).status_code == 409
-    assert client.post("/undo", data={"csrf": form["csrf"]}).headers["location"] == path
+    assert client.post("/undo", data=undo_form(client)).headers["location"] == path
     assert client.post(f"{path}/verdict", data=form).status_code == 409
     assert num_verdicts(site) == 2  # the verdict, and that it was taken back
     assert judge(client, path).status_code == 303
+
+
+def test_an_undo_that_is_sent_again_takes_back_nothing_more(site: SmallSite) -> None:
+    client = site.signed_in("ann")
+    for _ in range(3):
+        judge(client, take(client))
+    form = undo_form(client)
+    answers = [client.post("/undo", data=form).status_code for _ in range(3)]
+    assert answers == [303, 409, 409]
+    assert client.post("/undo", data={"csrf": form["csrf"]}).status_code == 409
+    assert num_verdicts(site) == 4
+    path = f"/assignments/{form['assignment_id']}"
+    judge(client, path)
+    assert client.post("/undo", data=form).status_code == 409  # the same assignment, said anew
 
 
 def test_another_person_s_pair_is_not_there(site: SmallSite) -> None:
@@ -156,11 +172,38 @@ def test_an_expired_lease_is_refused_and_its_pair_goes_to_the_next(site: SmallSi
     site.clock.now += 29 * 60
     assert ann.get(path).status_code == 200
     site.clock.now += 60
+    bob_path = take(bob)
+    assert "Question 0" in bob.get(bob_path).text
     assert ann.get(path).status_code == 409
     for verb, data in (("verdict", form), ("skip", {"csrf": form["csrf"], "reason": "x"}), ("renew", {"csrf": form["csrf"]})):
         assert ann.post(f"{path}/{verb}", data=data).status_code == 409
     assert num_verdicts(site) == 0
-    assert "Question 0" in bob.get(take(bob)).text
+    assert judge(bob, bob_path).status_code == 303
+
+
+def test_an_expired_lease_whose_place_is_free_goes_on(site: SmallSite) -> None:
+    ann = site.signed_in("ann")
+    path = take(ann)
+    for _ in range(2):
+        site.clock.now += 31 * 60
+        assert ann.get(path).status_code == 200
+    form = form_of(ann, path, rationale="typed for an hour")
+    site.clock.now += 3600
+    assert ann.post(f"{path}/renew", data={"csrf": form["csrf"]}).status_code == 200
+    site.clock.now += 3600
+    assert ann.post(f"{path}/verdict", data=form).status_code == 303
+    assert num_verdicts(site) == 1
+
+
+@pytest.mark.parametrize("name", ["rationale", "code_run", "desired_attributes", "annotation_guideline", "search_link"])
+def test_a_text_that_is_too_long_is_shown_again(site: SmallSite, name: str) -> None:
+    client = site.signed_in("ann")
+    path, typed = take(client), "https://x.org/" + "y" * 10_000
+    answer = judge(client, path, **{name: typed})
+    assert answer.status_code == 422
+    assert "characters; at most" in answer.text
+    assert answer.text.count(typed) == 1
+    assert num_verdicts(site) == 0
 
 
 def test_an_annotator_cannot_become_an_admin(site: SmallSite) -> None:
@@ -216,6 +259,35 @@ def test_texts_are_stored_as_they_are(site: SmallSite, hostile: str) -> None:
     assert "{{ 7*7 }}" not in hostile or "{{ 7*7 }}" in admin.get("/admin/items/1").text
 
 
+def test_a_pair_whose_page_cannot_be_shown_can_be_skipped_from_the_first_page(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0, notes={"chosen": "half \ud800"}), make_item(1)])
+    client = site.signed_in("ann")
+    assert "/skip" not in client.get("/").text
+    path = take(client)
+    with pytest.raises(UnicodeEncodeError):  # a server answers 500
+        client.get(path)
+    page = client.get("/").text
+    found = re.search(r'action="(/assignments/\d+/skip)"', page)
+    assert found, page
+    assert found[1] == f"{path}/skip"
+    answer = client.post(found[1], data={"csrf": hidden(page, "csrf"), "reason": "broken text"})
+    assert "Question 1" in client.get(answer.headers["location"]).text
+
+
+def test_another_category_gets_nobody_round_the_evidence(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    site.queue.add([make_item(0, attributes={**TAGS, "task_category": "coding_and_debugging"})])
+    client = site.signed_in("ann")
+    path = take(client)
+    for category in ("math", "", "coding_and_debugging"):
+        answer = judge(client, path, task_category=category, rationale="typed at length")
+        assert answer.status_code == 422
+        assert "Code must be run" in answer.text
+        assert "typed at length" in answer.text
+    assert judge(client, path, task_category="math", code_run="print(1 + 1)  # gave 2").status_code == 303
+
+
 def test_what_is_no_form_is_refused(site: SmallSite) -> None:
     client = site.signed_in("ann")
     path = take(client)
@@ -233,7 +305,7 @@ def test_the_log_of_verdicts_only_grows_and_the_audit_log_names_every_change(sit
     client = site.signed_in("ann")
     path = take(client)
     judge(client, path)
-    client.post("/undo", data={"csrf": token_of(client)})
+    client.post("/undo", data=undo_form(client))
     judge(client, path, choice="undecidable")
     client.post(f"{take(client)}/skip", data={"csrf": token_of(client), "reason": "needs an expert"})
     with site.database.read() as session:
@@ -249,6 +321,6 @@ def test_the_log_of_verdicts_only_grows_and_the_audit_log_names_every_change(sit
         "UPDATE adjudications SET verdict = ''",
     ):
         if "adjudications" in statement:
-            site.results.adjudicate(1, 1, "chosen", "")
+            site.results.adjudicate(1, 1, "chosen", "", 0)
         with pytest.raises(IntegrityError, match="only grows"), site.database.write() as session:
             session.execute(text(statement))

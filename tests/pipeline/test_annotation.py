@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
@@ -13,7 +14,7 @@ from synpref_ray.errors import ConfigError, SynprefError, WaitingError
 from synpref_ray.human.accounts import Accounts
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.consensus import ConsensusConfig
-from synpref_ray.human.database import Role
+from synpref_ray.human.database import Database, Role
 from synpref_ray.human.protocol import ProtocolConfig
 from synpref_ray.human.results import Results
 from synpref_ray.human.serving import ServeConfig
@@ -22,7 +23,7 @@ from synpref_ray.llm.guidelines import guideline_for
 from synpref_ray.pipeline.annotation import AnnotateConfig
 from synpref_ray.pipeline.ingest import IngestConfig
 from synpref_ray.pipeline.job import EXIT_WAITING, JobConfig, run_verb
-from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
+from synpref_ray.pipeline.verification import AnnotatorConfig, queue_path, verify_pool
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import GoldConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
@@ -103,6 +104,46 @@ def test_a_round_waits_for_people_and_goes_on_with_what_they_said(seed: tuple[Po
     assert "settled" in job(capsys, "status", f"workspace={workspace}")
 
 
+def test_a_queue_made_again_forgets_nobody_and_a_disputed_pair_is_undecidable(seed: tuple[Pool, Sidecar], capsys: pytest.CaptureFixture[str]) -> None:
+    pool, attributes = seed
+    workspace = f"workspace={pool.storage.url}"
+    job(capsys, "queue", workspace, "queue.repeat_share=1")
+    first = pool.storage.read_table(queue_path("seed"))
+    clients = [browser(AnnotateConfig(workspace=pool.storage.url), name) for name in ("ann", "bob")]
+    said = [judge(client, take(client), choice=choice).status_code for client, choice in zip(clients, ("undecidable", "1"), strict=True)]
+    assert said == [303, 303]
+    job(capsys, "queue", workspace, "queue.max_pairs=1", "queue.seed=5")
+    again = pool.storage.read_table(queue_path("seed"))
+    assert set(first["pair_id"].to_pylist()) <= set(again["pair_id"].to_pylist())
+    assert [row for row in again.to_pylist() if row["pair_id"] in first["pair_id"].to_pylist()] == first.to_pylist()
+    job(capsys, "export", workspace)
+    run = Run(pool.storage, "stage1", IngestConfig())
+    with pytest.raises(WaitingError, match="have no verdict"):
+        verify_pool(run, "verify", pool, attributes, 0, AnnotatorConfig(kind="queue"), GoldConfig())
+    result = verify_pool(run, "verify", pool, attributes, 0, AnnotatorConfig(kind="queue", wait=False), GoldConfig())
+    human = result.sidecars[0][0]
+    rows = [(row["human_verdict"], row["drop_reason"]) for row in human.read_all().to_pylist()]
+    assert rows.count(("abstain", "undecidable")) == 1
+    assert rows.count((None, "not_selected")) == 7
+    assert result.rows_computed == 8
+    path = pool.storage.join("annotation/verdicts.parquet")
+    exported = pq.read_table(path)
+    names = pa.array(["eve, mallory"] * exported.num_rows)
+    for kind, computed in (("queue", 0), ("file", 8)):  # who said it is no part of the queue's fingerprint
+        config = AnnotatorConfig(kind=kind, wait=False, path=path)
+        verify_pool(run, "verify", pool, attributes, 0, config, GoldConfig())
+        pq.write_table(exported.set_column(exported.column_names.index("annotator"), "annotator", names), path)
+        assert verify_pool(run, "verify", pool, attributes, 0, config, GoldConfig()).rows_computed == computed
+        pq.write_table(exported, path)
+
+
+@pytest.mark.parametrize("line", ['{"pair_id": "a", "chosen": "\\ud800"}', '{"pair_id": "\\udfff"}', '{"pair_id": 1}', "[]", "{"])
+def test_a_note_that_no_page_can_show_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    (tmp_path / "notes.jsonl").write_text('{"pair_id": "b", "chosen": "fine"}\n' + line + "\n")
+    assert annotate.main(["queue", f"workspace={tmp_path}", f"notes={tmp_path / 'notes.jsonl'}", "--dry-run"]) == 2
+    assert "notes.jsonl, row 2: expected" in capsys.readouterr().err
+
+
 def test_waiting_has_an_exit_code_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def body(config: JobConfig, run: Run) -> str:
         raise WaitingError("do this first")
@@ -136,7 +177,9 @@ def test_an_account_is_made_and_its_secret_is_only_printed(tmp_path: Path, capsy
 def test_a_network_is_not_served_in_plain_text_by_accident(host: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="plain text"):
         load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}"])
-    load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.allow_plain_http=true"])
+    plain = load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.allow_plain_http=true"])
+    proxied = load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.behind_tls_proxy=true"])
+    assert (plain.serve.secure, proxied.serve.secure) == (False, True)
     load_config(AnnotateConfig, None, [f"serve.host={json.dumps(host)}", "serve.tls_certificate=c.pem", "serve.tls_key=k.pem"])
     with pytest.raises(ConfigError, match="both files"):
         load_config(AnnotateConfig, None, ["serve.tls_key=k.pem"])
@@ -149,7 +192,29 @@ def test_a_database_password_is_in_no_run_folder(tmp_path: Path) -> None:
     assert not any(b"hidden-word" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_other_databases_are_refused() -> None:
-    for url in ("mysql://x", "nonsense", "sqlite:////no/such/folder/a.db"):
-        with pytest.raises(SynprefError):
-            load_config(AnnotateConfig, None, [f"database={url}"]).open_database()
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("mysql://x", "nonsense", "sqlite://", "sqlite:///:memory:", "sqlite:///a.db?timeout=x", "sqlite://host/a.db", "sqlite+aiosqlite:///a.db"),
+        *(
+            "postgresql+psycopg://me:hidden-word@h:port/x",
+            "postgresql+psycopg2://me:hidden-word@h/x",
+            "postgresql://me:hidden-word@127.0.0.1:1/x?bogus=1",
+        ),
+    ],
+)
+def test_other_databases_are_refused_in_one_line(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError):
+        Database(url)
+    assert annotate.main(["status", f"workspace={tmp_path}", f"database={json.dumps(url)}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "hidden-word" not in said
+
+
+def test_a_file_that_is_no_database_and_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.db").write_text("no database at all, " * 100)
+    with pytest.raises(ConfigError, match="not a database"):
+        Database(f"sqlite:///{tmp_path / 'a.db'}")
+    with pytest.raises(SynprefError):
+        Database(f"sqlite:///{tmp_path / 'none' / 'a.db'}")

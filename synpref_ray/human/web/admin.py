@@ -11,11 +11,11 @@ from sqlalchemy import select
 from synpref_ray.human.accounts import Account
 from synpref_ray.human.database import Adjudication, Assignment, Item, NotFound, State, User, VerdictRow
 from synpref_ray.human.protocol import UNDECIDABLE, is_swapped
-from synpref_ray.human.results import attribute_table, verdict_table, vote_table
+from synpref_ray.human.results import adjudication_table, attribute_table, skip_table, verdict_table, vote_table
 from synpref_ray.human.web.forms import AdjudicationForm
 from synpref_ray.human.web.site import Site, require_token
 
-Table = Literal["verdicts", "votes", "attributes"]
+Table = Literal["verdicts", "votes", "attributes", "skips", "adjudications"]
 
 
 def admin_routes(site: Site) -> APIRouter:
@@ -38,13 +38,14 @@ def admin_routes(site: Site) -> APIRouter:
         require_token(account, form.csrf)
         first, second = _dispute(site, account, item_id)["sides"]
         verdict = {"1": first, "2": second}.get(form.choice, UNDECIDABLE)
-        site.results.adjudicate(account.user_id, item_id, verdict, form.rationale)
+        site.results.adjudicate(account.user_id, item_id, verdict, form.rationale, form.words)
         return RedirectResponse("/admin", 303)
 
     @routes.get("/export/{table}.parquet")
     def export(account: Annotated[Account, Depends(site.admin)], table: Table) -> Response:
-        found = site.results.snapshot()
-        rows = vote_table(site.database) if table == "votes" else verdict_table(found) if table == "verdicts" else attribute_table(found)
+        logs = {"votes": vote_table, "skips": skip_table, "adjudications": adjudication_table}
+        tables = {"verdicts": verdict_table, "attributes": attribute_table}
+        rows = logs[table](site.database) if table in logs else tables[table](site.results.snapshot())
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink, compression="zstd")
         headers = {"Content-Disposition": f'attachment; filename="{table}.parquet"'}
@@ -63,13 +64,14 @@ def _dispute(site: Site, account: Account, item_id: int) -> dict[str, Any]:
         said = said.where(Assignment.item_id == item.id, Assignment.state == State.DONE.value, VerdictRow.revision == Assignment.revision)
         votes = [(row, name) for row, name in session.execute(said.order_by(VerdictRow.id))]
         words = list(session.scalars(select(Adjudication).where(Adjudication.item_id == item.id).order_by(Adjudication.id)))
-    sides = ("rejected", "chosen") if is_swapped(site.protocol.seed, item.pair_id, account.name) else ("chosen", "rejected")
+    sides = ("rejected", "chosen") if is_swapped(site.database.salt, item.pair_id, account.name) else ("chosen", "rejected")
     names = {sides[0]: "reply 1", sides[1]: "reply 2", UNDECIDABLE: "cannot decide"}
     return {
         "item": item,
         "sides": sides,
         "replies": tuple(item.content[side] for side in sides),
         "votes": [(row, name, names[row.verdict]) for row, name in votes],
+        "num_words": len(words),
         "word": names[words[-1].verdict] if words else "",
         "guideline": site.guideline_of(item.attributes),
     }

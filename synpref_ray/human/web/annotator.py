@@ -7,8 +7,8 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 
 from synpref_ray.human.accounts import Account
 from synpref_ray.human.assignments import Task
-from synpref_ray.human.protocol import Given, problems, required_evidence
-from synpref_ray.human.web.forms import SignedForm, SkipForm, VerdictForm
+from synpref_ray.human.protocol import Given, required_evidence
+from synpref_ray.human.web.forms import SignedForm, SkipForm, UndoForm, VerdictForm
 from synpref_ray.human.web.site import CHOICES, Site, require_token
 from synpref_ray.schema import TaskCategory
 
@@ -34,7 +34,7 @@ def annotator_routes(site: Site) -> APIRouter:
     def verdict(account: Annotated[Account, Depends(site.account)], assignment_id: int, form: Annotated[VerdictForm, Form()]) -> Response:
         require_token(account, form.csrf)
         given = form.given()
-        lacking = problems(given, site.protocol)
+        lacking = site.queue.problems(account.user_id, assignment_id, given)
         if lacking:
             return _task_page(site, account, site.queue.open(account.user_id, assignment_id), given, lacking)
         return _go_to(site.queue.answer(account.user_id, assignment_id, form.revision, given))
@@ -50,9 +50,9 @@ def annotator_routes(site: Site) -> APIRouter:
         return JSONResponse({"leased_until": site.queue.renew(account.user_id, assignment_id)})
 
     @routes.post("/undo")
-    def undo(account: Annotated[Account, Depends(site.account)], form: Annotated[SignedForm, Form()]) -> Response:
+    def undo(account: Annotated[Account, Depends(site.account)], form: Annotated[UndoForm, Form()]) -> Response:
         require_token(account, form.csrf)
-        return _go_to(site.queue.undo(account.user_id))
+        return _go_to(site.queue.undo(account.user_id, form.assignment_id, form.revision))
 
     @routes.get("/guideline")
     def guideline(

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpref_ray.config import Settings
-from synpref_ray.human.protocol import MAX_TEXT_CHARS, Given
+from synpref_ray.human.protocol import MAX_TEXT_CHARS, Given, unix_lines
 
 
 class SignedForm(Settings):
@@ -26,6 +26,13 @@ class VerdictForm(Given):
         return Given(**self.model_dump(exclude={"csrf", "revision"}))
 
 
+class UndoForm(SignedForm):
+    """The verdict to take back, as the page knew it; without them nothing is undone."""
+
+    assignment_id: int = Field(default=0, ge=0, le=2**31)
+    revision: int = Field(default=0, ge=0, le=2**31)
+
+
 class SkipForm(SignedForm):
     """A pair given back."""
 
@@ -36,7 +43,13 @@ class AdjudicationForm(SignedForm):
     """An admin's word."""
 
     choice: Literal["1", "2", "undecidable"]
+    words: int = Field(default=0, ge=0, le=2**31)  # how many words on this pair the page showed
     rationale: str = Field(default="", max_length=MAX_TEXT_CHARS)
+
+    @field_validator("rationale", mode="before")
+    @classmethod
+    def _line_ends(cls, value: object) -> object:
+        return unix_lines(value)
 
 
 class LoginForm(SignedForm):

@@ -35,11 +35,13 @@ function onKey(event) {
 function showEvidence() {
   const form = byId("verdict");
   if (!form) return;
-  const wanted = JSON.parse(form.dataset.evidence)[byId("task_category").value] || "";
+  const evidence = JSON.parse(form.dataset.evidence);
+  const wanted = [evidence[form.dataset.tagged], evidence[byId("task_category").value]]; // what the pair came with counts too
   for (const field of document.querySelectorAll("[data-evidence-field]")) {
     const input = field.querySelector("input, textarea");
-    field.hidden = field.dataset.evidenceField !== wanted && !input.value;
-    field.querySelector(".must").hidden = field.dataset.evidenceField !== wanted;
+    const isWanted = wanted.includes(field.dataset.evidenceField);
+    field.hidden = !isWanted && !input.value;
+    field.querySelector(".must").hidden = !isWanted;
   }
 }
 
@@ -52,9 +54,11 @@ async function showGuideline() {
 
 function keepLease(task) {
   const body = new URLSearchParams({ csrf: task.dataset.csrf });
-  setInterval(() => {
-    if (!document.hidden) fetch(task.dataset.renew, { method: "POST", body });
-  }, 1000 * Number(task.dataset.renewSeconds));
+  const renew = () => {
+    if (!document.hidden) fetch(task.dataset.renew, { method: "POST", body }).catch(() => {}); // offline: the next time will do
+  };
+  setInterval(renew, 1000 * Number(task.dataset.renewSeconds));
+  document.addEventListener("visibilitychange", renew); // back from another tab, or from sleep
 }
 
 function countFocus(field) {
