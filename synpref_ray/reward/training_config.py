@@ -49,7 +49,7 @@ class TrainConfig(Settings):
     attention: AttentionWay = "auto"
     """How to attend; auto: blocks on a CPU, the fastest one on a GPU, measured there (`attention`)."""
     compile_layers: bool = False
-    """Run norms and MLPs through torch.compile: faster (about a tenth on a CPU) after the seconds that it takes; not with ZeRO-3. Ours."""
+    """Run norms and MLPs through torch.compile, after the seconds that it takes; its gain is not measured yet; not with ZeRO-3. Ours."""
     num_layers: PositiveInt | None = None
     """Keep only the backbone's first layers: a smaller reward model for a CPU. Ours; the paper keeps all."""
     zero_stage: Literal[0, 1, 2, 3] = 1  # App. E
