@@ -1,7 +1,12 @@
 """From a pool to gold through the annotation job: Stage 1 waits and says for what, people judge over HTTP, and a rerun goes on."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +19,7 @@ from synpref_ray.errors import ConfigError, SynprefError, WaitingError
 from synpref_ray.human.accounts import Accounts
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.consensus import ConsensusConfig
-from synpref_ray.human.database import Database, Role
+from synpref_ray.human.database import Database, Refused, Role
 from synpref_ray.human.protocol import ProtocolConfig
 from synpref_ray.human.results import Results
 from synpref_ray.human.serving import ServeConfig
@@ -31,6 +36,7 @@ from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
 from synpref_ray.tables.sidecars import Sidecar
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
+from tests.human.live import REPOSITORY
 from tests.human.site import QUICK_HASHER, SECRET, judge, log_in, take
 
 
@@ -171,6 +177,71 @@ def test_an_account_is_made_and_its_secret_is_only_printed(tmp_path: Path, capsy
     for bad in (["user"], ["user", "user.name=a b"], ["user", "user.name=x", "user.role=root"], [], ["fly"]):
         assert annotate.main([*bad, f"workspace={tmp_path}"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_accounts_are_made_together_kept_in_their_role_and_closed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workspace = f"workspace={tmp_path}"
+    said = job(capsys, "user", workspace, "user.name=ann, bob,007")
+    secrets = dict(zip(("ann", "bob", "007"), re.findall(r"once\): (\S+)", said), strict=True))
+    assert len(set(secrets.values())) == 3
+    job(capsys, "user", workspace, "user.name=root", "user.role=admin")
+    said = job(capsys, "user", workspace, "user.name=root")  # the secret was lost: another one, and the role stays
+    assert "admin root may sign in; earlier sessions have ended" in said
+    said = job(capsys, "user", workspace, "user.name=bob", "user.active=false")
+    assert "annotator bob is closed" in said
+    assert "secret" not in said
+    for wrong in (
+        ["user.name=eve,bob", "user.active=false"],  # eve is not there
+        ["user.name=eve,a b"],
+        ["user.name=eve,"],
+        ["user.name=ann,eve", f"user.secret_file={tmp_path / 'secret'}"],
+        ["user.name=eve", "user.role=root"],
+    ):
+        assert annotate.main(["user", workspace, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    database = AnnotateConfig(workspace=str(tmp_path)).open_database()
+    accounts = Accounts(database, ServeConfig().login)
+    roles = {name: accounts.role_of(name) for name in ("ann", "007", "root", "eve")}
+    assert roles == {"ann": Role.ANNOTATOR, "007": Role.ANNOTATOR, "root": Role.ADMIN, "eve": None}
+    for name in ("ann", "007"):
+        assert accounts.log_in(name, secrets[name], "here")
+    with pytest.raises(Refused):
+        accounts.log_in("bob", secrets["bob"], "here")
+    database.close()
+
+
+@pytest.mark.parametrize("verb", ["status", "export", "serve", "to_label_studio", "from_label_studio"])
+def test_a_workspace_without_a_queue_is_said_and_stays_without(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    (tmp_path / "export.json").write_text("[]")
+    assert annotate.main([verb, f"workspace={tmp_path}", f"label_studio={tmp_path / 'export.json'}"]) == 2
+    said = capsys.readouterr().err
+    assert "annotate.py queue" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "annotation").exists()
+
+
+def test_a_pool_that_stage_1_has_not_tagged_or_tagged_twice_is_said(seed: tuple[Pool, Sidecar], capsys: pytest.CaptureFixture[str]) -> None:
+    pool, _ = seed
+    workspace = f"workspace={pool.storage.url}"
+    assert annotate.main(["queue", workspace, "attributes=12345678"]) == 2  # digits alone are a fingerprint too
+    assert "with the fingerprint 12345678" in (said := capsys.readouterr().err)
+    assert "jobs/stage1.py" in said
+    other = Sidecar(pool, "attributes", "b" * 32)
+    pool.storage.write_json(f"{other.folder}/manifest.json", {"pool_digest": pool.digest, "fingerprint": other.fingerprint})
+    assert annotate.main(["queue", workspace]) == 2
+    assert "there: aaaaaaaa, bbbbbbbb" in capsys.readouterr().err
+    pair = pool.read_all(["pair_id"])["pair_id"].to_pylist()
+    notes = Path(pool.storage.url) / "notes.jsonl"
+    notes.write_text("".join(json.dumps({"pair_id": pair_id, "chosen": "correct"}) + "\n" for pair_id in [*pair, "elsewhere"]))
+    assert job(capsys, "queue", workspace, "attributes=aaaaaaaa", f"notes={notes}").splitlines()[2].split() == ["seed", "4", "4", ANY, "4"]
+
+
+def test_the_job_loads_no_model_code() -> None:
+    """The server runs for weeks: torch and its compilers would cost it seconds at the start and half a gigabyte."""
+    look = "import sys, jobs.annotate; print([name for name in ('torch', 'triton', 'transformers', 'vllm', 'sklearn') if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, env=environment, cwd=REPOSITORY)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])
