@@ -181,8 +181,9 @@ def _one_line(error: ValidationError, file: str | None) -> str:
     problems = []
     for problem in error.errors()[:3]:
         where = ".".join(str(part) for part in problem["loc"]) or "config"
-        found = "" if problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})"
-        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        is_own = problem["type"] == "value_error" and isinstance(problem["input"], dict)  # a section's own check says what it found
+        found = "" if is_own or problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})"
+        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
         problems.append(f"{where}: {what}{found}")
     more = f" and {error.error_count() - 3} more" if error.error_count() > 3 else ""
     return f"bad settings{f' in {file}' if file else ''}: {'; '.join(problems)}{more}"

@@ -64,7 +64,7 @@ class AnnotateConfig(JobConfig):
     consensus: ConsensusConfig = ConsensusConfig()
     serve: ServeConfig = ServeConfig()
     user: UserConfig = UserConfig()
-    export_folder: str = Field(default=ANNOTATION, pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")  # under the workspace
+    export_folder: str = Field(default=ANNOTATION, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")  # under the workspace
 
     def open_database(self, *, make: bool = True) -> Database:
         """Return the database, made if it is not there.

@@ -143,6 +143,13 @@ def test_a_queue_made_again_forgets_nobody_and_a_disputed_pair_is_undecidable(se
         pq.write_table(exported, path)
 
 
+@pytest.mark.parametrize("folder", ["..", "../x", "a/..", "/tmp/x", "a//b", "", ".hidden"])
+def test_an_export_stays_in_the_workspace(folder: str) -> None:
+    with pytest.raises(ConfigError, match="export_folder"):
+        load_config(AnnotateConfig, None, [f"export_folder={folder}"])
+    assert load_config(AnnotateConfig, None, ["export_folder=annotation/round.1"]).export_folder == "annotation/round.1"
+
+
 @pytest.mark.parametrize("line", ['{"pair_id": "a", "chosen": "\\ud800"}', '{"pair_id": "\\udfff"}', '{"pair_id": 1}', "[]", "{"])
 def test_a_note_that_no_page_can_show_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
     (tmp_path / "notes.jsonl").write_text('{"pair_id": "b", "chosen": "fine"}\n' + line + "\n")
@@ -255,6 +262,17 @@ def test_a_network_is_not_served_in_plain_text_by_accident(host: str, tmp_path: 
     with pytest.raises(ConfigError, match="both files"):
         load_config(AnnotateConfig, None, ["serve.tls_key=k.pem"])
     assert annotate.main(["serve", f"workspace={tmp_path}", "serve.tls_certificate=c.pem", "serve.tls_key=k.pem", "--dry-run"]) == 2
+
+
+def test_tls_files_that_cannot_be_used_are_one_line_before_anything_is_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.pem"
+    file.write_text("no certificate\n")
+    assert annotate.main(["serve", f"workspace={tmp_path}", f"serve.tls_certificate={file}", f"serve.tls_key={file}", "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "expected PEM files" in said
+    assert annotate.main(["serve", f"workspace={tmp_path}", "serve.host=0.0.0.0"]) == 2
+    assert capsys.readouterr().err.startswith("annotate: bad settings: serve: serve.host=0.0.0.0 opens the app to a network in plain text: give")
 
 
 def test_a_database_password_is_in_no_run_folder(tmp_path: Path) -> None:
