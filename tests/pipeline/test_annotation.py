@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import select
 
 from jobs import annotate
 from synpref_ray.config import load_config
@@ -19,15 +20,17 @@ from synpref_ray.errors import ConfigError, SynprefError, WaitingError
 from synpref_ray.human.accounts import Accounts
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.consensus import ConsensusConfig
-from synpref_ray.human.database import Database, Refused, Role
+from synpref_ray.human.database import Assignment, Database, Item, Refused, Role
 from synpref_ray.human.protocol import ProtocolConfig
 from synpref_ray.human.results import Results
 from synpref_ray.human.serving import ServeConfig
 from synpref_ray.human.web import Site, create_app
 from synpref_ray.llm.guidelines import guideline_for
 from synpref_ray.pipeline.annotation import AnnotateConfig
+from synpref_ray.pipeline.gathering import gather_pool
 from synpref_ray.pipeline.ingest import IngestConfig
 from synpref_ray.pipeline.job import EXIT_WAITING, JobConfig, run_verb
+from synpref_ray.pipeline.retrieval import pieces_of
 from synpref_ray.pipeline.verification import AnnotatorConfig, queue_path, verify_pool
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import GoldConfig
@@ -241,6 +244,32 @@ def test_a_pool_that_stage_1_has_not_tagged_or_tagged_twice_is_said(seed: tuple[
     notes = Path(pool.storage.url) / "notes.jsonl"
     notes.write_text("".join(json.dumps({"pair_id": pair_id, "chosen": "correct"}) + "\n" for pair_id in [*pair, "elsewhere"]))
     assert job(capsys, "queue", workspace, "attributes=aaaaaaaa", f"notes={notes}").splitlines()[2].split() == ["seed", "4", "4", ANY, "4"]
+
+
+def test_pairs_that_errors_retrieved_come_before_the_rest(seed: tuple[Pool, Sidecar], capsys: pytest.CaptureFixture[str]) -> None:
+    pool, attributes = seed
+    storage, workspace = pool.storage, f"workspace={pool.storage.url}"
+    some = set(pool.read_all(["pair_id"])["pair_id"].to_pylist()[4:])
+    selected = gather_pool(storage, "round-01-selected", pieces_of(pool, some), inputs={})
+    tags = Sidecar(selected, "attributes", "c" * 32)
+    rows = [row for row in attributes.read_all(ATTRIBUTES_SCHEMA.names).to_pylist() if row["pair_id"] in some]
+    tags.write(0, pa.Table.from_pylist(rows, schema=ATTRIBUTES_SCHEMA))
+    storage.write_json(f"{tags.folder}/manifest.json", {"pool_digest": selected.digest, "fingerprint": tags.fingerprint})
+    job(capsys, "queue", workspace, "queue.repeat_share=0")
+    seed_only = set(storage.read_table(queue_path("seed"))["pair_id"].to_pylist())
+    job(capsys, "queue", workspace, f"pool={selected.name}", "queue.repeat_share=0", "queue.max_fraction=0.9")
+    retrieved = set(storage.read_table(queue_path(selected.name))["pair_id"].to_pylist()) - seed_only
+    assert retrieved
+    client = browser(AnnotateConfig(workspace=pool.storage.url), "ann")
+    database = AnnotateConfig(workspace=pool.storage.url).open_database()
+    given = []
+    for _ in range(len(retrieved) + 1):
+        judge(client, take(client))
+        with database.read() as session:
+            given = list(session.scalars(select(Item.pair_id).join(Assignment, Assignment.item_id == Item.id).order_by(Assignment.id)))
+    database.close()
+    assert set(given[: len(retrieved)]) == retrieved
+    assert given[len(retrieved)] in seed_only
 
 
 def test_the_job_loads_no_model_code() -> None:
