@@ -8,7 +8,7 @@ own settings are laid over those of its base, section by section.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -134,32 +134,6 @@ def _index(values: list[Any], text: str, override: str) -> int:
     if not text.isdecimal() or int(text) >= len(values):
         raise ConfigError(f"{override!r}: expected a number from 0 to {len(values) - 1} in place of {text!r}, as in judges.0.engine.model")
     return int(text)
-
-
-def describe_settings(cls: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return a line `section.key = default` for every setting of a config, in order, for `--help`; lists of sections show their first entry."""
-    lines: list[str] = []
-    for name, field in cls.model_fields.items():
-        key = f"{prefix}{name}"
-        models = _models_in(field.annotation)
-        if models and not (isinstance(field.default, tuple) and field.default):
-            many = "0." if get_origin(field.annotation) is tuple else ""
-            of_all = [line for model in models for line in describe_settings(model, f"{key}.{many}")]
-            first: dict[str, str] = {}
-            for line in of_all:
-                first.setdefault(line.partition(" = ")[0], line)
-            lines += first.values()
-            continue
-        default = field.get_default(call_default_factory=True) if not field.is_required() else "REQUIRED"
-        lines.append(f"{key} = {getattr(default, 'value', default)}")
-    return lines
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """Return the model that an annotation is, or those it holds (a tuple of models, an optional model, one of several kinds)."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
 def _one_line(error: ValidationError, file: str | None) -> str:

@@ -46,8 +46,11 @@ class UserConfig(Settings):
     """The account that `annotate.py user` adds or changes."""
 
     name: str = ""
+    """The name to sign in with."""
     role: Role = Role.ANNOTATOR
+    """What the person may do."""
     active: bool = True
+    """Whether the account may sign in."""
     secret_file: str = ""  # empty: asked for on a terminal, else made up and printed once; never part of a config
 
 
@@ -56,6 +59,7 @@ class AnnotateConfig(JobConfig):
 
     database: SecretStr = SecretStr("")  # empty: SQLite in the workspace; else postgresql+psycopg://user@host/name
     pool: str = "seed"
+    """The pool whose pairs are judged."""
     attributes: str = ""  # fingerprint of the pool's attributes; empty: the only finished ones
     notes: str = ""  # JSONL: pair_id, chosen, rejected (what an LLM says of each reply); empty: what jobs/preverify.py noted, if it was run
     label_studio: str = ""  # from_label_studio: a project's JSON export

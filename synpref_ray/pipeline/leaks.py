@@ -60,6 +60,7 @@ class LeaksConfig(JobConfig):
     """Names of pools that ingest made; none means those of seed, unverified and wild that there are."""
     min_words: int = Field(default=MIN_NGRAM, ge=MIN_NGRAM, le=FULL_NGRAM)  # App. C (v3); higher asks about fewer pairs
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
 
 def check_leaks(config: LeaksConfig) -> None:

@@ -49,6 +49,7 @@ class LLMStepConfig(Settings):
     engine: AnyEngineConfig
     num_workers: int = Field(default=1, ge=1)  # ours: engines; one per GPU (or per tensor-parallel group), or one client of an endpoint each
     num_gpus_per_worker: float = 0.0
+    """GPUs that Ray sets aside for each engine."""
     concurrent_shards: int = 2  # ours: while one shard's last replies come in, the next one keeps the engine full
     max_failed_fraction: float = 0.5  # ours: more failures than replies means a wrong model or prompt
 

@@ -50,10 +50,12 @@ class PreverifyConfig(JobConfig):
 
     noters: Annotated[tuple[NoteStepConfig, ...], Field(min_length=1), AfterValidator(_names_differ)]
     pool: str = "seed"
+    """The pool whose pairs get notes."""
     attributes: str = ""  # fingerprint of the pool's attributes; empty: the only finished ones
     queue: QueueConfig = QueueConfig()  # as jobs/annotate.py queue will have it: which pairs people are asked about
     objective_only: bool = True  # Sec. 3.2: of a matter of taste there is no correct and incorrect
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
 
 class NoteWorker:
