@@ -19,6 +19,7 @@ class ReportConfig(JobConfig):
 
     max_runs: int = Field(default=10, ge=1)  # ours
     gpu_hour_price: float = Field(default=0.0, ge=0.0)
+    """What an hour of one GPU costs, for the cost in the status; 0: unknown."""
 
 
 def show_status(config: ReportConfig) -> str:

@@ -36,7 +36,9 @@ class EmbedStepConfig(Settings):
     embedder: EmbedderConfig = EmbedderConfig()
     dimension: int = 384  # of all-MiniLM-L6-v2; 1024 for jina-embeddings-v3
     num_workers: int = 1
+    """Processes that embed."""
     num_gpus_per_worker: float = 0.0
+    """GPUs that Ray sets aside for each worker."""
 
     @property
     def schema(self) -> pa.Schema:

@@ -31,6 +31,7 @@ class ScoreConfig(ScorerConfig):
 
     num_workers: int = 1  # ours: one per GPU; on a laptop one process with all its threads
     num_gpus_per_worker: float = 0.0
+    """GPUs that Ray sets aside for each worker."""
     max_failed_fraction: float = 0.5  # ours: more than half unscorable means the wrong data or length limit
 
 
