@@ -36,7 +36,7 @@ def load_config(cls: type[SettingsT], file: str | None, overrides: Sequence[str]
     """
     values = _read_with_base(Path(file)) if file is not None else {}
     for override in overrides:
-        _apply(values, override)
+        _apply(values, override, cls)
     _refuse_credentials_in(values, "")
     try:
         return cls.model_validate(values)
@@ -113,7 +113,7 @@ def _without_sharing(value: Any) -> Any:
     return value
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, cls: type[BaseModel]) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"expected key=value or section.key=value, found {override!r}")
@@ -122,12 +122,22 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         value = text
     *sections, key = path.split(".")
+    if not isinstance(value, dict | list | str | None) and _is_text(cls, sections, key):
+        value = text  # a fingerprint of digits alone, a name like 007: YAML would make a number of them
     where: Any = values
     for section in sections:
         where = where.setdefault(section, {}) if isinstance(where, dict) else where[_index(where, section, override)]
         if not isinstance(where, dict | list):
             raise ConfigError(f"{override!r}: {section!r} is a value, not a section")
     where[key if isinstance(where, dict) else _index(where, key, override)] = value
+
+
+def _is_text(cls: type[BaseModel], sections: Sequence[str], key: str) -> bool:
+    models = [cls]
+    for section in sections:
+        if not section.isdecimal():  # a place in a list of sections
+            models = [inner for model in models if section in model.model_fields for inner in _models_in(model.model_fields[section].annotation)]
+    return any(model.model_fields[key].annotation is str for model in models if key in model.model_fields)
 
 
 def _index(values: list[Any], text: str, override: str) -> int:
@@ -151,8 +161,13 @@ def describe_settings(cls: type[BaseModel], prefix: str = "") -> list[str]:
             lines += first.values()
             continue
         default = field.get_default(call_default_factory=True) if not field.is_required() else "REQUIRED"
-        lines.append(f"{key} = {getattr(default, 'value', default)}")
+        lines.append(f"{key} = {_plain(default)}")
     return lines
+
+
+def _plain(value: Any) -> Any:
+    """Return a default as a person would write it: an enum's value, also as a mapping's key."""
+    return {_plain(key): _plain(inner) for key, inner in value.items()} if isinstance(value, dict) else getattr(value, "value", value)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -166,8 +181,9 @@ def _one_line(error: ValidationError, file: str | None) -> str:
     problems = []
     for problem in error.errors()[:3]:
         where = ".".join(str(part) for part in problem["loc"]) or "config"
-        found = "" if problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})"
-        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        is_own = problem["type"] == "value_error" and isinstance(problem["input"], dict)  # a section's own check says what it found
+        found = "" if is_own or problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})"
+        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
         problems.append(f"{where}: {what}{found}")
     more = f" and {error.error_count() - 3} more" if error.error_count() > 3 else ""
     return f"bad settings{f' in {file}' if file else ''}: {'; '.join(problems)}{more}"

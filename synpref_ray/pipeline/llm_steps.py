@@ -4,7 +4,7 @@ Paper: Sec. 3.1 (attributes) and Sec. 3.2, Step 3 (preference-aware labelling wi
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -174,6 +174,16 @@ class TagWorker:
         return table, {**journal_counters(journal), **self._meter.take()}
 
 
+def pairs_to_judge(shard: pa.Table, gold_groups: Set[str]) -> pa.Array | pa.ChunkedArray:
+    """Return which pairs of a shard a judge is asked about, a boolean each: where people verify, those that no person has judged (one that they
+    could not decide was judged: it is discarded, never passed to an LLM) and that share no prompt with gold.
+    """
+    if "human_drop_reason" not in shard.column_names:
+        return pa.array([True] * shard.num_rows)
+    free = pc.fill_null(pc.equal(shard["human_drop_reason"], DropReason.NOT_SELECTED.value), False)
+    return pc.and_(free, pc.invert(pc.is_in(shard["prompt_group"], value_set=pa.array(sorted(gold_groups), pa.string()))))
+
+
 class JudgeWorker:
     """Holds one engine and the gold exemplars."""
 
@@ -188,10 +198,7 @@ class JudgeWorker:
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         check_exemplars(shard, self._gold)
         journal = open_journal(self._tables, key, self._config.engine)
-        asked = pa.array([True] * shard.num_rows)
-        if "human_drop_reason" in shard.column_names:
-            free = pc.fill_null(pc.equal(shard["human_drop_reason"], DropReason.NOT_SELECTED.value), False)
-            asked = pc.and_(free, pc.invert(pc.is_in(shard["prompt_group"], value_set=pa.array(sorted(self._groups), pa.string()))))
+        asked = pairs_to_judge(shard, self._groups)
         votes = judge_pairs(shard.filter(asked), self._gold, self._engine, self._config.judge, journal)
         return spread_rows(shard["pair_id"], asked, votes), {"judged": float(votes.num_rows), **journal_counters(journal), **self._meter.take()}
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from synpref_ray.llm.noter import NOTES_SCHEMA, NoterConfig, note_pairs
 from synpref_ray.llm.prompts import NOTE_PROMPT_VERSION
 from synpref_ray.llm.spending import Budget
-from synpref_ray.pipeline.annotation import plan_queue
+from synpref_ray.pipeline.annotation import open_attributes, plan_queue
 from synpref_ray.pipeline.gathering import gather_pool
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import PAIR_COLUMNS, EngineMeter, LLMStepConfig, journal_counters, open_journal, run_llm_step
@@ -26,7 +26,7 @@ from synpref_ray.rules.annotation_queue import QueueConfig
 from synpref_ray.schema import Objectivity
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
-from synpref_ray.tables.sidecars import Sidecar, open_sidecar
+from synpref_ray.tables.sidecars import Sidecar
 
 NOTE_VERSION = 1
 SHOWN_SCHEMA = pa.schema([pa.field("pair_id", pa.string(), nullable=False), pa.field("chosen", pa.string()), pa.field("rejected", pa.string())])
@@ -73,7 +73,7 @@ class NoteWorker:
 
 def check_preverify(config: PreverifyConfig) -> None:
     """Check the pool, its attributes and the noters' models, without loading one."""
-    open_sidecar(open_pool(config.storage, config.pool), "attributes", config.attributes or None)
+    open_attributes(open_pool(config.storage, config.pool), config.attributes)
     for step in config.noters:
         step.check()
 
@@ -81,7 +81,7 @@ def check_preverify(config: PreverifyConfig) -> None:
 def run_preverify(config: PreverifyConfig, run: Run) -> str:
     """Note the replies of the pairs that the queue will ask about; return the closing table."""
     pool = open_pool(config.storage, config.pool)
-    pairs, order = plan_queue(pool, open_sidecar(pool, "attributes", config.attributes or None), config.queue)
+    pairs, order = plan_queue(pool, open_attributes(pool, config.attributes), config.queue)
     objective = {row["pair_id"] for row in pairs.select(["pair_id", "objectivity"]).to_pylist() if row["objectivity"] == Objectivity.OBJECTIVE}
     asked = [pair_id for pair_id in order["pair_id"].to_pylist() if pair_id in objective or not config.objective_only]
     gathered = gather_pool(config.storage, f"{pool.name}-preverified", pieces_of(pool, set(asked)), inputs={}, max_pairs=config.gathered_shard_pairs)

@@ -97,5 +97,6 @@ def score_pools(
     )
     result = run_step(step, [StepInput(pool, SCORE_COLUMNS) for pool in pools])
     more = {"shortened": int(shortened)} if (shortened := result.counters.get("shortened_pairs")) else {}
-    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds, **more)
+    num_models = len(models)
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds, models=num_models, **more)
     return result

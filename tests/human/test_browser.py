@@ -118,11 +118,18 @@ def test_a_person_works_through_the_queue_by_keyboard(tmp_path: Path, browser: W
         shoot(browser, "annotation.png")
         next_page(browser, Keys.ENTER)
         assert "Code must be run" in browser.find_element(By.CSS_SELECTOR, "[role=alert]").text
-        browser.find_element(By.ID, "code_run").send_keys("evens([1, 2, 4]) gave [2, 4]", Keys.ESCAPE)
+        press(browser, "c")
+        press(browser, "evens([1, 2, 4]) gave [2, 4]", Keys.ESCAPE)
+        assert browser.find_element(By.ID, "code_run").get_attribute("value") == "evens([1, 2, 4]) gave [2, 4]"
+        assert not browser.find_element(By.NAME, "own_judgement").is_displayed()
+        press(browser, "g")  # folded, and so it stays on the next page
+        wait(browser).until(lambda driver: not driver.find_element(By.ID, "guideline").is_displayed())
         press(browser, "r")
         press(browser, "the other one keeps the odd ones", Keys.ESCAPE)
         next_page(browser, Keys.ENTER)
         assert "Plan three evenings" in browser.find_element(By.ID, "main").text
+        assert not browser.find_element(By.ID, "guideline").is_displayed()
+        press(browser, "g")
         press(browser, "0")
         next_page(browser, Keys.ENTER)
         next_page(browser, "u")  # not undecidable after all
@@ -140,6 +147,16 @@ def test_a_person_works_through_the_queue_by_keyboard(tmp_path: Path, browser: W
         browser.get(f"{server.url}/admin")
         assert browser.find_element(By.ID, "count-settled").text == "3"
         shoot(browser, "annotation-admin.png")
+        browser.set_window_size(500, 900)
+        broken = """
+            return [...document.querySelectorAll('th, td')].filter(cell => {
+              const all = document.createRange();
+              all.selectNodeContents(cell);
+              const lines = new Set([...all.getClientRects()].map(box => Math.round(box.bottom / 8)));
+              return lines.size > cell.textContent.trim().split(/[\\s-]+/).length;
+            }).map(cell => cell.textContent)
+        """
+        assert browser.execute_script(broken) == []  # no word and no figure of a table is broken over lines
         assert server.stop() == 0
     database = config.open_database()
     with database.read() as session:
