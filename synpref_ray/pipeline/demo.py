@@ -24,6 +24,7 @@ from synpref_ray.pipeline.evaluate import correct_flags
 from synpref_ray.pipeline.ingest import IngestConfig, check_ingest, run_ingest
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.licences import with_source_licences
+from synpref_ray.pipeline.report_page import write_report
 from synpref_ray.pipeline.score_file import FileScoring, score_file
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD, Stage1Config, run_stage1
@@ -112,7 +113,9 @@ def run_demo(config: DemoConfig, run: Run) -> str:
     stage1_table = run_stage1(stage1, run)
     stage2_table = run_stage2(stage2, run)
     models = _train_pair(config, training, run)
-    return "\n\n".join([stage1_table, stage2_table, _final_report(config, stage2.score, run, models)])
+    final = _final_report(config, stage2.score, run, models)
+    page, *_ = write_report(config.storage, config.storage.join(f"{run.folder}/report.html"), current={run.folder: run.metrics})
+    return "\n\n".join([stage1_table, stage2_table, final, f"report: {page}"])
 
 
 def _train_pair(config: DemoConfig, training: TrainJobConfig, run: Run) -> dict[str, list[StoredModel]]:

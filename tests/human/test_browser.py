@@ -1,12 +1,10 @@
 """A person at the real app in headless Chromium: sign in, vote by keyboard, undo, edit attributes, finish; and hostile pairs that stay inert."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -20,19 +18,12 @@ from synpref_ray.human.assignments import AnnotationQueue, NewItem
 from synpref_ray.human.database import Role, VerdictRow
 from synpref_ray.human.protocol import ProtocolConfig
 from synpref_ray.pipeline.annotation import AnnotateConfig
+from tests.browser import needs_browser, open_browser
 from tests.human.live import REPOSITORY, LiveServer
 from tests.human.site import QUICK_HASHER, SECRET, TAGS, make_item
 from tests.human.test_rendering import HOSTILE
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium here (Debian: apt-get install chromium chromium-driver)"),
-]
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--force-color-profile=srgb"),
-)
+pytestmark = [pytest.mark.slow, needs_browser]
 PLAN = """Here is a plan for **three evenings**:
 
 1. *Day one:* read the chapter and mark what is new.
@@ -65,12 +56,7 @@ PROMPT = [
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[WebDriver]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1440,1000"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = open_browser(tmp_path / "profile", "1440,1000")
     yield driver
     driver.quit()
 
