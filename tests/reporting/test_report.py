@@ -154,7 +154,7 @@ def test_no_cell_is_a_formula(hostile: Report) -> None:
 
 
 def test_a_run_s_own_report_holds_its_own_numbers(plain: Storage, tmp_path: Path) -> None:
-    storage = Storage(shutil.copytree(plain.url, tmp_path / "ws"))
+    storage = Storage(str(shutil.copytree(plain.url, tmp_path / "ws")))
     run = Run(storage, "demo", Settings())
     demo = json.loads(
         json.dumps(storage.read_json(next(path for path in storage.list_files("runs") if "demo" in path and path.endswith("metrics.json"))))
