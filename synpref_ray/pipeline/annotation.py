@@ -74,7 +74,12 @@ class AnnotateConfig(JobConfig):
         """
         url = self.database.get_secret_value()
         if not url:
-            path = Path(self.storage.local_path(DATABASE))  # object storage has none, and says so
+            if not self.storage.is_local:
+                raise InputError(
+                    f"the workspace {self.workspace} is on no local disk, where SQLite could keep accounts and verdicts: name a database "
+                    "(database=postgresql+psycopg://USER@HOST/NAME, or database=sqlite:////FOLDER/annotations.db on this machine)"
+                )
+            path = Path(self.storage.local_path(DATABASE))
             if not make and not path.exists():
                 raise InputError(
                     f"nobody is asked anything in the workspace {self.workspace}: it has no {DATABASE}; fill a queue first "
