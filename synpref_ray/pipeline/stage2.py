@@ -1,7 +1,7 @@
 """Stage 2: two reward models score the wild pool, judges see only what the best RM disagrees with, one table decides: keep, flip or drop.
 
 Paper: Sec. 3.3 and App. H.4. Both curated datasets (kept pairs: the 26M kind; kept and flipped: the 40M kind) are filters over the decision sidecar.
-A new judge bar is applied to stored votes and rewards without running a model; a band that asks about other pairs has them tagged and judged.
+A new judge bar or flip bar is applied to stored votes and rewards without running a model; a band that asks about more pairs has them judged.
 """
 
 import time
