@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.config import Settings
@@ -36,7 +37,9 @@ class EmbedStepConfig(Settings):
     embedder: EmbedderConfig = EmbedderConfig()
     dimension: int = 384  # of all-MiniLM-L6-v2; 1024 for jina-embeddings-v3
     num_workers: int = 1
+    min_workers: int = Field(default=0, ge=0)  # ours: as of the scorer
     num_gpus_per_worker: float = 0.0
+    max_shard_seconds: float = Field(default=6 * 3600.0, ge=0)  # ours: as of the scorer
 
     @property
     def schema(self) -> pa.Schema:
@@ -65,7 +68,9 @@ def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], conf
         settings={**config.embedder.model_dump(mode="json", include={"max_window_tokens"}), "versions": versions_of("torch", "transformers")},
         digests={"model": digest_folder(resolve_model(config.embedder.model))},
         worker_arguments=lambda _: {"config": config.embedder},
-        resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),
+        resources=Resources(
+            config.num_workers, num_gpus=config.num_gpus_per_worker, min_workers=config.min_workers, max_shard_seconds=config.max_shard_seconds
+        ),
         model=config.embedder.model,
         max_failed_fraction=1.0,  # what has no attributes was counted by the tagger
     )
