@@ -262,13 +262,12 @@ def contents(storage: Storage) -> dict[str, bytes]:
 
 def leftovers(storage: Storage) -> list[str]:
     """Return what no finished job may leave behind: leases, training folders, what workers had in hand."""
-    paths = (
-        [str(path.relative_to(storage.url)) for path in Path(storage.url).rglob("*")]
-        if storage.is_local
-        else S3Objects.at(storage.url).list_files("")
-    )
-    folders = [path for path in paths if path.startswith("tmp/") and storage.is_local and Path(storage.url, path).is_dir()]
-    return [path for path in paths if path not in folders and ("lease" in path or path.startswith("tmp/") or "/crashes/" in path)]
+    if storage.is_local:
+        root = Path(storage.url)
+        paths = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    else:
+        paths = S3Objects.at(storage.url).list_files("")
+    return [path for path in paths if "lease" in path or path.startswith("tmp/") or "/crashes/" in path]
 
 
 def rows_computed(log: Path) -> int:
