@@ -17,6 +17,8 @@ Kind = Literal["driver", "actor", "worker", "node"]
 TIMEOUT_SECONDS = 1800
 POLL_SECONDS = 0.03
 IDLE_AFTER_SECONDS = 6.0  # a worker that is busy is looked for so long; then an idle one will do
+RAY_NOT_UP = "timed out during startup"
+MAX_RAY_NOT_UP = 10
 SYSTEM_ACTORS = ("DashboardAgent", "RuntimeEnvAgent", "ActorLocationTracker", "_StatsActor", "_Autoscaling", "DatasetManager")
 
 
@@ -44,6 +46,8 @@ class Outcome:
     starts: int = 0
     failed_starts: int = 0
     """Starts that ended by themselves with an error, though their driver was not killed."""
+    ray_not_up: int = 0
+    """Starts whose Ray did not come up in the time that it gives itself."""
     seconds: float = 0.0
 
 
@@ -74,12 +78,16 @@ class Killer:
         began = time.monotonic()
         while True:
             outcome.starts += 1
-            assert outcome.starts <= len(plan) + 4, f"the job does not come to an end: {self._tail()}"
+            assert outcome.starts <= len(plan) + 4 + MAX_RAY_NOT_UP, f"the job does not come to an end: {self._tail()}"
             with self.log.open("ab") as log:
                 driver = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log, cwd=self.log.parent)
             code = self._watch(driver, left, outcome)
             if code == 0:
                 break
+            if code > 0 and RAY_NOT_UP in self._tail():  # a busy machine: Ray gives itself 30 s
+                outcome.ray_not_up += 1
+                assert outcome.ray_not_up < MAX_RAY_NOT_UP, "Ray does not start on this machine"
+                continue
             outcome.failed_starts += code > 0
             assert outcome.failed_starts <= 1, f"the job failed by itself: {self._tail()}"
         outcome.undelivered.update(planned.kind for planned in left)

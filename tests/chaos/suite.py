@@ -151,6 +151,7 @@ class Suite:
             "planned_but_too_late": dict(outcome.undelivered),
             "driver_starts": outcome.starts,
             "failed_starts": outcome.failed_starts,
+            "ray_not_up": outcome.ray_not_up,
             "storage_faults": given.faults(),
             "tables_and_records": len(found),
             "rows_scored_embedded_trained_again": max(0, recomputed),
@@ -267,7 +268,7 @@ def leftovers(storage: Storage) -> list[str]:
         paths = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     else:
         paths = S3Objects.at(storage.url).list_files("")
-    return [path for path in paths if "lease" in path or path.startswith("tmp/") or "/crashes/" in path]
+    return [path for path in paths if ("lease" in path and not path.startswith("runs/")) or path.startswith("tmp/") or "/crashes/" in path]
 
 
 def rows_computed(log: Path) -> int:
