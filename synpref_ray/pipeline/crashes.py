@@ -38,6 +38,7 @@ MAX_PAIR_CRASHES = 3  # ours: a pair is rejected for good, so it gets one more c
 MAX_CRASHES = 200  # ours: about ten poison pairs in one shard; more is not poison but a broken engine
 MAX_START_CRASHES = 3  # ours: a model that did not fit three times will not fit the fourth
 MAX_RESTARTS = 1000  # ours: of one worker over a step of days; Ray's own default is without end
+MAX_TASK_RETRIES = 20  # ours: of a stateless task whose process or node is lost; Ray Data's own default is without end
 EXIT_CODE = 70  # EX_SOFTWARE: this process ended itself, so that Ray starts another
 Rows = tuple[int, int]
 """The rows of a shard from the first number up to, not including, the second."""

@@ -22,7 +22,7 @@ from ray.data.datasource import Datasink, ReadTask, WriteResult
 
 from synpref_ray.errors import SchemaError, SynprefError
 from synpref_ray.llm.engine import EngineDied
-from synpref_ray.pipeline.crashes import MAX_RESTARTS, CrashJournal, ShardGuard, end_process
+from synpref_ray.pipeline.crashes import MAX_RESTARTS, MAX_TASK_RETRIES, CrashJournal, ShardGuard, end_process
 from synpref_ray.pipeline.metrics import export
 from synpref_ray.pipeline.progress import Progress
 from synpref_ray.reporting.metrics import ShardWork, shard_samples
@@ -248,14 +248,17 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
     tables = [[replace(sidecar, pool=_without_shards(sidecar.pool)) for sidecar in outputs] for outputs in tables]
     resources = step.resources
     sink = _ShardSink(_ShardWriter(step.name, step.outputs, tables))
-    dataset = ray.data.read_datasource(_ShardSource(light, _with_rows(inputs, pending)), override_num_blocks=len(pending))
+    # The same bound for reading, stateless work and writing, so that Ray Data still fuses them into one task a shard.
+    retries = {"max_retries": MAX_TASK_RETRIES}
+    source = _ShardSource(light, _with_rows(inputs, pending))
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=retries)
     arguments: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "num_cpus": resources.num_cpus}
     if resources.num_gpus:
         arguments["num_gpus"] = resources.num_gpus
     if resources.environment:
         arguments["runtime_env"] = {"env_vars": dict(resources.environment)}
     if resources.num_workers == 0:
-        dataset = dataset.map_batches(_StatelessTask(step, tables), **arguments)
+        dataset = dataset.map_batches(_StatelessTask(step, tables), **arguments, **retries)
     else:
         most = min(resources.num_workers, len(pending))
         compute = ActorPoolStrategy(
@@ -266,14 +269,14 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
             enable_true_multi_threading=resources.concurrent_shards > 1,
         )
         named = type(step.label, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
-        bounded = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}  # Ray Data's own defaults are without end
+        bounded = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
         made_of = (step, tables, uuid.uuid4().hex[:8], pending[0].table)
         dataset = dataset.map_batches(named, fn_constructor_args=made_of, compute=compute, **arguments, **bounded)
     rows = _with_rows(inputs, pending)
     of_table = [(outputs[-1], {key.number: count for key, count in rows if key.table == index}) for index, outputs in enumerate(tables)]
     try:
         with Progress(step.label, [(sidecar, shards) for sidecar, shards in of_table if shards]):
-            dataset.write_datasink(sink)
+            dataset.write_datasink(sink, ray_remote_args=retries)
     except ray.exceptions.RayError as error:
         raise unwrap(error) from error
     return sink.results
