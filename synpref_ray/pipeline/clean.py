@@ -19,7 +19,9 @@ class CleanConfig(JobConfig):
     """What may go."""
 
     unfinished: bool = False  # ours: unfinished tables and trainings hold work that a job would go on from
+    """Also remove unfinished tables and trainings, and what was written since a job began that has not finished."""
     max_shown: int = Field(default=60, ge=1)  # ours: two screens; the rest is counted
+    """Lines of the list."""
 
 
 def list_garbage(config: CleanConfig) -> str:

@@ -28,6 +28,7 @@ class RayConfig(Settings):
     num_cpus: int = 8  # ours: logical, so that actors that wait on each other never starve on a 2-core laptop
     object_store_memory_bytes: int = 1 * 2**30  # ours: shards of 64 MiB stream; a local run needs no more
     dashboard: bool = True
+    """Whether a local Ray shows its dashboard."""
 
 
 def configure_ray_data() -> None:

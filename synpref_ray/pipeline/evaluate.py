@@ -18,6 +18,7 @@ from synpref_ray.evaluation.accuracy import as_metrics, pair_accuracy
 from synpref_ray.evaluation.benchmarks.core import Item, Measured, Outcome, outcome_of_scores
 from synpref_ray.evaluation.benchmarks.estimates import NUM_RESAMPLES, Estimate, estimate
 from synpref_ray.ingest.readers import open_binary
+from synpref_ray.pipeline.audits import AuditConfig, AuditName, compare_models, run_audits
 from synpref_ray.pipeline.benchmark_files import FoundBenchmark, LoadedBenchmark, find_benchmarks, load_benchmark
 from synpref_ray.pipeline.benchmark_judges import judge_outcomes
 from synpref_ray.pipeline.benchmark_overlap import ContaminationConfig, shared_items
@@ -44,6 +45,7 @@ class EvaluateConfig(JobConfig):
     benchmarks: tuple[str, ...] = Field(min_length=1)
     """Names or paths; a single one may stand alone."""
     data: str = "."
+    """The folder of benchmarks: official files in folders by name, and files of pairs."""
     from_hub: bool = False
     """Whether benchmarks without files here are streamed from the Hugging Face hub."""
     judges: tuple[JudgeStepConfig, ...] = ()
@@ -55,13 +57,22 @@ class EvaluateConfig(JobConfig):
     seed: int = 0
     """Of the sample and of the bootstrap."""
     num_resamples: int = Field(default=NUM_RESAMPLES, ge=1)
+    """Resamples of the bootstrap behind each interval."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
     contamination: ContaminationConfig = ContaminationConfig()
+    audits: tuple[AuditName, ...] = ()
+    """What is looked at beside the benchmarks' own metrics: calibration, bias, attacks (docs/evaluation.md, Reliability)."""
+    audit: AuditConfig = AuditConfig()
+    compare: tuple[str, ...] = ()
+    """Folders of another model to test this one against, one a seed of its training."""
+    model_seeds: tuple[str, ...] = ()
+    """Further seeds of `model`, for that test alone."""
     replies_per_shard: int = Field(default=REPLIES_PER_SHARD, ge=1)
+    """Replies that are scored between two writes."""
     score: ScoreConfig = ScoreConfig()
     reading: FileScoring = FileScoring()
 
-    @field_validator("benchmarks", mode="before")
+    @field_validator("benchmarks", "audits", "compare", "model_seeds", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
@@ -86,6 +97,10 @@ def check_evaluate(config: EvaluateConfig) -> None:
     names = [judge.judge.judge for judge in config.judges]
     if not config.model and not names:
         raise ConfigError("name a model to evaluate (model=FOLDER), or judges")
+    if not config.model and (config.audits or config.compare):
+        raise ConfigError("audits and compare are of a reward model's rewards: name a model (model=FOLDER)")
+    for folder in (*config.compare, *config.model_seeds):
+        model_folder(folder)
     if len(set(names)) != len(names):
         raise ConfigError(f"every judge needs a name of its own, found {', '.join(names)}")
     if config.model:
@@ -130,16 +145,40 @@ def run_evaluate(config: EvaluateConfig, run: Run) -> str:
                 run.metrics.update(_clean_metrics(benchmark, scorer, outcomes[benchmark.name], shared[benchmark.name], config))
         notes += _notes(benchmark, shared[benchmark.name], config)
     header = ("benchmark", "scorer", "metric", "value", f"{config.confidence:.0%} interval", "items", "unscored", "verified")
-    return "\n".join([format_table(header, rows), *dict.fromkeys(notes)])
+    return "\n".join([format_table(header, rows), *dict.fromkeys(notes), *_audit_tables(config, run, loaded, scorers.get(MODEL_ROW, {}))])
+
+
+def _audit_tables(config: EvaluateConfig, run: Run, benchmarks: Sequence[LoadedBenchmark], outcomes: Mapping[str, list[Outcome]]) -> list[str]:
+    """Run the audits and the test against another model; return their tables, each after an empty line."""
+    reports = []
+    by_name = {one.name: one for one in benchmarks}
+    if config.audits:
+        cache = ScoreCache(config.cache_storage, model_folder(config.model), config.score)
+        reports.append(run_audits(run, cache, {name: (by_name[name], found) for name, found in outcomes.items()}, config.audits, config.audit))
+    if config.compare:
+        seeds = [outcomes, *(_outcomes_of(config, run, folder, benchmarks) for folder in config.model_seeds)]
+        others = [_outcomes_of(config, run, folder, benchmarks) for folder in config.compare]
+        sides = ({name: [one[name] for one in side] for name in by_name} for side in (seeds, others))
+        reports.append(compare_models(by_name, *sides, seed=config.seed, num_resamples=config.num_resamples, confidence=config.confidence))
+    for report in reports:
+        run.metrics.update(report.metrics)
+    return [f"\n{table}" for report in reports for table in report.tables]
 
 
 def _model_outcomes(config: EvaluateConfig, run: Run, benchmarks: Sequence[LoadedBenchmark]) -> dict[str, list[Outcome]]:
     if config.cache and ray.is_initialized():
         probe_workspace(config.cache_storage)
-    cache = ScoreCache(config.cache_storage, model_folder(config.model), config.score)
+    return _outcomes_of(config, run, config.model, benchmarks, count=True)
+
+
+def _outcomes_of(
+    config: EvaluateConfig, run: Run, model: str, benchmarks: Sequence[LoadedBenchmark], *, count: bool = False
+) -> dict[str, list[Outcome]]:
+    cache = ScoreCache(config.cache_storage, model_folder(model), config.score)
     every = conversations_of((item.prompt, reply) for one in benchmarks for item in one.read.items if item.problem is None for reply in item.replies)
     computed = cache.fill(run, every, replies_per_shard=config.replies_per_shard)
-    run.metrics["replies"] = {"all": len(every), "computed": computed, "from_cache": len(every) - computed}
+    if count:
+        run.metrics["replies"] = {"all": len(every), "computed": computed, "from_cache": len(every) - computed}
     return {one.name: [_outcome(item, cache) for item in one.read.items] for one in benchmarks}
 
 

@@ -75,6 +75,7 @@ class ExportConfig(JobConfig):
     sidecars: dict[str, str] = Field(default={})
     """Heads of fingerprints by name (attributes, hygiene, pii, token_lengths), where a pool has several of one."""
     title: str = ""
+    """The heading of the dataset card; empty: the set's name."""
     max_pairs_per_file: int = Field(default=100_000, ge=1)  # ours: some 200 MB of typical text
 
 

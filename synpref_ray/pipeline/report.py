@@ -1,4 +1,4 @@
-"""What `jobs/report.py` prints: the status of a workspace as tables of text."""
+"""What `jobs/report.py` does: the status of a workspace as tables of text, and its report as a page with the same numbers as JSON and CSV."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +19,12 @@ class ReportConfig(JobConfig):
 
     max_runs: int = Field(default=10, ge=1)  # ours
     gpu_hour_price: float = Field(default=0.0, ge=0.0)
+    """What an hour of one GPU costs, for the cost in the status; 0: unknown."""
+    out: str = "report.html"
+    """Where `html` writes its page, on disk or on s3://; the numbers go beside it as .json and .csv."""
+    num_examples: int = Field(default=3, ge=0)
+    """Pairs of each decision on the page; 0 for a page without any text of the pairs."""
+    max_report_runs: int = Field(default=200, ge=1)  # ours: a request or three each
 
 
 def show_status(config: ReportConfig) -> str:
@@ -27,7 +33,15 @@ def show_status(config: ReportConfig) -> str:
     return describe_status(read_status(storage, max_runs=config.max_runs), storage.url, now=time.time(), gpu_hour_price=config.gpu_hour_price)
 
 
-VERBS: Mapping[str, Callable[[ReportConfig], str]] = {"status": show_status}
+def write_html(config: ReportConfig) -> str:
+    """Write the workspace's report; return where it is."""
+    from synpref_ray.pipeline.report_page import write_report  # not above: a status should not wait for the plotting library
+
+    options = {"max_runs": config.max_report_runs, "num_examples": config.num_examples, "gpu_hour_price": config.gpu_hour_price}
+    return "\n".join(f"report: {file}" for file in write_report(config.storage, config.out, **options))
+
+
+VERBS: Mapping[str, Callable[[ReportConfig], str]] = {"status": show_status, "html": write_html}
 
 
 def describe_status(status: WorkspaceStatus, url: str, *, now: float, gpu_hour_price: float) -> str:

@@ -37,9 +37,13 @@ class EmbedStepConfig(Settings):
     embedder: EmbedderConfig = EmbedderConfig()
     dimension: int = 384  # of all-MiniLM-L6-v2; 1024 for jina-embeddings-v3
     num_workers: int = 1
+    """Processes that embed."""
     min_workers: int = Field(default=0, ge=0)  # ours: as of the scorer
+    """Workers that a pool begins with and falls back to; 0: all of them from the start."""
     num_gpus_per_worker: float = 0.0
+    """GPUs that Ray sets aside for each worker."""
     max_shard_seconds: float = Field(default=6 * 3600.0, ge=0)  # ours: as of the scorer
+    """Seconds after which a worker that is still at one shard is ended and the shard run again; 0: never (docs/faults.md)."""
 
     @property
     def schema(self) -> pa.Schema:

@@ -51,9 +51,9 @@ class ScoreCache:
         Raises:
             InputError: no such model, or it has no tokenizer with a chat template.
         """
-        self._storage = storage
-        self._model = model
-        self._config = config
+        self.storage = storage
+        self.model = model
+        self.config = config
         self._settings = {
             "version": CACHE_VERSION,
             "model": digest_folder(model),
@@ -84,7 +84,7 @@ class ScoreCache:
         missing = [(name, *conversations[name]) for name in conversations if name not in self._scores]
         if not missing:
             return 0
-        pool = _work_pool(self._storage, missing, replies_per_shard)
+        pool = _work_pool(self.storage, missing, replies_per_shard)
         result = run_step(self._step(), [StepInput(pool, ("prompt", "reply"))])
         sidecar = result.sidecars[0][0]
         for shard in pool.shards:
@@ -99,18 +99,18 @@ class ScoreCache:
             worker=ReplyScoreWorker,
             outputs=(Output(f"rewards.{self.key}", SCORES_SCHEMA),),
             settings=self._settings,
-            worker_arguments=lambda _: {"model": self._model, "config": self._config},
-            resources=self._config.resources,
+            worker_arguments=lambda _: {"model": self.model, "config": self.config},
+            resources=self.config.resources,
             max_failed_fraction=1.0,  # a reply without a reward is an answer here: it is counted, and wrong
         )
 
     def _read(self) -> dict[str, CachedScore]:
         """Read every finished shard of this model, of whatever run, sealed or not; of two rewards of a reply the first path's counts."""
         wanted = f"/rewards.{self.key}/"
-        paths = [path for path in self._storage.list_files("pools") if wanted in path and shard_number_of_path(path) is not None]
+        paths = [path for path in self.storage.list_files("pools") if wanted in path and shard_number_of_path(path) is not None]
         found: dict[str, CachedScore] = {}
         for path in reversed(paths):
-            found.update(_scores_of(self._storage.read_table(path)))
+            found.update(_scores_of(self.storage.read_table(path)))
         return found
 
 

@@ -36,8 +36,11 @@ class ScoreConfig(ScorerConfig):
 
     num_workers: int = 1  # ours: one per GPU; on a laptop one process with all its threads
     min_workers: int = Field(default=0, ge=0)  # ours: 0 asks for all workers at once; a cluster that grows with its load begins with fewer
+    """Workers that a pool begins with and falls back to; 0: all of them from the start."""
     num_gpus_per_worker: float = 0.0
+    """GPUs that Ray sets aside for each worker."""
     max_shard_seconds: float = Field(default=6 * 3600.0, ge=0)  # ours: a shard takes minutes; what takes hours hangs, and is run again elsewhere
+    """Seconds after which a worker that is still at one shard is ended and the shard run again; 0: never (docs/faults.md)."""
     max_failed_fraction: float = 0.5  # ours: more than half unscorable means the wrong data or length limit
 
     @property
@@ -114,5 +117,6 @@ def score_pools(
     result = run_step(step, [StepInput(pool, SCORE_COLUMNS) for pool in pools])
     told = {"shortened_pairs": "shortened", **{name: name for name in FAULT_COUNTERS}}
     more = {told[name]: int(result.counters[name]) for name in told if result.counters.get(name)}
-    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds, **more)
+    num_models = len(models)
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds, models=num_models, **more)
     return result

@@ -48,6 +48,7 @@ class Stage2Config(JobConfig):
     """Everything Stage 2 needs; reward models and gold come from Stage 1's record in the workspace."""
 
     pool: str = "wild"
+    """The pool that is curated."""
     taggers: Taggers
     judges: Judges
     tag_scope: Literal["mismatches", "all"] = "mismatches"  # Sec. 3.3: attributes only for what a judge sees
@@ -60,6 +61,7 @@ class Stage2Config(JobConfig):
     gate: GateConfig = GateConfig()
     decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are dropped where it was run; off, or the head of a fingerprint
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def train_model(
     record = TrainingRecord.model_validate(json.loads(storage.read_bytes(f"models/{stored}/{RECORD_FILE}")))
     model = StoredModel(storage, stored, _digest(storage, stored))
     pairs, dropped = record.num_pairs + sum(record.num_dropped.values()), record.num_dropped
-    run.step(f"train {name}", rows=pairs, computed=pairs if trained else 0, rejected=dropped, seconds=time.monotonic() - started)
+    epochs = config.num_epochs
+    run.step(f"train {name}", rows=pairs, computed=pairs if trained else 0, rejected=dropped, seconds=time.monotonic() - started, epochs=epochs)
     check_model(run, model, _sample(train), parity, max_length_tokens=config.max_length_tokens)
     text = model_card(
         stored,

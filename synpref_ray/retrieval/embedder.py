@@ -32,6 +32,7 @@ class EmbedderConfig(Settings):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"  # ours: bundled, runs anywhere; the paper's is jinaai/jina-embeddings-v3
     trust_remote_code: bool = False  # jina-embeddings-v3 brings its own modelling code
     device: str = "cpu"
+    """Where the model runs, as torch names it."""
     batch_windows: int = Field(default=32, ge=1)  # ours: 32 windows of 256 tokens keep two cores busy and fit any GPU
     max_window_tokens: int = Field(default=256, ge=8)  # what all-MiniLM-L6-v2 was trained for; 8192 for jina-embeddings-v3
     num_threads: int = Field(default=2, ge=1)  # ours: torch's threads on CPU, set by hand because Ray's CPUs are logical

@@ -41,6 +41,7 @@ class IndexConfig(Settings):
 
     use_gpu: bool = False  # ours: exact search over a million pairs is seconds on a CPU
     num_threads: int = Field(default=2, ge=1)
+    """Threads of a search."""
 
 
 class PairIndex:

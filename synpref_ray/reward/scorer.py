@@ -46,6 +46,7 @@ class ScorerConfig(Settings):
     over_long: OverLong = "reject"
     """What becomes of those: `reject`, or `drop_oldest_turns` of both sides until the longer one fits. Ours: the paper does not say."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs."""
     num_threads: PositiveInt = 2
     """CPU threads of this process. Ours: the laptop of the demo."""
     attention: AttentionWay = "auto"

@@ -29,6 +29,7 @@ class GoldConfig(Settings):
     """How gold is split."""
 
     seed: int = 0
+    """Seed of the split."""
     audit_fraction: float = Field(default=0.3, gt=0.0, lt=1.0)  # ours: enough to report on, most is left to work with
 
 

@@ -12,6 +12,7 @@ from synpref_ray.pipeline.attack import AttackConfig
 from synpref_ray.pipeline.demo import DemoConfig
 from synpref_ray.pipeline.ingest import IngestConfig
 from synpref_ray.pipeline.leaks import LeaksConfig
+from synpref_ray.pipeline.plan import PlanConfig
 from synpref_ray.pipeline.preverify import PreverifyConfig
 from synpref_ray.pipeline.stage1 import Stage1Config
 from synpref_ray.pipeline.stage2 import Stage2Config
@@ -28,6 +29,7 @@ JOBS: dict[str, type[Settings]] = {
     "annotate": AnnotateConfig,
     "preverify": PreverifyConfig,
     "decontaminate": LeaksConfig,
+    "plan": PlanConfig,
 }
 
 

@@ -1,0 +1,215 @@
+"""What a run will cost and how long it will take: the budget's split, the size that a target needs, when to stop, and the time from measured steps.
+
+Paper: App. F. Reads finished runs of workspaces (events, metrics) and nothing else; no Ray, no model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
+
+from synpref_ray.config import Settings
+from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.measured_runs import read_runs
+from synpref_ray.planning.cost import Assumptions, Cost, CostModel, Prices, Sizes, Throughputs
+from synpref_ray.planning.scaling import Curve, CurvePoint, Interval, StopRule, fit_curve, pairs_for_target, stop_size
+from synpref_ray.planning.split import Policy, Split, check_sizes, split_budget
+from synpref_ray.planning.timing import fit_paces
+from synpref_ray.reporting.run import Run
+from synpref_ray.reporting.table import format_table
+from synpref_ray.tables.storage import Storage
+
+SECONDS_PER_HOUR = 3600.0
+
+
+class CurveConfig(Settings):
+    """Where the scaling curve comes from: its points, or the metrics.json of a finished `jobs/ablate.py` (curve.file)."""
+
+    points: tuple[CurvePoint, ...] = ()
+    file: str = ""
+    num_resamples: NonNegativeInt = 1000
+    confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
+    seed: NonNegativeInt = 0
+
+
+class MeasuredConfig(Settings):
+    """Which finished runs times are taken from."""
+
+    workspaces: tuple[str, ...] = ()
+    """Empty: this workspace."""
+    gpus: NonNegativeInt = 0
+    """GPUs (or, without any, machines) that those runs had: with it, throughputs that are not given are measured ones; 0: they are not."""
+
+
+class PlanConfig(JobConfig):
+    """What to plan; at least one of sizes, budget, target and like."""
+
+    sizes: Sizes = Sizes()
+    """Given sizes: their cost; all 0: the budget is split, or the target's size is taken."""
+    budget: NonNegativeFloat = 0.0
+    target: float = 0.0
+    """The score wanted, on the curve's scale; 0: none."""
+    like: Literal["", "demo"] = ""
+    """demo: how long a run of `demo_config` takes, by the paces of the measured runs."""
+    demo_config: str = "jobs/configs/demo.yaml"
+    demo_data: str = ""
+    """The data of that run; empty: the config's own."""
+    prices: Prices = Prices()
+    throughputs: Throughputs = Throughputs()
+    assumptions: Assumptions = Assumptions()
+    policy: Policy = Policy()
+    curve: CurveConfig = CurveConfig()
+    stop: StopRule = StopRule()
+    measured: MeasuredConfig = MeasuredConfig()
+    expected_seconds: NonNegativeFloat = 0.0
+    """Of a run that was measured elsewhere: the estimate is compared with it; 0: it is not."""
+
+    @property
+    def measured_storages(self) -> list[Storage]:
+        """The workspaces whose finished runs are read."""
+        return [Storage(name) for name in self.measured.workspaces] if self.measured.workspaces else [self.storage]
+
+
+def check_plan(config: PlanConfig) -> None:
+    """Check that there is something to plan."""
+    if not (config.budget or config.target or config.like or any(config.sizes.as_mapping().values()) or config.curve.points or config.curve.file):
+        raise ConfigError("say what to plan: budget=MONEY, target=SCORE (with curve.points or curve.file), sizes.stage2=PAIRS …, or like=demo")
+    if config.curve.points and config.curve.file:
+        raise ConfigError("give curve.points or curve.file, not both")
+    if config.target and not (config.curve.points or config.curve.file):
+        raise ConfigError("a target needs a scaling curve: give curve.points, or curve.file=METRICS of a finished jobs/ablate.py")
+
+
+def run_plan(config: PlanConfig, run: Run) -> str:
+    """Plan; return the closing tables."""
+    parts: list[str] = []
+    model = _cost_model(config)
+    curve = _curve(config)
+    wanted = config.sizes
+    if curve is not None:
+        parts.append(_describe_curve(curve, config, run))
+        if config.target:
+            size = pairs_for_target(curve, config.target)
+            parts.append(_describe_target(size, curve, config, run))
+            if not any(wanted.as_mapping().values()):
+                wanted = _sizes_for(size.value, config)
+    if any(wanted.as_mapping().values()):
+        parts.append(_describe_given(wanted, model, config, run))
+    elif config.budget:
+        split = split_budget(config.budget, model, config.policy)
+        parts.append(_describe_split(split, config, run, curve))
+    if config.like:
+        from synpref_ray.pipeline.plan_time import describe_time  # it reads the demo's configs, which load every library of the pipeline
+
+        parts.append(describe_time(config.measured_storages, config.demo_config, config.demo_data, config.expected_seconds, run))
+    return "\n\n".join(parts)
+
+
+def _cost_model(config: PlanConfig) -> CostModel:
+    """Return the prices with throughputs: given ones, and measured ones for those that are not."""
+    if not (config.measured.gpus and config.prices.gpu_hour):
+        return CostModel(config.prices, config.throughputs, config.assumptions)
+    steps = [step for storage in config.measured_storages for step in read_runs(storage)[0].steps]
+    found: dict[str, float] = {}
+    for kind, pace in fit_paces(steps).items():
+        name = kind.split(" ")[0]
+        if name in Throughputs.model_fields and pace.per_unit > 0:
+            rate = SECONDS_PER_HOUR / (pace.per_unit * config.measured.gpus)
+            found[name] = 1 / (1 / found[name] + 1 / rate) if name in found else rate  # several taggers or judges go one after another
+    given = {name: rate for name, rate in config.throughputs.model_dump().items() if rate}
+    return CostModel(config.prices, Throughputs(**{**found, **given}), config.assumptions)
+
+
+def _curve(config: PlanConfig) -> Curve | None:
+    about = config.curve
+    points = about.points
+    if about.file:
+        folder, _, name = about.file.rpartition("/")
+        storage = Storage(folder or ".")
+        if not storage.exists(name):
+            raise InputError(f"there is no {about.file}")
+        values = storage.read_json(name)
+        if "scaling" not in values:
+            raise InputError(f"{about.file} has no scaling curve: it must be the metrics.json of a jobs/ablate.py with parts=[scaling]")
+        points = tuple(CurvePoint(pairs=point["pairs"], score=point["score"]) for point in values["scaling"]["points"])
+    if not points:
+        return None
+    return fit_curve(points, seed=about.seed, num_resamples=about.num_resamples, confidence=about.confidence)
+
+
+def _sizes_for(pairs: float, config: PlanConfig) -> Sizes:
+    """Return the sizes behind so many curated pairs: Stage 2 goes through what its curated fraction asks for, gold and silver follow the policy."""
+    fraction = config.assumptions.curated_fraction
+    if not fraction:
+        raise ConfigError("assumptions.curated_fraction is 0: then no size of Stage 2 gives a curated pair")
+    gold = min(config.policy.max_gold, round(pairs / fraction / (1 + config.policy.silver_per_gold)))
+    return Sizes(gold=gold, silver=round(config.policy.silver_per_gold * gold), stage2=max(1, round(pairs / fraction)))
+
+
+def _describe_curve(curve: Curve, config: PlanConfig, run: Run) -> str:
+    at = stop_size(curve.law, config.stop)
+    gain = curve.gain(curve.largest, config.stop.per_pairs)
+    run.metrics["curve"] = {
+        "law": asdict(curve.law), "power": asdict(curve.power()), "limit": asdict(curve.limit()), "residual": curve.residual,
+        "num_points": curve.num_points, "num_sizes": curve.num_sizes, "largest": curve.largest,
+    }  # fmt: skip
+    run.metrics["stop"] = {**config.stop.model_dump(), "size": at, "gain_at_largest": asdict(gain), "stop": gain.value < config.stop.min_gain}
+    further = f"{config.stop.per_pairs:,.0f} further pairs"
+    rows = [
+        ("score(n)", f"{curve.law.limit:.2f} - {curve.law.drop:.4g} n^-{curve.law.power:.3f}", ""),
+        ("limit", f"{curve.law.limit:.2f}", _ends(curve.limit(), ".2f")),
+        ("power", f"{curve.law.power:.3f}", _ends(curve.power(), ".3f")),
+        (f"gain of {further}, at {curve.largest:,.0f}", f"{gain.value:+.3f}", _ends(gain, "+.3f")),
+        (f"gain below {config.stop.min_gain:g} from", f"{at:,.0f} pairs", ""),
+    ]
+    verdict = "stop: " if gain.value < config.stop.min_gain else "go on: "
+    verdict += f"{further} beyond the largest run gain {gain.value:.3f}, the threshold is {config.stop.min_gain:g}"
+    header = (f"scaling curve, {curve.num_points} runs at {curve.num_sizes} sizes", "value", f"{curve.confidence:.0%} interval")
+    return f"{format_table(header, rows)}\n{verdict}"
+
+
+def _describe_target(size: Interval, curve: Curve, config: PlanConfig, run: Run) -> str:
+    run.metrics["target"] = {
+        "score": config.target,
+        "pairs": size.value,
+        "low": size.low,
+        "high": size.high,
+        "extrapolates": size.value > curve.largest,
+    }
+    text = f"a score of {config.target:g} needs {size.value:,.0f} curated pairs ({_ends(size, ',.0f')})"
+    return text + (f"; beyond the largest run ({curve.largest:,.0f} pairs): an extrapolation" if size.value > curve.largest else "")
+
+
+def _describe_given(sizes: Sizes, model: CostModel, config: PlanConfig, run: Run) -> str:
+    if config.budget:
+        return _describe_split(check_sizes(config.budget, model, sizes, min_stage2=config.policy.min_stage2), config, run, None)
+    cost = model.cost(sizes.as_mapping())
+    run.metrics["cost"] = _cost_metrics(cost) | {"sizes": sizes.model_dump()}
+    return _cost_table(cost)
+
+
+def _describe_split(split: Split, config: PlanConfig, run: Run, curve: Curve | None) -> str:
+    run.metrics["cost"] = _cost_metrics(split.cost) | {"sizes": split.sizes.model_dump(), "budget": split.budget, "left": split.left}
+    lines = [_cost_table(split.cost, [("left of the budget", "", "", f"{split.left:,.2f}"), ("budget", "", "", f"{split.budget:,.2f}")])]
+    curated = config.assumptions.curated_fraction * split.sizes.stage2
+    lines.append(f"about {curated:,.0f} curated pairs, where {config.assumptions.curated_fraction:.0%} of Stage 2's are kept")
+    if curve is not None:
+        score = curve.score(curated)
+        run.metrics["cost"]["score"] = asdict(score)
+        lines.append(f"the curve puts them at a score of {score.value:.2f} ({_ends(score, '.2f')})")
+    return "\n".join(lines)
+
+
+def _cost_metrics(cost: Cost) -> dict[str, Any]:
+    return {"total": cost.total, "gpu_hours": cost.gpu_hours, "lines": [asdict(line) | {"cost": line.cost} for line in cost.lines]}
+
+
+def _cost_table(cost: Cost, more: Sequence[tuple[str, str, str, str]] = ()) -> str:
+    rows = [(line.name, f"{line.quantity:,.0f} {line.unit}", f"{line.price:,.4g}", f"{line.cost:,.2f}") for line in cost.lines]
+    return format_table(("plan", "quantity", "price", "cost"), [*rows, ("all", "", "", f"{cost.total:,.2f}"), *more])
+
+
+def _ends(interval: Interval, form: str) -> str:
+    return f"{interval.low:{form}} to {interval.high:{form}}"

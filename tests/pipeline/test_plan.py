@@ -1,0 +1,101 @@
+"""The planner's job: exit codes, the refusal in one line, the curve, and times from a workspace's finished runs."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from jobs.plan import main
+from synpref_ray.pipeline.plan import PlanConfig, run_plan
+from synpref_ray.reporting.run import Run
+from synpref_ray.schema import POOL_SCHEMA
+from synpref_ray.tables.pools import commit_pool, write_pool_shard
+from synpref_ray.tables.storage import Storage
+from tests.planning.test_timing import DEMO_STEPS
+
+REPOSITORY = Path(__file__).parents[2]
+PAPER = str(REPOSITORY / "jobs" / "configs" / "plan_paper.yaml")
+
+
+def metrics_of(output: str) -> dict[str, object]:
+    folder = Storage(output.strip().splitlines()[-1].removeprefix("run: "))
+    values: dict[str, object] = folder.read_json("metrics.json")
+    return values
+
+
+def test_a_budget_is_split_and_the_paper_s_example_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", PAPER, f"workspace={tmp_path}"]) == 0
+    cost = metrics_of(capsys.readouterr().out)["cost"]
+    assert isinstance(cost, dict)
+    assert cost["sizes"] == {"gold": 25_000, "silver": 250_000, "stage2": 2_500_000}
+    assert cost["total"] + cost["left"] == 50_000
+    assert main(["--config", PAPER, f"workspace={tmp_path}", "policy.gold_fraction=0.5"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in error if line.startswith("plan: ")]) == 1
+    assert "nothing of 50,000 is left for Stage 2" in error[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "say what to plan"),
+        (["target=80"], "needs a scaling curve"),
+        (["curve.file=nothing.json"], "there is no nothing.json"),
+        (["like=demo"], "no finished run"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"workspace={tmp_path}", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_target_is_read_off_the_curve_of_an_ablation(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    points = [{"pairs": size, "score": 90 - 400 / size**0.5} for size in (100, 400, 1600, 6400)]
+    storage.write_json("ablation/metrics.json", {"scaling": {"points": points}})
+    config = PlanConfig(
+        workspace=str(tmp_path), target=80, curve={"file": f"{tmp_path}/ablation/metrics.json"}, assumptions={"curated_fraction": 0.5}
+    )
+    run = Run(storage, "plan", config)
+    table = run_plan(config, run)
+    assert run.metrics["target"]["pairs"] == pytest.approx(1600, rel=0.02)
+    assert run.metrics["cost"]["sizes"]["stage2"] == pytest.approx(3200, rel=0.02)
+    assert "a score of 80 needs 1," in table
+    assert "stop: " in table or "go on: " in table
+
+
+def test_the_demo_s_time_comes_from_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace with the recorded steps of a real demo, its last step (judging the mismatches) filled in at the pace of the others."""
+    monkeypatch.chdir(REPOSITORY)
+    storage = Storage(str(tmp_path))
+    for name, rows in (("seed", 150), ("unverified", 300)):
+        table = pa.table(
+            [pa.nulls(rows, field.type) for field in POOL_SCHEMA], schema=pa.schema([field.with_nullable(True) for field in POOL_SCHEMA])
+        )
+        commit_pool(storage, name, "made", [write_pool_shard(storage, name, 0, table)], {})
+    parity = [{"event": "parity", "seconds": 7.0}] * 4
+    events = [*DEMO_STEPS, {"event": "step", "step": "judge (smollm2-135m)", "rows": 287, "computed": 145, "judged": 145, "seconds": 40.0}, *parity]
+    seconds = sum(event["seconds"] for event in events) + 30
+    rounds = [
+        {"set_sizes": {}, "selected_pairs": 0},
+        {"set_sizes": {}, "selected_pairs": 175},
+        {"set_sizes": {"silver": 302, "gold-working": 97, "gold-audit": 45}, "selected_pairs": 125},
+    ]
+    stage2 = {"pairs": 500, "judged_pairs": 145, "decisions": {"keep": 248, "flip": 98, "drop": 154}}
+    storage.write_json("runs/demo-1/metrics.json", {"rounds": rounds, "stage2": stage2, "seconds": seconds})
+    lines = [*events, {"event": "finish", "seconds": seconds}]
+    storage.write_bytes("runs/demo-1/events.jsonl", "\n".join(json.dumps(line) for line in lines).encode())
+    config = PlanConfig(workspace=str(tmp_path), like="demo", expected_seconds=seconds)
+    run = Run(storage, "plan", config)
+    table = run_plan(config, run)
+    time = run.metrics["time"]
+    steps = {step["step"]: step for step in time["steps"]}
+    assert steps["train best RM, final"]["work"] == pytest.approx(302, abs=1)
+    assert steps["score held-out pairs"]["work"] == 1600
+    assert time["seconds"] == pytest.approx(time["overhead"] + sum(step["seconds"] for step in time["steps"]))
+    assert time["ratio"] == pytest.approx(time["seconds"] / seconds)
+    after = {"train curated, seed 0", "train raw, seed 0", "score held-out pairs", "parity of curated, seed 0", "parity of raw, seed 0"}
+    up_to_there = sum(step["seconds"] for name, step in steps.items() if name not in after) + time["overhead"]
+    assert 0.7 <= up_to_there / seconds <= 1.3
+    assert "estimated: " in table
