@@ -1,9 +1,12 @@
-"""Say how far a workspace is: stages, shards done and pending, pairs per second, time left, last errors, cost so far. Verb: status.
+"""Say how far a workspace is: stages, shards done and pending, pairs per second, time left, last errors, cost so far (status); tell
+one pair's whole story (explain); compare labels with a known truth (labels). Verbs: status, explain, labels.
 
 Inputs: the workspace (a folder or s3://), and nothing else; no Ray, no GPU, nothing is written. Guide: docs/operations.md.
-Outputs: the tables on standard output.
+Outputs: the tables on standard output (format=json for explain and labels).
 
 Laptop:  python jobs/report.py status workspace=workspace
+         python jobs/report.py explain workspace=workspace pair=PAIR_ID
+         python jobs/report.py labels workspace=workspace truth=truth.parquet
 Cluster: the same on any machine that can read the workspace: python jobs/report.py status workspace=s3://bucket/run gpu_hour_price=2.5
 """
 

@@ -8,6 +8,7 @@ import ray
 
 from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, run_step, unwrap
 from synpref_ray.tables.leases import Lease
+from synpref_ray.tables.parts import PartedSidecar
 from synpref_ray.tables.pools import Pool, Shard, commit_pool, open_pool, pool_exists, write_pool_shard
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece, gather_pairs, gather_sidecar, plan_gather, scatter_shard
 from synpref_ray.tables.sidecars import Sidecar, fingerprint
@@ -57,7 +58,7 @@ def _write_gathered(storage: Storage, name: str, number: int, pieces: Sequence[P
 
 
 class _GatherWorker:
-    def __init__(self, sidecars: list[dict[str, Sidecar]], schema: pa.Schema):
+    def __init__(self, sidecars: list[dict[str, Sidecar | PartedSidecar]], schema: pa.Schema):
         self._sidecars = sidecars
         self._schema = schema
 
@@ -65,7 +66,7 @@ class _GatherWorker:
         return gather_sidecar(shard, self._sidecars[key.table], self._schema), {}
 
 
-def gather_sidecars(name: str, schema: pa.Schema, pools: Sequence[tuple[Pool, Mapping[str, Sidecar]]]) -> list[Sidecar]:
+def gather_sidecars(name: str, schema: pa.Schema, pools: Sequence[tuple[Pool, Mapping[str, Sidecar | PartedSidecar]]]) -> list[Sidecar]:
     """Return, for each gathered pool, the sidecar that its source pools' sidecars say about its pairs (no model runs)."""
     made = []
     for pool, sources in pools:

@@ -1,12 +1,15 @@
-"""What `jobs/report.py` prints: the status of a workspace as tables of text."""
+"""What `jobs/report.py` prints: the status of a workspace as tables of text, the story of one pair, and the labels against the truth."""
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpref_ray.ingest.source import Route
+from synpref_ray.pipeline.explain import explain_pair
 from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.label_report import report_labels
 from synpref_ray.reporting.status import PoolStatus, RunStatus, TableStatus, WorkspaceStatus, count_rejects, read_status
 from synpref_ray.reporting.table import format_table
 from synpref_ray.tables.storage import Storage
@@ -19,6 +22,19 @@ class ReportConfig(JobConfig):
 
     max_runs: int = Field(default=10, ge=1)  # ours
     gpu_hour_price: float = Field(default=0.0, ge=0.0)
+    pair: str = ""
+    """explain: a pair_id, or the first 8 digits of one or more."""
+    format: Literal["text", "json"] = "text"
+    """explain, labels: json holds all of it; of a pair every table and the whole texts."""
+    truth: str = ""
+    """labels: a Parquet file with pair_id and verdict of pairs as ingested, where the truth is known."""
+
+    @field_validator("pair", mode="before")
+    @classmethod
+    def _is_text(cls, pair: object) -> object:
+        if isinstance(pair, int | float):  # as YAML reads a head of digits alone
+            raise ValueError("a head of digits alone is read as a number; give more digits of the pair_id")
+        return pair
 
 
 def show_status(config: ReportConfig) -> str:
@@ -27,7 +43,17 @@ def show_status(config: ReportConfig) -> str:
     return describe_status(read_status(storage, max_runs=config.max_runs), storage.url, now=time.time(), gpu_hour_price=config.gpu_hour_price)
 
 
-VERBS: Mapping[str, Callable[[ReportConfig], str]] = {"status": show_status}
+def show_pair(config: ReportConfig) -> str:
+    """Return one pair's story."""
+    return explain_pair(Storage(config.workspace), config.pair, as_json=config.format == "json")
+
+
+def show_labels(config: ReportConfig) -> str:
+    """Return how many labels are right, before and after, where the truth is known."""
+    return report_labels(Storage(config.workspace), config.truth, as_json=config.format == "json")
+
+
+VERBS: Mapping[str, Callable[[ReportConfig], str]] = {"status": show_status, "explain": show_pair, "labels": show_labels}
 
 
 def describe_status(status: WorkspaceStatus, url: str, *, now: float, gpu_hour_price: float) -> str:

@@ -128,8 +128,7 @@ class RetrievedPairs:
 def select_for_errors(
     gold: GoldTables,
     rewards: Sidecar,
-    unverified: Pool,
-    embeddings: Sidecar,
+    candidates: Sequence[tuple[Pool, Sidecar]],
     already_selected: Set[str],
     config: RetrievalConfig,
     index: IndexConfig,
@@ -139,18 +138,28 @@ def select_for_errors(
 
     Our choice: pairs of gold prompts are left out, since they can become neither silver nor gold of the other part; above `max_pairs` the most wrong
     gold pairs' calls are served first.
+
+    Args:
+        candidates: the parts of the unverified pool, each with its embeddings.
     """
+    gold_groups = pa.array(sorted(gold.prompt_groups()), pa.string())
+    table = pa.concat_tables([read_embedded(pool, embeddings) for pool, embeddings in candidates])
+    free = pc.invert(pc.is_in(table["prompt_group"], value_set=gold_groups))
+    found = PairIndex.build(table.filter(free), index)
+    record = retrieve_pairs(read_scored_gold(gold, rewards), found, already_selected, config).slice(0, max_pairs)
+    ids = set(record["pair_id"].to_pylist())
+    return RetrievedPairs([piece for pool, _ in candidates for piece in pieces_of(pool, ids)], record)
+
+
+def read_scored_gold(gold: GoldTables, rewards: Sidecar) -> pa.Table:
+    """Return working gold with what retrieval for its errors needs: pair_id, prompt_group, embedding, human_verdict, gold_split, p_chosen."""
     beside: list[tuple[Sidecar, Mapping[str, str]]] = [
         (gold.embeddings, EMBEDDING),
         (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
         (rewards, {"p_chosen": "p_chosen"}),
     ]
     table = pa.concat_tables([zip_shard(gold.pool, shard.number, ["prompt_group"], beside) for shard in gold.pool.shards])
-    working = table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value))
-    candidates = read_embedded(unverified, embeddings)
-    free = pc.invert(pc.is_in(candidates["prompt_group"], value_set=table["prompt_group"].combine_chunks()))
-    record = retrieve_pairs(working, PairIndex.build(candidates.filter(free), index), already_selected, config).slice(0, max_pairs)
-    return RetrievedPairs(pieces_of(unverified, set(record["pair_id"].to_pylist())), record)
+    return table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value))
 
 
 def pieces_of(pool: Pool, pair_ids: Set[str]) -> list[Piece]:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import SchemaError
 from synpref_ray.schema import GATHERED_SCHEMA, PAIR_FIELDS, DropReason
+from synpref_ray.tables.parts import PartedSidecar
 from synpref_ray.tables.pools import Pool
 from synpref_ray.tables.sidecars import Sidecar
 
@@ -61,7 +62,7 @@ def gather_pairs(pieces: Sequence[Piece]) -> pa.Table:
     return pa.concat_tables(tables) if tables else GATHERED_SCHEMA.empty_table()
 
 
-def gather_sidecar(gathered: pa.Table, sidecars: Mapping[str, Sidecar], schema: pa.Schema) -> pa.Table:
+def gather_sidecar(gathered: pa.Table, sidecars: Mapping[str, Sidecar | PartedSidecar], schema: pa.Schema) -> pa.Table:
     """Return the rows of source sidecars that belong to a gathered shard, in its order.
 
     Args:
