@@ -11,6 +11,7 @@ import ray
 
 from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, run_step, unwrap
 from synpref_ray.tables.leases import Lease
+from synpref_ray.tables.parts import PartedSidecar
 from synpref_ray.tables.pools import Pool, Shard, commit_pool, list_pools, open_pool, pool_exists, write_pool_shard
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece, gather_shards, gather_sidecar, plan_gather, scatter_shard
 from synpref_ray.tables.sidecars import Sidecar, fingerprint
@@ -109,7 +110,7 @@ def find_covering_pool(storage: Storage, name: str, selected: Sequence[Piece], i
 
 
 class _GatherWorker:
-    def __init__(self, sidecars: list[dict[str, Sidecar]], schema: pa.Schema):
+    def __init__(self, sidecars: list[dict[str, Sidecar | PartedSidecar]], schema: pa.Schema):
         self._sidecars = sidecars
         self._schema = schema
 
@@ -117,7 +118,7 @@ class _GatherWorker:
         return gather_sidecar(shard, self._sidecars[key.table], self._schema), {}
 
 
-def gather_sidecars(name: str, schema: pa.Schema, pools: Sequence[tuple[Pool, Mapping[str, Sidecar]]]) -> list[Sidecar]:
+def gather_sidecars(name: str, schema: pa.Schema, pools: Sequence[tuple[Pool, Mapping[str, Sidecar | PartedSidecar]]]) -> list[Sidecar]:
     """Return, for each gathered pool, the sidecar that its source pools' sidecars say about its pairs (no model runs)."""
     made = []
     for pool, sources in pools:

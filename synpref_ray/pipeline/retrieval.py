@@ -144,8 +144,7 @@ class RetrievedPairs:
 def select_for_errors(
     gold: GoldTables,
     rewards: Sidecar,
-    unverified: Pool,
-    embeddings: Sidecar,
+    candidates: Sequence[tuple[Pool, Sidecar]],
     already_selected: Set[str],
     config: RetrievalConfig,
     index: IndexConfig,
@@ -155,17 +154,25 @@ def select_for_errors(
 
     Our choice: pairs of gold prompts are left out, since they can become neither silver nor gold of the other part; above `max_pairs` the most wrong
     gold pairs' calls are served first.
+
+    Args:
+        candidates: the parts of the unverified pool, each with its embeddings.
     """
+    with open_neighbours(candidates, frozenset(gold.prompt_groups()), index) as neighbours:
+        record = retrieve_pairs(read_scored_gold(gold, rewards), neighbours, already_selected, config).slice(0, max_pairs)
+    ids = set(record["pair_id"].to_pylist())
+    return RetrievedPairs([piece for pool, _ in candidates for piece in pieces_of(pool, ids)], record)
+
+
+def read_scored_gold(gold: GoldTables, rewards: Sidecar) -> pa.Table:
+    """Return working gold with what retrieval for its errors needs: pair_id, prompt_group, embedding, human_verdict, gold_split, p_chosen."""
     beside: list[tuple[Sidecar, Mapping[str, str]]] = [
         (gold.embeddings, EMBEDDING),
         (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
         (rewards, {"p_chosen": "p_chosen"}),
     ]
     table = pa.concat_tables([zip_shard(gold.pool, shard.number, ["prompt_group"], beside) for shard in gold.pool.shards])
-    working = table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value))
-    with open_neighbours([(unverified, embeddings)], frozenset(table["prompt_group"].to_pylist()), index) as neighbours:
-        record = retrieve_pairs(working, neighbours, already_selected, config).slice(0, max_pairs)
-    return RetrievedPairs(pieces_of(unverified, set(record["pair_id"].to_pylist())), record)
+    return table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value))
 
 
 @contextmanager

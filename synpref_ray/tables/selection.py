@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import SchemaError
 from synpref_ray.schema import GATHERED_SCHEMA, PAIR_FIELDS, DropReason
+from synpref_ray.tables.parts import PartedSidecar
 from synpref_ray.tables.pools import Pool
 from synpref_ray.tables.sidecars import Sidecar
 
@@ -83,7 +84,7 @@ def gather_shards(plan: Iterable[Sequence[Piece]]) -> Iterator[pa.Table]:
         yield pa.concat_tables(tables) if tables else GATHERED_SCHEMA.empty_table()
 
 
-def gather_sidecar(gathered: pa.Table, sidecars: Mapping[str, Sidecar], schema: pa.Schema) -> pa.Table:
+def gather_sidecar(gathered: pa.Table, sidecars: Mapping[str, Sidecar | PartedSidecar], schema: pa.Schema) -> pa.Table:
     """Return the rows of source sidecars that belong to a gathered shard, in its order.
 
     Args:
