@@ -1,8 +1,8 @@
 """Stand-ins for the models of Stage 2, and a synthetic workspace for it: everything else of a run is the pipeline's own.
 
 What a stand-in says follows from the pair_id, the text or the request's key alone, so results do not depend on workers or order; all take a few
-microseconds a pair, whatever the pair. The scorer gives both models' rewards (the best RM disagrees with about three pairs in ten, the gold
-RM with two), the tagger always the same tag, the judge a reply by the request's key, the embedder 384 numbers by the text's hash. Prompts, journals,
+microseconds a pair, whatever the pair. The scorer gives both models' rewards (the best RM disagrees with about three pairs in ten, the gold RM with
+two of these), the tagger always the same tag, the judge a reply by the request's key, the embedder 384 numbers by the text's hash. Prompts, journals,
 parsing, votes, trust and exemplar search are real.
 """
 
@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,18 +39,18 @@ TAG = (
 )
 
 
-def hashed(pair_ids: pa.Array, salt: int) -> npt.NDArray[np.float64]:
-    """Return one number in [0, 1) a pair, from its id (hex digits) and the salt."""
+def hashed(pair_ids: pa.Array) -> npt.NDArray[np.float64]:
+    """Return one number in [0, 1) a pair, from its id (hex digits)."""
     names = np.array(pair_ids.to_numpy(zero_copy_only=False), dtype="S32")
     digits = names.view(np.uint8).reshape(-1, 32)[:, 8:24].astype(np.uint64)
-    mixed = (digits * (np.arange(1, 17, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(salt))).sum(axis=1)
+    mixed = (digits * (np.arange(1, 17, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))).sum(axis=1)
     return np.asarray((mixed >> np.uint64(11)).astype(np.float64) / float(1 << 53))
 
 
 def rewards_of(pair_ids: pa.Array, model: str) -> pa.Table:
     """Return a model's rewards (`REWARDS_SCHEMA`)."""
     share = BEST_DISAGREES if model.startswith("best") else GOLD_DISAGREES
-    margin = (4 * (hashed(pair_ids, len(model)) - share)).astype(np.float32)
+    margin = (4 * (hashed(pair_ids) - share)).astype(np.float32)
     columns = [pair_ids, margin / 2, -margin / 2, margin, 1 / (1 + np.exp(-margin)), pa.nulls(len(pair_ids), pa.string())]
     return pa.table(columns, schema=REWARDS_SCHEMA)
 
@@ -189,9 +190,14 @@ class PairMaker:
         return pa.Table.from_pylist(rows, schema=POOL_SCHEMA)
 
 
+@cache
+def _maker(seed: int) -> PairMaker:
+    return PairMaker(seed)
+
+
 def make_shard(storage: Storage, name: str, seed: int, number: int, count: int) -> Shard:
     """Write one shard of a synthetic pool."""
-    return write_pool_shard(storage, name, number, PairMaker(seed).rows(number, count, name))
+    return write_pool_shard(storage, name, number, _maker(seed).rows(number, count, name))
 
 
 def write_stage1(storage: Storage, num_gold: int, seed: int) -> None:

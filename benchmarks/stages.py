@@ -38,7 +38,6 @@ from ray.data import ActorPoolStrategy
 from benchmarks._common import Gate, Stopwatch, finish, interleave, machine, mib, parser, table
 from benchmarks._ingest_sides import DRIVER, WORKER, Watcher
 from benchmarks._stage_models import StandInScorer, make_shard, stage2_config, stand_ins, write_stage1
-from synpref_ray.pipeline import steps
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.pipeline.scoring import SCORE_COLUMNS, ScoreConfig, score_pools
 from synpref_ray.pipeline.stage2 import run_stage2
@@ -65,7 +64,7 @@ class StoreWatcher(threading.Thread):
 
     def run(self) -> None:
         state = get_state_from_address(None)
-        while not self._done.wait(1.0):
+        while not self._done.wait(2.0):
             self.peak = max(self.peak, get_memory_info_reply(state).store_stats.object_store_bytes_used)
 
     def stop(self) -> int:
@@ -185,7 +184,6 @@ def measure_shards(arguments: Any, folder: Path) -> dict[str, Any]:
     """Run the scoring step over as many small shards as asked, in this process, which is fresh, against the bare pipeline."""
     storage, num_shards = Storage(str(folder / "workspace")), int(arguments.shards)
     elsewhere(make_pool, storage, "small", num_shards * ROWS_OF_SMALL_SHARD, ROWS_OF_SMALL_SHARD, arguments.seed)
-    steps.INLINE_ROWS = 0  # fewer rows would be scored in the driver
     with ray_session(RayConfig(dashboard=False), storage), stand_ins():
         pool = open_pool(storage, "small")
         return {"shards": num_shards, **against_bare(pool, arguments.workers, 1, folder / "bare")}

@@ -91,11 +91,12 @@ def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], conf
 
 
 class ExemplarWorker:
-    """Holds an exact index over working gold, and nothing else."""
+    """Holds an exact index over working gold, and nothing else; on a CPU, since gold is small and these workers ask for no GPU."""
 
     def __init__(self, gold: GoldTables, config: ExemplarConfig, index: IndexConfig):
         table = read_embedded(gold.pool, gold.embeddings, {"gold_split": "gold_split"}, gold.human)
-        self._index = PairIndex.build(table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value)), index)
+        on_cpu = index.model_copy(update={"use_gpu": False})
+        self._index = PairIndex.build(table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value)), on_cpu)
         self._config = config
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
