@@ -102,12 +102,12 @@ class Suite:
             yield suite
 
     def _killer(self, job: str, workspace: str, env: dict[str, str], log: Path, **more: Any) -> Killer:
-        storage = Storage(workspace)
         command = [sys.executable, str(RUN_JOB), f"{log}.computed", str(self.loop.truth), str(INLINE_ROWS[job]), job]
         command += ["--config", str(self.loop.config[job]), f"workspace={workspace}"]
-        return Killer(command, env, lambda: self._progress(storage), Path(f"{log}.log"), **more)
+        return Killer(command, env, self._progress, Path(f"{log}.log"), **more)
 
-    def _progress(self, storage: Storage) -> int:
+    def _progress(self) -> int:
+        """Return a number that grows with every shard computed and every eight requests."""
         computed = sum(path.stat().st_size for path in self.root.glob("*.computed")) // 16
         return computed + len(self._server.seen) // 8
 
@@ -217,8 +217,6 @@ def on_s3(root: Path, scenario: Scenario) -> Iterator[Given]:
                 Storage(prefix).upload(path, path.relative_to(before).as_posix())
         plan = share_of(FAULT_SHARE, scenario.seed, ("500", "503", "reset", "lost", "cut", "slow"))
         with FaultProxy(server.address, plan) as proxy:
-            cache = root / "cache"
-            (cache / "synpref_ray").mkdir(parents=True, exist_ok=True)
             yield Given(prefix, {**environment(), **server.environment(proxy.url)}, faultless, faults=lambda: sum(proxy.faults.values()))
 
 
