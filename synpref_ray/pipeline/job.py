@@ -207,6 +207,7 @@ def _run(
                 summary = bodies[arguments.verb or ""](config, run)
             except WaitingError as waiting:
                 summary, code = f"{name} waits: {waiting}", EXIT_WAITING
+                run.event("wait", message=str(waiting))
             run.finish()
     except (SynprefError, *OBJECT_STORAGE_ERRORS) as error:
         _print_error(name, error)

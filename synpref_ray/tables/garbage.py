@@ -204,7 +204,8 @@ def _pending_since(storage: Storage) -> tuple[float, str]:
         if job == "clean" or not storage.exists(path):
             continue
         events = [json.loads(line) for line in storage.read_bytes(path).decode().splitlines()]
-        if events and events[-1]["event"] != "finish" and events[0]["time"] < began:
+        kinds = {event["event"] for event in events}
+        if events and ("finish" not in kinds or "wait" in kinds) and events[0]["time"] < began:  # one that waits for people goes on later
             began, whose = float(events[0]["time"]), name
     return began, whose
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from synpref_ray.llm.prompts import quote
 from synpref_ray.pipeline import retrieval, scoring, training
 from synpref_ray.pipeline.steps import ShardKey
 from synpref_ray.retrieval.embedder import ATTRIBUTES, embeddings_schema
@@ -143,10 +144,15 @@ def use_stand_ins(log: str, truth: str) -> None:
 class LanguageModel:
     """The script of an endpoint that tags by a hash of the prompt, and judges by the truth, wrong in one order of one pair in ten."""
 
-    def __init__(self, pairs: Sequence[Mapping[str, Any]], truth: str, seconds: float = 0.15):
-        right = read_truth(truth)
-        self._pairs = [(*map(_quoted, (p["chosen"], p["rejected"])), p["pair_id"], right[p["pair_id"]]) for p in pairs if p["pair_id"] in right]
+    def __init__(self, seconds: float = 0.15):
         self._seconds = seconds
+        self._pairs: dict[tuple[str, str], tuple[str, bool]] = {}
+
+    def know(self, pairs: Sequence[Mapping[str, Any]], truth: str) -> None:
+        """Learn which of the pairs are labelled right."""
+        right = read_truth(truth)
+        known = (pair for pair in pairs if pair["pair_id"] in right)
+        self._pairs = {(quote(pair["chosen"]), quote(pair["rejected"])): (pair["pair_id"], right[pair["pair_id"]]) for pair in known}
 
     def __call__(self, seen: Seen, number: int) -> Answer:
         time.sleep(self._seconds)
@@ -166,14 +172,7 @@ class LanguageModel:
 
     def _judge(self, prompt: str) -> str:
         first, second = (part.partition("\n")[0] for part in prompt.rpartition("Candidate 1: ")[2].split("Candidate 2: ", 1))
-        for chosen, rejected, pair_id, is_right in self._pairs:
-            if (first, second) in ((chosen, rejected), (rejected, chosen)):
-                says_chosen = is_right if stable_uniform(0, pair_id, f"judge {first == chosen}") < 0.9 else not is_right
-                return "1" if says_chosen == (first == chosen) else "2"
-        return "1"
-
-
-def _quoted(text: str) -> str:
-    from synpref_ray.llm.prompts import quote
-
-    return quote(text)
+        is_first_chosen = (first, second) in self._pairs
+        pair_id, is_right = self._pairs.get((first, second)) or self._pairs.get((second, first)) or ("", True)
+        says_chosen = is_right == (stable_uniform(0, pair_id, f"judge {is_first_chosen}") < 0.9)
+        return "1" if says_chosen == is_first_chosen else "2"

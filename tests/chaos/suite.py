@@ -20,11 +20,12 @@ import psutil
 import yaml
 
 from synpref_ray.tables.objects import S3Objects
+from synpref_ray.tables.pools import open_pool
 from synpref_ray.tables.storage import Storage
 from tests.chaos.killer import Killer, Kind, plan_kills
 from tests.chaos.stand_ins import DIMENSION, LanguageModel
 from tests.llm.http_server import LocalServer
-from tests.pipeline.small_loop import REPOSITORY, SmallLoop, environment, finished_shards
+from tests.pipeline.small_loop import REPOSITORY, SIZES, SmallLoop, environment, finished_shards
 from tests.s3 import S3Server, server_program
 from tests.s3_proxy import FaultProxy, share_of
 
@@ -83,14 +84,13 @@ class Suite:
     def started(cls, root: Path) -> Iterator["Suite"]:
         """Start the endpoint, and run both stages once without a kill."""
         loop = SmallLoop(root)
-        model = LanguageModel([], str(loop.truth))
-        with LocalServer(lambda seen, number: model(seen, number)) as server:
-            write_configs(loop, f"{server.url}")
+        model = LanguageModel()
+        with LocalServer(model) as server:
+            write_configs(loop, server.url)
             suite = cls(root, server, loop)
             workspace = root / "quiet"
             loop.run("ingest", workspace)
-            pairs = [row for name in ("seed", "unverified", "wild") for row in read_pool(workspace, name)]
-            model.__init__(pairs, str(loop.truth))  # type: ignore[misc]
+            model.know([row for name in SIZES for row in read_pool(workspace, name)], str(loop.truth))
             shutil.copytree(workspace, root / "before-stage1")
             for job in ("stage1", "stage2"):
                 killer = suite._killer(job, str(workspace), environment(), root / f"quiet-{job}")
@@ -102,12 +102,12 @@ class Suite:
             yield suite
 
     def _killer(self, job: str, workspace: str, env: dict[str, str], log: Path, **more: Any) -> Killer:
-        storage = Storage(workspace)
         command = [sys.executable, str(RUN_JOB), f"{log}.computed", str(self.loop.truth), str(INLINE_ROWS[job]), job]
         command += ["--config", str(self.loop.config[job]), f"workspace={workspace}"]
-        return Killer(command, env, lambda: self._progress(storage), Path(f"{log}.log"), **more)
+        return Killer(command, env, self._progress, Path(f"{log}.log"), **more)
 
-    def _progress(self, storage: Storage) -> int:
+    def _progress(self) -> int:
+        """Return a number that grows with every shard computed and every eight requests."""
         computed = sum(path.stat().st_size for path in self.root.glob("*.computed")) // 16
         return computed + len(self._server.seen) // 8
 
@@ -217,8 +217,6 @@ def on_s3(root: Path, scenario: Scenario) -> Iterator[Given]:
                 Storage(prefix).upload(path, path.relative_to(before).as_posix())
         plan = share_of(FAULT_SHARE, scenario.seed, ("500", "503", "reset", "lost", "cut", "slow"))
         with FaultProxy(server.address, plan) as proxy:
-            cache = root / "cache"
-            (cache / "synpref_ray").mkdir(parents=True, exist_ok=True)
             yield Given(prefix, {**environment(), **server.environment(proxy.url)}, faultless, faults=lambda: sum(proxy.faults.values()))
 
 
@@ -245,8 +243,6 @@ def write_configs(loop: SmallLoop, url: str) -> None:
 
 def read_pool(workspace: Path, name: str) -> list[dict[str, Any]]:
     """Return a pool's rows."""
-    from synpref_ray.tables.pools import open_pool
-
     rows: list[dict[str, Any]] = open_pool(Storage(str(workspace)), name).read_all(["pair_id", "chosen", "rejected"]).to_pylist()
     return rows
 

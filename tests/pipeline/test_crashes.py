@@ -14,7 +14,7 @@ import pytest
 
 from synpref_ray.errors import SynprefError
 from synpref_ray.llm.engine import EngineDied
-from synpref_ray.pipeline import crashes
+from synpref_ray.pipeline import crashes, steps
 from synpref_ray.pipeline.crashes import CrashJournal, Lane, RangePlan, ShardGuard, plan_ranges
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
 from synpref_ray.tables.pools import Pool
@@ -246,6 +246,35 @@ def check_step(folder: Path, resources: Resources, poison: tuple[int, int] | Non
     rejects = [pool.storage.read_table(path) for path in pool.storage.list_files("rejects/count")]
     assert [table["pair_id"].to_pylist() for table in rejects] == [[bad[shard, row]]]
     assert [path for path in pool.storage.list_files(sidecar.folder) if "crashes" in path] == []
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray")
+def test_rules_are_one_task_a_shard_and_nothing_is_retried_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.data import Dataset
+
+    plans: list[str] = []
+    bounds: list[object] = []
+    write, batches = Dataset.write_datasink, Dataset.map_batches
+
+    def write_and_look(dataset: Dataset, *arguments: object, **named: object) -> None:
+        write(dataset, *arguments, **named)
+        plans.extend(line.split(": ")[0] for line in dataset._write_ds.stats().splitlines() if line.startswith("Operator"))
+        bounds.append(named["ray_remote_args"])
+
+    def map_and_look(dataset: Dataset, *arguments: object, **named: object) -> Dataset:
+        bounds.append({name: named[name] for name in ("max_retries", "max_restarts", "max_task_retries") if name in named})
+        return batches(dataset, *arguments, **named)
+
+    monkeypatch.setattr(Dataset, "write_datasink", write_and_look)
+    monkeypatch.setattr(Dataset, "map_batches", map_and_look)
+    monkeypatch.setattr(steps, "INLINE_ROWS", 0)
+    pool = make_pool(tmp_path, "seed", [2, 2])
+    run_step(dying_step(tmp_path / "log", Resources(), set(), set()), [StepInput(pool, ("chosen",))])
+    assert len(plans) == 1, plans  # reading, the rule and writing fused
+    run_step(replace(dying_step(tmp_path / "log", Resources(num_workers=1), set(), set()), version=2), [StepInput(pool, ("chosen",))])
+    tasks, actors = {"max_retries": crashes.MAX_TASK_RETRIES}, {"max_restarts": crashes.MAX_RESTARTS, "max_task_retries": crashes.MAX_RESTARTS}
+    assert bounds == [tasks, tasks, actors, tasks]
 
 
 class DiesAtBirth(DyingCounter):

@@ -101,7 +101,9 @@ def test_what_a_stopped_job_made_is_kept_until_it_has_finished(tmp_path: Path) -
     assert may_go(pool) == {}
     assert "stage1-20260101-000000-000001 began, which has not finished" in why_kept(pool, old.folder)
     assert may_go(pool, unfinished=True) == {old.folder: "table"}
-    write_run(pool, "stage1-20260101-000000-000002", "start", "finish")
+    write_run(pool, "stage1-20260101-000000-000002", "start", "wait", "finish")  # for people's verdicts
+    assert may_go(pool) == {}
+    write_run(pool, "stage1-20260101-000000-000003", "start", "finish")
     assert may_go(pool) == {old.folder: "table"}
 
 
