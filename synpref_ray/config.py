@@ -8,7 +8,7 @@ own settings are laid over those of its base, section by section.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -36,7 +36,7 @@ def load_config(cls: type[SettingsT], file: str | None, overrides: Sequence[str]
     """
     values = _read_with_base(Path(file)) if file is not None else {}
     for override in overrides:
-        _apply(values, override)
+        _apply(values, override, cls)
     _refuse_credentials_in(values, "")
     try:
         return cls.model_validate(values)
@@ -113,7 +113,7 @@ def _without_sharing(value: Any) -> Any:
     return value
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, cls: type[BaseModel]) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"expected key=value or section.key=value, found {override!r}")
@@ -122,6 +122,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         value = text
     *sections, key = path.split(".")
+    if not isinstance(value, dict | list | str | None) and _is_text(cls, sections, key):
+        value = text  # a fingerprint of digits alone, a name like 007: YAML would make a number of them
     where: Any = values
     for section in sections:
         where = where.setdefault(section, {}) if isinstance(where, dict) else where[_index(where, section, override)]
@@ -130,44 +132,34 @@ def _apply(values: dict[str, Any], override: str) -> None:
     where[key if isinstance(where, dict) else _index(where, key, override)] = value
 
 
+def _is_text(cls: type[BaseModel], sections: Sequence[str], key: str) -> bool:
+    models = [cls]
+    for section in sections:
+        if not section.isdecimal():  # a place in a list of sections
+            models = [inner for model in models if section in model.model_fields for inner in models_in(model.model_fields[section].annotation)]
+    return any(model.model_fields[key].annotation is str for model in models if key in model.model_fields)
+
+
 def _index(values: list[Any], text: str, override: str) -> int:
     if not text.isdecimal() or int(text) >= len(values):
         raise ConfigError(f"{override!r}: expected a number from 0 to {len(values) - 1} in place of {text!r}, as in judges.0.engine.model")
     return int(text)
 
 
-def describe_settings(cls: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return a line `section.key = default` for every setting of a config, in order, for `--help`; lists of sections show their first entry."""
-    lines: list[str] = []
-    for name, field in cls.model_fields.items():
-        key = f"{prefix}{name}"
-        models = _models_in(field.annotation)
-        if models and not (isinstance(field.default, tuple) and field.default):
-            many = "0." if get_origin(field.annotation) is tuple else ""
-            of_all = [line for model in models for line in describe_settings(model, f"{key}.{many}")]
-            first: dict[str, str] = {}
-            for line in of_all:
-                first.setdefault(line.partition(" = ")[0], line)
-            lines += first.values()
-            continue
-        default = field.get_default(call_default_factory=True) if not field.is_required() else "REQUIRED"
-        lines.append(f"{key} = {getattr(default, 'value', default)}")
-    return lines
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return the model that an annotation is, or those it holds (a tuple of models, an optional model, one of several kinds)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+    return [model for inner in get_args(annotation) for model in models_in(inner)]
 
 
 def _one_line(error: ValidationError, file: str | None) -> str:
     problems = []
     for problem in error.errors()[:3]:
         where = ".".join(str(part) for part in problem["loc"]) or "config"
-        found = "" if problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})"
-        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
+        is_own = problem["type"] == "value_error" and isinstance(problem["input"], dict)  # a section's own check says what it found
+        found = "" if is_own or problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})"
+        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
         problems.append(f"{where}: {what}{found}")
     more = f" and {error.error_count() - 3} more" if error.error_count() > 3 else ""
     return f"bad settings{f' in {file}' if file else ''}: {'; '.join(problems)}{more}"

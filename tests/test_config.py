@@ -147,3 +147,16 @@ def test_a_credential_in_a_config_is_an_error_that_does_not_repeat_it(tmp_path: 
     assert "wJalr" not in str(refused.value)
     with pytest.raises(ConfigError, match=r"^title holds a credential"):
         load_config(Outer, None, [f"title={url}"])
+
+
+class Listed(Settings):
+    steps: tuple[Outer, ...] = (Outer(),)
+
+
+@pytest.mark.parametrize("typed", ["12345678", "01234567", "007", "2026-01-02", "true", "1e5", "abc"])
+def test_a_text_is_taken_as_it_is_typed(typed: str) -> None:
+    assert load_config(Outer, None, [f"title={typed}"]).title == typed
+    assert load_config(Listed, None, ["steps=[{}]", f"steps.0.title={typed}"]).steps[0].title == typed
+    assert load_config(Outer, None, [f"title='{typed}'"]).title == typed
+    with pytest.raises(ConfigError):
+        load_config(Outer, None, ["title=[a]"])

@@ -109,6 +109,21 @@ def bootstrap_accuracy(
     return Accuracy(flags.size, int(flags.sum()), float(flags.mean()), low, high)
 
 
+def accuracy_over_groups(correct: npt.ArrayLike, groups: Sequence[str], *, confidence: float = 0.95) -> Accuracy:
+    """Return the accuracy over (P,) flags, of which those of one group (a prompt) go together.
+
+    Our choice: bootstrapped over groups, except where all flags are alike: no resample differs then, so the interval would have no width however few
+    pairs there are; there it is Wilson's, over as many trials as there are groups. Without pairs as `pair_accuracy`.
+    """
+    flags = _flags(correct, num_axes=1)
+    if flags.size and flags.any() and not flags.all():
+        return bootstrap_accuracy(flags, groups=groups, confidence=confidence)
+    alone = pair_accuracy(flags, confidence=confidence)
+    num_groups = len(set(groups))
+    low, high = wilson_interval(num_groups if flags.any() else 0, num_groups, confidence=confidence)
+    return Accuracy(alone.num_pairs, alone.num_correct, alone.accuracy, low, high)
+
+
 def seed_accuracy(
     correct: npt.ArrayLike,
     *,

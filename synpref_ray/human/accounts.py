@@ -74,10 +74,7 @@ class Accounts:
         Raises:
             ConfigError: the name or the secret is not fit.
         """
-        if not _NAME.fullmatch(name):
-            raise ConfigError(f"a user's name has 1 to 64 letters, digits or . _ @ -, found {name[:80]!r}")
-        if name.lower().startswith(RESERVED_PREFIX):
-            raise ConfigError(f"names that begin with {RESERVED_PREFIX!r} stand for annotators of Label Studio; found {name!r}")
+        check_name(name)
         if not MIN_SECRET_CHARS <= len(secret) <= MAX_SECRET_CHARS:
             raise ConfigError(f"a secret has {MIN_SECRET_CHARS} to {MAX_SECRET_CHARS} characters, found {len(secret)}")
         hashed, now = self._hash(secret), self._db.clock()
@@ -92,6 +89,12 @@ class Accounts:
                 session.execute(delete(LoginSession).where(LoginSession.user_id == user.id))
             session.execute(delete(LoginFailure).where(LoginFailure.key == f"user:{name}"))
             record(session, at=now, user_id=None, action="save_user", subject=name, role=role.value, active=active)
+
+    def role_of(self, name: str) -> Role | None:
+        """Return the role of an account, closed or not; None: there is no such account."""
+        with self._db.read() as session:
+            found = session.scalar(select(User.role).where(User.name == name))
+        return None if found is None else Role(found)
 
     def log_in(self, name: str, secret: str, address: str) -> str:
         """Return the cookie of a new session.
@@ -165,6 +168,14 @@ _BY_DIGEST = (  # asked by every request, so put together once
     .join(LoginSession, LoginSession.user_id == User.id)
     .where(LoginSession.token_digest == bindparam("digest", type_=String))
 )
+
+
+def check_name(name: str) -> None:
+    """Raise `ConfigError` where no account may have this name."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"a user's name has 1 to 64 letters, digits or . _ @ -, found {name[:80]!r}")
+    if name.lower().startswith(RESERVED_PREFIX):
+        raise ConfigError(f"names that begin with {RESERVED_PREFIX!r} stand for annotators of Label Studio; found {name!r}")
 
 
 def same_token(expected: str, given: str) -> bool:

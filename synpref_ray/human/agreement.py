@@ -11,7 +11,6 @@ from itertools import combinations
 
 import krippendorff
 import numpy as np
-from sklearn.metrics import cohen_kappa_score
 
 from synpref_ray.config import Settings
 
@@ -76,6 +75,8 @@ def _alpha(shared: Mapping[str, Mapping[str, str]]) -> float | None:
 
 
 def _kappa(shared: Mapping[str, Mapping[str, str]]) -> float | None:
+    from sklearn.metrics import cohen_kappa_score  # loads for seconds, and only admins and exports ask for it
+
     pairs: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for given in shared.values():
         for left, right in combinations(sorted(given), 2):

@@ -5,6 +5,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,10 +59,19 @@ def is_loopback(host: str) -> bool:
 
 
 def check_files(config: ServeConfig) -> None:
-    """Raise `InputError` where a TLS file is not there."""
-    for file in filter(None, (config.tls_certificate, config.tls_key)):
+    """Raise `InputError` where a TLS file is not there, or the two are no certificate and its key."""
+    files = [file for file in (config.tls_certificate, config.tls_key) if file]
+    for file in files:
         if not Path(file).is_file():
             raise InputError(f"there is no TLS file {file}")
+    if files:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                config.tls_certificate, config.tls_key, lambda: b""
+            )  # never asked for on a terminal
+        except (ssl.SSLError, OSError) as error:
+            why = "the key belongs to another certificate" if "MISMATCH" in str(error) else "expected PEM files, the key without a passphrase"
+            raise InputError(f"cannot use the TLS files {' and '.join(files)}: {why} ({error.strerror or error})") from None
 
 
 def serve(app: FastAPI, config: ServeConfig) -> None:

@@ -11,7 +11,7 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +19,7 @@ from pydantic import Field, SecretStr
 
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, InputError
-from synpref_ray.human.accounts import Accounts
+from synpref_ray.human.accounts import Accounts, check_name
 from synpref_ray.human.assignments import AnnotationQueue, NewItem
 from synpref_ray.human.consensus import ConsensusConfig
 from synpref_ray.human.database import Database, Role
@@ -36,18 +36,21 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
 from synpref_ray.rules.annotation_queue import QUEUE_ORDER_SCHEMA, QueueConfig, order_queue
 from synpref_ray.tables.pools import Pool, open_pool
-from synpref_ray.tables.sidecars import Sidecar, open_sidecar, zip_shard
+from synpref_ray.tables.sidecars import Sidecar, list_sidecars, zip_shard
 
 DATABASE = f"{ANNOTATION}/annotations.db"
 logger = logging.getLogger(__name__)
 
 
 class UserConfig(Settings):
-    """The account that `annotate.py user` adds or changes."""
+    """The account that `annotate.py user` adds or changes; several names, with commas between them, get a made-up secret each."""
 
     name: str = ""
-    role: Role = Role.ANNOTATOR
+    """The name to sign in with; several names have commas between them."""
+    role: Literal["", "annotator", "admin"] = ""
+    """What the person may do; empty: what the account may already, annotator for a new one."""
     active: bool = True
+    """Whether the account may sign in; false closes one that is there."""
     secret_file: str = ""  # empty: asked for on a terminal, else made up and printed once; never part of a config
 
 
@@ -56,6 +59,7 @@ class AnnotateConfig(JobConfig):
 
     database: SecretStr = SecretStr("")  # empty: SQLite in the workspace; else postgresql+psycopg://user@host/name
     pool: str = "seed"
+    """The pool whose pairs are judged."""
     attributes: str = ""  # fingerprint of the pool's attributes; empty: the only finished ones
     notes: str = ""  # JSONL: pair_id, chosen, rejected (what an LLM says of each reply); empty: what jobs/preverify.py noted, if it was run
     label_studio: str = ""  # from_label_studio: a project's JSON export
@@ -64,13 +68,27 @@ class AnnotateConfig(JobConfig):
     consensus: ConsensusConfig = ConsensusConfig()
     serve: ServeConfig = ServeConfig()
     user: UserConfig = UserConfig()
-    export_folder: str = Field(default=ANNOTATION, pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")  # under the workspace
+    export_folder: str = Field(default=ANNOTATION, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*$")  # under the workspace
 
-    def open_database(self) -> Database:
-        """Return the database, made if it is not there."""
+    def open_database(self, *, make: bool = True) -> Database:
+        """Return the database, made if it is not there.
+
+        Raises:
+            InputError: the workspace has none, and `make` is false: a mistyped workspace must not look like an empty queue.
+        """
         url = self.database.get_secret_value()
         if not url:
-            path = Path(self.storage.local_path(DATABASE))  # object storage has none, and says so
+            if not self.storage.is_local:
+                raise InputError(
+                    f"the workspace {self.workspace} is on no local disk, where SQLite could keep accounts and verdicts: name a database "
+                    "(database=postgresql+psycopg://USER@HOST/NAME, or database=sqlite:////FOLDER/annotations.db on this machine)"
+                )
+            path = Path(self.storage.local_path(DATABASE))
+            if not make and not path.exists():
+                raise InputError(
+                    f"nobody is asked anything in the workspace {self.workspace}: it has no {DATABASE}; fill a queue first "
+                    f"(python jobs/annotate.py queue workspace={self.workspace} pool=POOL), or name the workspace that has one"
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)  # accounts are in it; SQLite gives its other files the same mode
             url = f"sqlite:///{path}"
@@ -87,7 +105,7 @@ def check_annotate(config: AnnotateConfig) -> None:
 def fill_queue(config: AnnotateConfig, run: Run) -> str:
     """Put a pool's pairs into the queue; what is there already stays as it is."""
     pool = open_pool(config.storage, config.pool)
-    pairs, order = plan_queue(pool, open_sidecar(pool, "attributes", config.attributes or None), config.queue)
+    pairs, order = plan_queue(pool, open_attributes(pool, config.attributes), config.queue)
     notes = _read_notes(config.notes) if config.notes else _stored_notes(pool)
     rows = {row["pair_id"]: row for row in pairs.to_pylist()}
     asked = _with_earlier(config, order)  # first of all: a pair of the database that the file lacks would look as if nobody had been asked
@@ -96,9 +114,29 @@ def fill_queue(config: AnnotateConfig, run: Run) -> str:
     database = config.open_database()
     num_new = AnnotationQueue(database, config.protocol).add(items)
     database.close()
-    counts = {"pool": pool.name, "queued": len(items), "new": num_new, "verdicts_wanted": sum(item.required for item in items)}
-    run.metrics["queue"] = counts
-    return format_table(("queue", "pairs", "new", "verdicts wanted"), [(pool.name, *(str(counts[k]) for k in ("queued", "new", "verdicts_wanted")))])
+    counts = {"queued": len(items), "new": num_new, "verdicts_wanted": sum(item.required for item in items)}
+    counts["with_notes"] = sum(any(item.notes.values()) for item in items)
+    run.metrics["queue"] = {"pool": pool.name, **counts}
+    return format_table(("queue", "pairs", "new", "verdicts wanted", "with notes"), [(pool.name, *map(str, counts.values()))])
+
+
+def open_attributes(pool: Pool, fingerprint: str) -> Sidecar:
+    """Return a pool's attributes: those that the fingerprint names, or the only ones.
+
+    Raises:
+        InputError: Stage 1 has not tagged the pool yet, or has tagged it more than once and none is named.
+    """
+    found = list_sidecars(pool, "attributes", fingerprint or None)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(sorted(sidecar.fingerprint[:8] for sidecar in found))
+        raise InputError(f"pool {pool.name!r} was tagged {len(found)} times: name one table of attributes (attributes=FINGERPRINT; there: {names})")
+    named = f" with the fingerprint {fingerprint}" if fingerprint else ""
+    raise InputError(
+        f"pool {pool.name!r} has no finished attributes{named}, and the queue goes by them: run jobs/stage1.py annotator.kind=queue "
+        f"workspace={pool.storage.url}, which tags the pool and then says what to run"
+    )
 
 
 def plan_queue(pool: Pool, attributes: Sidecar, config: QueueConfig) -> tuple[pa.Table, pa.Table]:
@@ -122,7 +160,7 @@ def plan_queue(pool: Pool, attributes: Sidecar, config: QueueConfig) -> tuple[pa
 
 def serve_pages(config: AnnotateConfig, run: Run) -> str:
     """Serve the app until it is stopped."""
-    database = config.open_database()
+    database = config.open_database(make=False)
     results = Results(database, config.consensus)
     site = Site(
         database=database,
@@ -133,8 +171,11 @@ def serve_pages(config: AnnotateConfig, run: Run) -> str:
         guideline=guideline_for,
         secure=config.serve.secure,
     )
-    if not results.snapshot().workers:
+    found = results.snapshot()
+    if not any(worker.active for worker in found.workers):
         logger.warning("nobody can sign in yet: python jobs/annotate.py user user.name=NAME workspace=%s", config.workspace)
+    if not found.items:
+        logger.warning("the queue is empty: python jobs/annotate.py queue workspace=%s pool=POOL fills it", config.workspace)
     serve(create_app(site), config.serve)
     summary = _status(results.snapshot(), run)
     database.close()
@@ -142,22 +183,42 @@ def serve_pages(config: AnnotateConfig, run: Run) -> str:
 
 
 def save_user(config: AnnotateConfig, run: Run) -> str:
-    """Add or change an account; a made-up secret is shown once and stored only as a hash."""
+    """Add or change accounts; a made-up secret is shown once and stored only as a hash.
+
+    Raises:
+        ConfigError: no fit name, or one secret for several; nothing was changed then.
+        InputError: an account that is to be closed is not there.
+    """
     user = config.user
-    if not user.name:
-        raise ConfigError("name the account: user.name=NAME")
-    secret, made = _secret(user)
+    names = [name.strip() for name in user.name.split(",")]
+    if not all(names):
+        raise ConfigError("name the account: user.name=NAME, or several: user.name=NAME,NAME")
+    if len(names) > 1 and user.secret_file:
+        raise ConfigError("user.secret_file is the secret of one account: name one, or leave it out and have secrets made up")
+    for name in names:
+        check_name(name)
     database = config.open_database()
-    Accounts(database, config.serve.login).save_user(user.name, user.role, secret, active=user.active)
+    accounts = Accounts(database, config.serve.login)
+    known = {name: accounts.role_of(name) for name in names}
+    strangers = [name for name in names if known[name] is None]
+    if strangers and not user.active:
+        raise InputError(f"there is no account {strangers[0]!r} to close: nothing was changed")
+    lines = []
+    for name in names:
+        role = Role(user.role) if user.role else known[name] or Role.ANNOTATOR
+        secret, made = _secret(user, name, alone=len(names) == 1)
+        accounts.save_user(name, role, secret, active=user.active)
+        ended = "" if known[name] is None else "; earlier sessions have ended"
+        lines.append(f"{role.value} {name} {'may sign in' if user.active else 'is closed'}{ended}")
+        lines += [f"secret (shown this once): {secret}"] if made and user.active else []
+        run.metrics.setdefault("users", []).append({"name": name, "role": role.value, "active": user.active})
     database.close()
-    run.metrics["user"] = {"name": user.name, "role": user.role.value, "active": user.active}
-    shown = f"\nsecret (shown this once): {secret}" if made else ""
-    return f"{user.role.value} {user.name} {'may sign in' + shown if user.active else 'is closed'}"
+    return "\n".join(lines)
 
 
 def export(config: AnnotateConfig, run: Run) -> str:
     """Write verdicts, votes, attributes and agreement into the workspace."""
-    database, storage, folder = config.open_database(), config.storage, config.export_folder
+    database, storage, folder = config.open_database(make=False), config.storage, config.export_folder
     found = Results(database, config.consensus).snapshot()
     storage.write_table(f"{folder}/{VERDICTS}", verdict_table(found))
     storage.write_table(f"{folder}/votes.parquet", vote_table(database))
@@ -172,7 +233,7 @@ def export(config: AnnotateConfig, run: Run) -> str:
 
 def show_status(config: AnnotateConfig, run: Run) -> str:
     """Say where the work stands."""
-    database = config.open_database()
+    database = config.open_database(make=False)
     found = Results(database, config.consensus).snapshot()
     database.close()
     return _status(found, run)
@@ -180,7 +241,7 @@ def show_status(config: AnnotateConfig, run: Run) -> str:
 
 def to_label_studio(config: AnnotateConfig, run: Run) -> str:
     """Write the open pairs as Label Studio tasks, and the labelling config that goes with them."""
-    database, folder = config.open_database(), f"{config.export_folder}/label_studio"
+    database, folder = config.open_database(make=False), f"{config.export_folder}/label_studio"
     tasks = make_tasks(database, _guideline_of)
     database.close()
     config.storage.write_json(f"{folder}/tasks.json", tasks)
@@ -198,7 +259,7 @@ def from_label_studio(config: AnnotateConfig, run: Run) -> str:
             text = stream.read().decode()
         except UnicodeDecodeError:
             raise InputError(f"{config.label_studio} is not UTF-8") from None
-    database = config.open_database()
+    database = config.open_database(make=False)
     report = import_annotations(database, config.protocol, text)
     database.close()
     run.metrics["label_studio"] = report.model_dump(mode="json")
@@ -279,16 +340,16 @@ def _read_notes(path: str) -> dict[str, dict[str, str]]:
     return notes
 
 
-def _secret(user: UserConfig) -> tuple[str, bool]:
-    """Return the account's secret, and whether it was made up here."""
+def _secret(user: UserConfig, name: str, *, alone: bool) -> tuple[str, bool]:
+    """Return an account's secret, and whether it was made up here; of one that is closed nobody is asked."""
     if user.secret_file:
         with open_binary(user.secret_file) as stream:
             try:
                 return stream.read().decode().strip(), False
             except UnicodeDecodeError:
                 raise InputError(f"{user.secret_file} is not UTF-8") from None
-    if sys.stdin is not None and sys.stdin.isatty():
-        given = getpass.getpass(f"secret of {user.name} (empty: make one up): ")
+    if alone and user.active and sys.stdin is not None and sys.stdin.isatty():
+        given = getpass.getpass(f"secret of {name} (empty: make one up): ")
         if given:
             return given, False
     return secrets.token_urlsafe(18), True

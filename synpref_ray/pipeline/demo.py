@@ -24,6 +24,7 @@ from synpref_ray.pipeline.evaluate import correct_flags
 from synpref_ray.pipeline.ingest import IngestConfig, check_ingest, run_ingest
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.licences import with_source_licences
+from synpref_ray.pipeline.report_page import write_report
 from synpref_ray.pipeline.score_file import FileScoring, score_file
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD, Stage1Config, run_stage1
@@ -46,12 +47,19 @@ class DemoConfig(JobConfig):
     """Where the demo's data and the configs of its jobs are, the simulated annotator's budget, and the seeds of the comparison."""
 
     data: str = "examples/data"
+    """The folder with the embedded example."""
     stage1_config: str = "jobs/configs/laptop_stage1.yaml"
+    """Settings of Stage 1."""
     stage2_config: str = "jobs/configs/laptop_stage2.yaml"
+    """Settings of Stage 2."""
     train_config: str = "jobs/configs/laptop_train.yaml"
+    """Settings of the final trainings."""
     seed_gold_pairs: int = Field(default=80, ge=1)
+    """Pairs of the seed that the simulated annotator may look up."""
     round_gold_pairs: int = Field(default=40, ge=0)
+    """Retrieved pairs that it may look up in each round."""
     comparison_seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """Seeds of the final trainings on curated and on raw pairs."""
 
     @property
     def truth(self) -> str:
@@ -105,7 +113,9 @@ def run_demo(config: DemoConfig, run: Run) -> str:
     stage1_table = run_stage1(stage1, run)
     stage2_table = run_stage2(stage2, run)
     models = _train_pair(config, training, run)
-    return "\n\n".join([stage1_table, stage2_table, _final_report(config, stage2.score, run, models)])
+    final = _final_report(config, stage2.score, run, models)
+    page, *_ = write_report(config.storage, config.storage.join(f"{run.folder}/report.html"), current={run.folder: run.metrics})
+    return "\n\n".join([stage1_table, stage2_table, final, f"report: {page}"])
 
 
 def _train_pair(config: DemoConfig, training: TrainJobConfig, run: Run) -> dict[str, list[StoredModel]]:

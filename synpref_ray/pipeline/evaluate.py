@@ -45,6 +45,7 @@ class EvaluateConfig(JobConfig):
     benchmarks: tuple[str, ...] = Field(min_length=1)
     """Names or paths; a single one may stand alone."""
     data: str = "."
+    """The folder of benchmarks: official files in folders by name, and files of pairs."""
     from_hub: bool = False
     """Whether benchmarks without files here are streamed from the Hugging Face hub."""
     judges: tuple[JudgeStepConfig, ...] = ()
@@ -56,6 +57,7 @@ class EvaluateConfig(JobConfig):
     seed: int = 0
     """Of the sample and of the bootstrap."""
     num_resamples: int = Field(default=NUM_RESAMPLES, ge=1)
+    """Resamples of the bootstrap behind each interval."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
     contamination: ContaminationConfig = ContaminationConfig()
     audits: tuple[AuditName, ...] = ()
@@ -66,6 +68,7 @@ class EvaluateConfig(JobConfig):
     model_seeds: tuple[str, ...] = ()
     """Further seeds of `model`, for that test alone."""
     replies_per_shard: int = Field(default=REPLIES_PER_SHARD, ge=1)
+    """Replies that are scored between two writes."""
     score: ScoreConfig = ScoreConfig()
     reading: FileScoring = FileScoring()
 

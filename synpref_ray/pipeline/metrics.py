@@ -5,14 +5,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from synpref_ray.reporting.metrics import Metric, Sample, gold_sample, training_samples
-from synpref_ray.reward.packing import PackingStats
-from synpref_ray.reward.training_record import EvaluationRecord, StepRecord
+
+if TYPE_CHECKING:  # the annotation server and every other job that counts shards need no torch for it
+    from synpref_ray.reward.packing import PackingStats
+    from synpref_ray.reward.training_record import EvaluationRecord, StepRecord
 
 KEEP_SECONDS = 8.0  # within Ray's own report of every 10 s
 
@@ -87,10 +89,10 @@ class TrainingWatch:
 
     model: str
 
-    def step(self, record: StepRecord, tokens: PackingStats) -> None:
+    def step(self, record: "StepRecord", tokens: "PackingStats") -> None:
         """Called after every optimizer step, with the tokens of its global batch."""
         export(training_samples(self.model, pairs=record.num_pairs, counters=tokens.counters(), loss=record.loss))
 
-    def evaluation(self, record: EvaluationRecord) -> None:
+    def evaluation(self, record: "EvaluationRecord") -> None:
         """Called after every evaluation on gold."""
         export([gold_sample(self.model, record.accuracy)])

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import pyarrow as pa
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from synpref_ray.llm.noter import NOTES_SCHEMA, NoterConfig, note_pairs
 from synpref_ray.llm.prompts import NOTE_PROMPT_VERSION
 from synpref_ray.llm.spending import Budget
-from synpref_ray.pipeline.annotation import plan_queue
+from synpref_ray.pipeline.annotation import open_attributes, plan_queue
 from synpref_ray.pipeline.gathering import gather_pool
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import PAIR_COLUMNS, EngineMeter, LLMStepConfig, journal_counters, open_journal, run_llm_step
+from synpref_ray.pipeline.llm_steps import PAIR_COLUMNS, EngineMeter, LLMStepConfig, journal_counters, names_differ, open_journal, run_llm_step
 from synpref_ray.pipeline.retrieval import pieces_of
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput
 from synpref_ray.pipeline.verification import notes_path
@@ -26,7 +26,7 @@ from synpref_ray.rules.annotation_queue import QueueConfig
 from synpref_ray.schema import Objectivity
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
-from synpref_ray.tables.sidecars import Sidecar, open_sidecar
+from synpref_ray.tables.sidecars import Sidecar
 
 NOTE_VERSION = 1
 SHOWN_SCHEMA = pa.schema([pa.field("pair_id", pa.string(), nullable=False), pa.field("chosen", pa.string()), pa.field("rejected", pa.string())])
@@ -38,22 +38,17 @@ class NoteStepConfig(LLMStepConfig):
     noter: NoterConfig = NoterConfig()
 
 
-def _names_differ(noters: tuple[NoteStepConfig, ...]) -> tuple[NoteStepConfig, ...]:
-    names = [step.noter.name for step in noters]
-    if len(set(names)) != len(names):
-        raise ValueError(f"every noter needs a name of its own, found {', '.join(names)}")
-    return noters
-
-
 class PreverifyConfig(JobConfig):
     """Everything pre-verification needs."""
 
-    noters: Annotated[tuple[NoteStepConfig, ...], Field(min_length=1), AfterValidator(_names_differ)]
+    noters: Annotated[tuple[NoteStepConfig, ...], Field(min_length=1), names_differ("noter", lambda step: step.noter.name)]
     pool: str = "seed"
+    """The pool whose pairs get notes."""
     attributes: str = ""  # fingerprint of the pool's attributes; empty: the only finished ones
     queue: QueueConfig = QueueConfig()  # as jobs/annotate.py queue will have it: which pairs people are asked about
     objective_only: bool = True  # Sec. 3.2: of a matter of taste there is no correct and incorrect
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
 
 class NoteWorker:
@@ -73,7 +68,7 @@ class NoteWorker:
 
 def check_preverify(config: PreverifyConfig) -> None:
     """Check the pool, its attributes and the noters' models, without loading one."""
-    open_sidecar(open_pool(config.storage, config.pool), "attributes", config.attributes or None)
+    open_attributes(open_pool(config.storage, config.pool), config.attributes)
     for step in config.noters:
         step.check()
 
@@ -81,7 +76,7 @@ def check_preverify(config: PreverifyConfig) -> None:
 def run_preverify(config: PreverifyConfig, run: Run) -> str:
     """Note the replies of the pairs that the queue will ask about; return the closing table."""
     pool = open_pool(config.storage, config.pool)
-    pairs, order = plan_queue(pool, open_sidecar(pool, "attributes", config.attributes or None), config.queue)
+    pairs, order = plan_queue(pool, open_attributes(pool, config.attributes), config.queue)
     objective = {row["pair_id"] for row in pairs.select(["pair_id", "objectivity"]).to_pylist() if row["objectivity"] == Objectivity.OBJECTIVE}
     asked = [pair_id for pair_id in order["pair_id"].to_pylist() if pair_id in objective or not config.objective_only]
     gathered = gather_pool(config.storage, f"{pool.name}-preverified", pieces_of(pool, set(asked)), inputs={}, max_pairs=config.gathered_shard_pairs)

@@ -101,7 +101,7 @@ def read_status(storage: Storage, *, max_runs: int) -> WorkspaceStatus:
         names = [entry.name for entry in storage.list_entries("pools") if entry.is_folder]
         manifests = list(threads.map(lambda name: _read_pool(storage, name), names))
         pools = tuple(_with_tables(storage, manifest, threads) for manifest in manifests if manifest is not None)
-        runs = sorted(threads.map(lambda folder: _read_run(storage, folder), _latest_runs(storage, max_runs)), key=_last_word, reverse=True)
+        runs = sorted(threads.map(lambda folder: _read_run(storage, folder), latest_runs(storage, max_runs)), key=_last_word, reverse=True)
         models = tuple(entry.name for entry in storage.list_entries("models") if entry.is_folder)
         model_seconds = sum(threads.map(lambda name: _training_gpu_seconds(storage, name), models))
         spent = dict(threads.map(lambda name: _spent(storage, name), [entry.name for entry in storage.list_entries("spending")]))
@@ -178,7 +178,7 @@ def pace(finished: Sequence[tuple[float, int]]) -> float | None:
     return sum(rows for _, rows in recent[1:]) / seconds if seconds > 0 else None
 
 
-def _latest_runs(storage: Storage, max_runs: int) -> list[str]:
+def latest_runs(storage: Storage, max_runs: int) -> list[str]:
     """Return the run folders, the latest first; their names end in the time of their start."""
     names = [entry.name for entry in storage.list_entries("runs") if entry.is_folder]
     return [f"runs/{name}" for name in sorted(names, key=lambda name: name.split("-")[-3:], reverse=True)[:max_runs]]

@@ -1,12 +1,10 @@
 """A person at the real app in headless Chromium: sign in, vote by keyboard, undo, edit attributes, finish; and hostile pairs that stay inert."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -20,19 +18,12 @@ from synpref_ray.human.assignments import AnnotationQueue, NewItem
 from synpref_ray.human.database import Role, VerdictRow
 from synpref_ray.human.protocol import ProtocolConfig
 from synpref_ray.pipeline.annotation import AnnotateConfig
+from tests.browser import needs_browser, open_browser
 from tests.human.live import REPOSITORY, LiveServer
 from tests.human.site import QUICK_HASHER, SECRET, TAGS, make_item
 from tests.human.test_rendering import HOSTILE
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium here (Debian: apt-get install chromium chromium-driver)"),
-]
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--force-color-profile=srgb"),
-)
+pytestmark = [pytest.mark.slow, needs_browser]
 PLAN = """Here is a plan for **three evenings**:
 
 1. *Day one:* read the chapter and mark what is new.
@@ -65,12 +56,7 @@ PROMPT = [
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[WebDriver]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or ""
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1440,1000"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = open_browser(tmp_path / "profile", "1440,1000")
     yield driver
     driver.quit()
 
@@ -132,11 +118,18 @@ def test_a_person_works_through_the_queue_by_keyboard(tmp_path: Path, browser: W
         shoot(browser, "annotation.png")
         next_page(browser, Keys.ENTER)
         assert "Code must be run" in browser.find_element(By.CSS_SELECTOR, "[role=alert]").text
-        browser.find_element(By.ID, "code_run").send_keys("evens([1, 2, 4]) gave [2, 4]", Keys.ESCAPE)
+        press(browser, "c")
+        press(browser, "evens([1, 2, 4]) gave [2, 4]", Keys.ESCAPE)
+        assert browser.find_element(By.ID, "code_run").get_attribute("value") == "evens([1, 2, 4]) gave [2, 4]"
+        assert not browser.find_element(By.NAME, "own_judgement").is_displayed()
+        press(browser, "g")  # folded, and so it stays on the next page
+        wait(browser).until(lambda driver: not driver.find_element(By.ID, "guideline").is_displayed())
         press(browser, "r")
         press(browser, "the other one keeps the odd ones", Keys.ESCAPE)
         next_page(browser, Keys.ENTER)
         assert "Plan three evenings" in browser.find_element(By.ID, "main").text
+        assert not browser.find_element(By.ID, "guideline").is_displayed()
+        press(browser, "g")
         press(browser, "0")
         next_page(browser, Keys.ENTER)
         next_page(browser, "u")  # not undecidable after all
@@ -154,6 +147,17 @@ def test_a_person_works_through_the_queue_by_keyboard(tmp_path: Path, browser: W
         browser.get(f"{server.url}/admin")
         assert browser.find_element(By.ID, "count-settled").text == "3"
         shoot(browser, "annotation-admin.png")
+        browser.set_window_size(360, 900)
+        assert not browser.execute_script("return document.documentElement.scrollWidth > document.documentElement.clientWidth")
+        broken = """
+            return [...document.querySelectorAll('th, td')].filter(cell => {
+              const all = document.createRange();
+              all.selectNodeContents(cell);
+              const lines = new Set([...all.getClientRects()].map(box => Math.round(box.bottom / 8)));
+              return lines.size > cell.textContent.trim().split(/[\\s-]+/).length;
+            }).map(cell => cell.textContent)
+        """
+        assert browser.execute_script(broken) == []  # no word and no figure of a table is broken over lines
         assert server.stop() == 0
     database = config.open_database()
     with database.read() as session:

@@ -8,6 +8,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from synpref_ray.errors import InputError
+from synpref_ray.human.serving import ServeConfig, check_files
 from tests.human.live import LiveServer
 from tests.human.site import SECRET, SmallSite, hidden
 
@@ -22,6 +24,12 @@ def test_it_is_served_over_tls_and_not_in_plain_text(tmp_path: Path) -> None:
     (tmp_path / "annotation").mkdir()
     site = SmallSite(tmp_path / "annotation")
     site.user("ann")
+    make = f"genrsa -aes128 -passout pass:x -out {tmp_path / 'locked.pem'} 2048", f"genrsa -out {tmp_path / 'other.pem'} 2048"
+    for words in make:
+        subprocess.run([str(OPENSSL), *words.split()], check=True, capture_output=True)
+    for wrong, why in (("locked", "passphrase"), ("other", "another certificate")):
+        with pytest.raises(InputError, match=why):
+            check_files(ServeConfig(tls_certificate=str(certificate), tls_key=str(tmp_path / f"{wrong}.pem")))
     with LiveServer(tmp_path, f"serve.tls_certificate={certificate}", f"serve.tls_key={key}") as server:
         assert server.url.startswith("https://127.0.0.1:")
         with httpx2.Client(base_url=server.url, verify=ssl.create_default_context(cafile=str(certificate)), timeout=60) as client:

@@ -8,7 +8,7 @@ import pytest
 from synpref_ray.errors import CleanGoldError, InputError
 from synpref_ray.llm.judge import VOTES_SCHEMA
 from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
-from synpref_ray.pipeline.llm_steps import spread_rows
+from synpref_ray.pipeline.llm_steps import pairs_to_judge, spread_rows
 from synpref_ray.retrieval.embedder import embeddings_schema
 from synpref_ray.rules.gold import GoldConfig, check_best_rm_training, check_silver, split_gold
 from synpref_ray.rules.judges import TrustConfig
@@ -114,3 +114,11 @@ def test_rows_of_selected_pairs_are_spread_over_the_shard(tmp_path: Path) -> Non
     assert [row["num_exemplars"] for row in spread] == [None, 1, None, 3]
     assert [row["drop_reason"] for row in spread] == ["not_selected", None, "not_selected", None]
     assert spread_rows(pairs["pair_id"], pa.array([False] * 4), rows.slice(0, 0))["drop_reason"].to_pylist() == ["not_selected"] * 4
+
+
+def test_a_judge_is_asked_about_no_pair_that_a_person_has_judged_or_could_not() -> None:
+    reasons = ["not_selected", None, "undecidable", "not_selected", "not_selected"]  # None: gold
+    shard = pa.table({"pair_id": list("abcde"), "prompt_group": ["g1", "g2", "g3", "g2", "g4"], "human_drop_reason": pa.array(reasons, pa.string())})
+    assert pairs_to_judge(shard, {"g2"}).to_pylist() == [True, False, False, False, True]
+    assert pairs_to_judge(shard, frozenset()).to_pylist() == [True, False, False, True, True]
+    assert pairs_to_judge(shard.drop_columns(["human_drop_reason"]), {"g2"}).to_pylist() == [True] * 5  # nobody verifies this pool

@@ -148,7 +148,7 @@ def test_what_is_no_workspace_is_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "is no workspace" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     assert report.main([f"workspace={tmp_path}"]) == 2
-    assert "name what to do: status" in capsys.readouterr().err
+    assert "name what to do: status, html" in capsys.readouterr().err
 
 
 def test_a_run_s_record_says_which_versions_and_settings_it_had(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def annotator_routes(site: Site) -> APIRouter:
         controversiality: Annotated[str, Query(max_length=50)] = "",
     ) -> Response:
         values = {"task_category": task_category, "objectivity": objectivity, "controversiality": controversiality}
-        return JSONResponse({"guideline": site.guideline_of(values)})
+        return JSONResponse({"guideline": site.guideline_of(values), "kind": site.kind_of(values)})
 
     return routes
 
@@ -84,6 +84,8 @@ def _task_page(site: Site, account: Account, task: Task, given: Given | None = N
         entered=entered,
         problems=lacking or [],
         guideline=site.guideline_of(attributes),
+        kind=site.kind_of(attributes),
+        edited=given is not None and any((given.attributes[name] or "") != (task.attributes.get(name) or "").strip() for name in given.attributes),
         evidence={category.value: required_evidence(category.value, site.protocol) or "" for category in TaskCategory},
         show_notes=site.protocol.show_notes and any(task.notes),
         renew_seconds=int(60 * site.protocol.lease_minutes / 3),

@@ -102,6 +102,15 @@ class Site:
         """Set a cookie that scripts cannot read and other sites cannot send."""
         response.set_cookie(name, value, httponly=True, samesite="strict", secure=self.secure, path="/")
 
+    def kind_of(self, attributes: Mapping[str, str | None]) -> str:
+        """Return in a few words what kind of pair this is; attributes that are missing or unknown are left out."""
+        found = []
+        for name, enum in CHOICES.items():
+            value = attributes.get(name)
+            if value in {entry.value for entry in enum}:
+                found.append(f"{value} controversy" if name == "controversiality" else str(value).replace("_", " "))
+        return " · ".join(found)
+
     def guideline_of(self, attributes: Mapping[str, str | None]) -> str:
         """Return the guideline for a pair's attributes; what is missing or unknown counts as the widest value."""
         fallback = {"task_category": TaskCategory.OTHER, "objectivity": Objectivity.SUBJECTIVE, "controversiality": Controversiality.MEDIUM}

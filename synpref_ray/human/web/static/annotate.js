@@ -19,6 +19,11 @@ function onKey(event) {
     send.click();
     return;
   }
+  if (event.key === "g" && byId("guide")) {
+    event.preventDefault();
+    byId("guide").open = !byId("guide").open;
+    return;
+  }
   if (event.key === "e" && byId("attributes")) {
     event.preventDefault();
     byId("attributes").open = true;
@@ -28,7 +33,7 @@ function onKey(event) {
   const target = /^[a-z0-9]$/.test(event.key) ? document.querySelector(`[data-key="${event.key}"]`) : null;
   if (!target) return;
   event.preventDefault();
-  if (target.matches("textarea, input[list]")) target.focus();
+  if (isTyping(target)) target.focus();
   else target.click();
 }
 
@@ -49,7 +54,19 @@ async function showGuideline() {
   const values = new URLSearchParams();
   for (const field of document.querySelectorAll("[data-guideline]")) values.set(field.name, field.value);
   const answer = await fetch(`/guideline?${values}`);
-  if (answer.ok) byId("guideline").textContent = (await answer.json()).guideline;
+  if (!answer.ok) return;
+  const found = await answer.json();
+  byId("guideline").textContent = found.guideline;
+  byId("kind").textContent = found.kind;
+}
+
+function rememberFold(guide) {
+  try {
+    guide.open = localStorage.getItem("guide") !== "folded";
+    guide.addEventListener("toggle", () => localStorage.setItem("guide", guide.open ? "open" : "folded"));
+  } catch {
+    // a browser that keeps nothing: it is open on every page
+  }
 }
 
 function keepLease(task) {
@@ -85,5 +102,6 @@ for (const form of document.querySelectorAll("form")) {
   form.addEventListener("submit", () => setTimeout(() => form.querySelectorAll("button").forEach((button) => (button.disabled = true))));
 }
 showEvidence();
+if (byId("guide")) rememberFold(byId("guide"));
 if (byId("task") && byId("task").dataset.renew) keepLease(byId("task"));
 if (byId("focus_seconds")) countFocus(byId("focus_seconds"));

@@ -1,0 +1,382 @@
+"""Sections about reward models: how they trained, what they reach on benchmarks beside the paper, best-of-N, and what audits found."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from synpref_ray.reporting.report import paper
+from synpref_ray.reporting.report.charts import FULL_WIDTH, GREY, ORANGE, RED, Point, curves_grid, draw, forest_chart, heat_chart, range_chart
+from synpref_ray.reporting.report.content import Block, Cell, Note, Section, Table, columns, interval, share_cells
+from synpref_ray.reporting.report.curation import point
+from synpref_ray.reporting.report.records import Records, RunRecord, Values, numbers_in
+
+MAX_MODELS = 9  # ours: three rows of small charts
+MAX_CURVE_POINTS = 200  # ours: a step a pixel; the record beside the weights has all
+MAX_OTHER_ROWS = 60
+KNOWN_JOBS = {"ingest", "stage1", "stage2", "train", "score", "annotate", "hygiene", "export", "decontaminate", "preverify", "demo", "report"}
+_BEST_OF = re.compile(r"^(?:(?P<part>.*)/)?best_of/(?P<size>\d+)/(?P<picker>model|oracle|random)$")
+_STYLES = {"concise": "concise", "detailed_plain": "plain", "detailed_markdown": "markdown"}
+
+
+def training_section(records: Records) -> Section | None:
+    """Draw loss and gold accuracy of the models that matter most: those of the rounds and of Stage 1's end, then the others."""
+    names = _models_in_order(records)
+    if not names:
+        return None
+    shown = names[:MAX_MODELS]
+    loss: list[tuple[str, Mapping[str, Any]]] = []
+    gold: list[tuple[str, Mapping[str, Any]]] = []
+    points: list[tuple[Cell, ...]] = []
+    for name in shown:
+        record = records.trainings[name]
+        curve = thinned(record["steps"], ("step", "loss", "accuracy"))
+        loss.append((_plain(name), {"loss of the optimizer step": (curve["step"], curve["loss"], "line")}))
+        points += [(name, "step", int(step), value, accuracy) for step, value, accuracy in zip(*curve.values(), strict=True)]
+        found = record["evaluations"]
+        if found:
+            steps = [entry["step"] for entry in found]
+            gold.append((_plain(name), {"accuracy on gold": (steps, [entry["accuracy"] for entry in found], "points")}))
+            points += [(name, "gold", entry["step"], entry["loss"], entry["accuracy"]) for entry in found]
+    blocks: list[Block] = [_grid("training-loss", "Training loss by optimizer step", loss, percent=False)]
+    if gold:
+        blocks.append(_grid("training-gold", "Accuracy on the gold pairs that pick the checkpoint", gold, percent=True))
+    if len(names) > len(shown):
+        blocks.append(Note(f"{len(names) - len(shown)} more models are in the table, without curves."))
+    blocks.append(_model_table(records, names))
+    heads = columns("model", "of", ("optimizer step", "count"), ("loss", "number"), ("accuracy", "share"))
+    blocks.append(Table("training_curves", heads, tuple(points), shown=False))
+    lead = (
+        "Bradley-Terry loss, and accuracy on the gold pairs that pick the checkpoint (working gold). Curves of more than "
+        f"{MAX_CURVE_POINTS} steps are averaged in bins."
+    )
+    return Section("training", "Training", lead, tuple(blocks))
+
+
+def _models_in_order(records: Records) -> list[str]:
+    of_rounds = [(entry["training"] or {}).get("model") for entry in records.rounds]
+    final = [records.stage1[name]["name"] for name in ("best_rm", "gold_rm")] if records.stage1 else []
+    first = [name for name in dict.fromkeys([*of_rounds, *final]) if name in records.trainings]
+    return [*first, *(name for name in sorted(records.trainings) if name not in first)]
+
+
+def _plain(name: str) -> str:
+    """Return a model's name without the digest at its end."""
+    return re.sub(r"-[0-9a-f]{8}$", "", name)
+
+
+def thinned(steps: Sequence[Values], names: Sequence[str]) -> dict[str, list[float]]:
+    """Return columns of a training's steps, averaged over equal bins where there are too many for a curve."""
+    table = np.array([[float(step[name]) for name in names] for step in steps]).reshape(-1, len(names))
+    bins = np.array_split(table, MAX_CURVE_POINTS) if len(table) > MAX_CURVE_POINTS else [table[place : place + 1] for place in range(len(table))]
+    means = [part.mean(axis=0) for part in bins]
+    return {name: [float(row[place]) for row in means] for place, name in enumerate(names)}
+
+
+def _grid(name: str, title: str, panels: Sequence[tuple[str, Mapping[str, Any]]], *, percent: bool) -> Block:
+    height, width = _grid_size(len(panels))
+    return draw(name, title, lambda figure: curves_grid(figure, panels, percent=percent, x_label="optimizer step"), height=height, width=width)
+
+
+def _grid_size(num_panels: int) -> tuple[float, float]:
+    """Return height and width of so many small panels, three in a row."""
+    return 0.6 + 1.8 * -(-num_panels // 3), min(FULL_WIDTH, 1.0 + 3.4 * num_panels)
+
+
+def _model_table(records: Records, names: Sequence[str]) -> Table:
+    rows = []
+    for name in names:
+        record = records.trainings[name]
+        config, steps = record["config"], record["steps"]
+        figures = (
+            record["num_pairs"],
+            len(steps),
+            config.get("global_batch_pairs"),
+            config.get("learning_rate"),
+            steps[-1]["loss"] if steps else None,
+        )
+        measured = (record["gold_accuracy"], record["num_gold_pairs"] or None)
+        speed = (record["num_unique_tokens"] / record["seconds"]["train"] if record["seconds"].get("train") else None, record["shared_fraction"])
+        rows.append((name, str(config.get("backbone", "")).rsplit("/", 1)[-1], *figures, *measured, record["seconds"].get("total"), *speed))
+    heads = columns(
+        *(
+            "model",
+            "backbone",
+            ("pairs", "count"),
+            ("steps", "count"),
+            ("pairs a step", "count"),
+            ("learning rate", "number"),
+            ("last loss", "number"),
+        ),
+        *(("right on gold", "share"), ("gold pairs", "count"), ("time", "seconds"), ("unique tokens/s", "rate"), ("tokens shared", "share")),
+    )
+    return Table("models", heads, tuple(rows))
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one scorer on one benchmark, the latest that any run measured."""
+
+    benchmark: str
+    scorer: str
+    metric: str
+    value: float
+    ends: tuple[float, float] | None
+    verified: str
+    items: int
+    official_items: int | None
+    sample_fraction: float
+    run: str
+
+    @property
+    def point(self) -> Point:
+        """The score as a chart shows it."""
+        return Point(self.value, *self.ends) if self.ends else Point(self.value)
+
+
+def read_scores(runs: Sequence[RunRecord]) -> list[Score]:
+    """Return the latest value of every benchmark metric, by scorer: a reward model by the name of its folder, a judge as `judge NAME`."""
+    found: dict[tuple[str, str, str], Score] = {}
+    for run in runs:
+        about = run.metrics.get("benchmarks")
+        if not isinstance(about, Mapping) or "model" not in run.config:  # ingest counts overlaps under that name
+            continue
+        for key, verified in run.metrics.items():
+            if not key.endswith("/verified"):
+                continue
+            path = key.removesuffix("/verified")
+            benchmark = next((name for name in sorted(about, key=len, reverse=True) if path.startswith(f"{name}/")), None)
+            if benchmark is None or run.metrics.get(path) is None:
+                continue
+            metric = path.removeprefix(f"{benchmark}/")
+            scorer = str(run.config["model"]).rstrip("/").rsplit("/", 1)[-1]
+            if metric.startswith("judge."):
+                name, _, metric = metric.removeprefix("judge.").partition("/")
+                scorer = f"judge {name}"
+            ends = interval(run.metrics.get(f"{path}/low"), run.metrics.get(f"{path}/high"))
+            facts = about[benchmark]
+            counts = (int(facts["items"]), facts.get("official_items"), float(facts.get("sample_fraction", 1.0)))
+            score = Score(benchmark, scorer, metric, float(run.metrics[path]), ends, str(verified), *counts, run.name)
+            found.setdefault((benchmark, scorer, metric), score)
+    return list(found.values())
+
+
+def benchmarks_section(records: Records) -> Section | None:
+    """Put our numbers beside the paper's Table 1, each with what stands behind it and how much of the benchmark was there."""
+    scores = read_scores(records.runs)
+    if not scores:
+        return None
+    by_key = {(score.benchmark, score.scorer, score.metric): score for score in scores}
+    scorers = list(dict.fromkeys(score.scorer for score in scores))
+    ranges, rows = [], []
+    for place, column in enumerate(paper.BENCHMARKS):
+        ours = [
+            (scorer, by_key[column.benchmark, scorer, column.metric]) for scorer in scorers if (column.benchmark, scorer, column.metric) in by_key
+        ]
+        theirs = paper.paper_values(place)
+        if ours:
+            ranges.append((column.title, list(theirs.values()), [(_plain(scorer), score.point) for scorer, score in ours]))
+        for scorer, score in ours:
+            same = _same_backbone(records, scorer)
+            rows.append(
+                (
+                    *(column.title, scorer, column.metric, score.value, score.ends, score.items, score.official_items, score.verified),
+                    *((min(theirs.values()), max(theirs.values())), theirs[same] if same else None, "Table 1"),
+                )
+            )
+    blocks: list[Block] = []
+    if ranges:
+        blocks.append(
+            draw(
+                "benchmarks-paper",
+                "Our benchmark scores over the range of the paper's eight models",
+                lambda figure: range_chart(figure, "", ranges, "the paper's eight models"),
+                height=1.0 + 0.42 * len(ranges),
+                caption=f"Ticks: {paper.SOURCE}, Table 1, Qwen3-0.6B to Llama-3.1-8B-40M. Whiskers: 95 % intervals over prompts.",
+            )
+        )
+    partial = sorted({score.benchmark for score in scores if score.sample_fraction < 1 or (score.official_items or score.items) != score.items})
+    if partial:
+        blocks.append(Note(f"Not the whole official set: {', '.join(partial)}. Such numbers are not comparable with the paper's.", warns=True))
+    heads = columns(
+        *(
+            "benchmark",
+            "scorer",
+            "metric",
+            ("value", "share"),
+            ("95 % interval", "interval"),
+            ("items", "count"),
+            ("of official", "count"),
+            "verified",
+        ),
+        *(("paper, eight models", "interval"), ("paper, same backbone", "share"), "paper's source"),
+    )
+    remarks = "; ".join(
+        f"{column.title}: {column.remark}" for column in paper.BENCHMARKS if column.remark and any(row[0] == column.title for row in rows)
+    )
+    note = f"Table 1 of {paper.SOURCE}. {remarks}" + "." * bool(remarks)
+    blocks += [
+        Table("benchmarks", heads, tuple(rows), title="Metrics that the paper prints", note=note),
+        _every_metric(scores),
+        _paper_table(by_key, scorers),
+    ]
+    lead = "Each number is the benchmark's own metric. Verified says what stands behind it: equal to official output, worked by hand, or neither."
+    return Section("benchmarks", "Benchmarks beside the paper", lead, tuple(block for block in blocks if not isinstance(block, Table) or block.rows))
+
+
+def _same_backbone(records: Records, scorer: str) -> str | None:
+    backbone = records.trainings[scorer]["config"]["backbone"] if scorer in records.trainings else scorer
+    return paper.paper_model_of(str(backbone))
+
+
+def _every_metric(scores: Sequence[Score]) -> Table:
+    rows = tuple(
+        (score.benchmark, score.scorer, score.metric, score.value, score.ends, score.items, score.official_items, score.verified, score.run)
+        for score in scores
+        if "best_of/" not in score.metric and "/matrix/" not in score.metric
+    )
+    heads = columns(
+        *(
+            "benchmark",
+            "scorer",
+            "metric",
+            ("value", "share"),
+            ("95 % interval", "interval"),
+            ("items", "count"),
+            ("of official", "count"),
+            "verified",
+            "run",
+        )
+    )
+    return Table("metrics", heads, rows, title="Every metric")
+
+
+def _paper_table(by_key: Mapping[tuple[str, str, str], Score], scorers: Sequence[str]) -> Table:
+    rows: list[tuple[Cell, ...]] = []
+    for scorer in scorers:
+        found = [by_key.get((column.benchmark, scorer, column.metric)) for column in paper.BENCHMARKS]
+        if any(found):
+            rows.append((f"ours: {scorer}", *(score.value if score else None for score in found)))
+    rows += [(f"Skywork-Reward-V2-{name}", *(value / 100 for value in values)) for name, values in paper.MODELS.items()]
+    heads = columns("", *((column.title, "share") for column in paper.BENCHMARKS))
+    return Table(
+        "paper_table", heads, tuple(rows), title="The paper's Table 1", note=f"Source: Table 1 of {paper.SOURCE}. JudgeBench is its macro mean."
+    )
+
+
+def best_of_n_section(records: Records) -> Section | None:
+    """Draw how good the reply is that a scorer picks out of n."""
+    curves: dict[str, dict[str, list[tuple[int, Score]]]] = {}
+    for score in read_scores(records.runs):
+        found = _BEST_OF.match(score.metric)
+        if found:
+            part = f", {found['part']}" if found["part"] else ""
+            panel = curves.setdefault(f"{score.benchmark}{part}", {})
+            name = _plain(score.scorer) if found["picker"] == "model" else {"oracle": "oracle", "random": "blind pick"}[found["picker"]]
+            panel.setdefault(name, []).append((int(found["size"]), score))
+    if not curves:
+        return None
+    panels, rows = [], []
+    for title, lines in curves.items():
+        drawn = {}
+        for name, values in lines.items():
+            ordered = sorted(dict(values).items())
+            drawn[name] = ([float(size) for size, _ in ordered], [score.value for _, score in ordered], "points")
+            rows += [(title, name, size, score.value, score.ends) for size, score in ordered]
+        panels.append((title, drawn))
+    height, width = _grid_size(min(len(panels), MAX_MODELS))
+    chart = draw(
+        "best-of-n",
+        "Expected quality of the picked reply against the number of replies",
+        lambda figure: curves_grid(figure, panels[:MAX_MODELS], percent=True, x_label="replies to pick from", log_x=True),
+        height=height + 0.4,
+        width=width,
+    )
+    heads = columns("benchmark", "picked by", ("of", "count"), ("quality", "share"), ("95 % interval", "interval"))
+    lead = (
+        "The expected quality of the highest-scored of n replies, over all subsets of n (Fig. 4 of the paper gives such curves for PPE Correctness)."
+    )
+    return Section("best_of_n", "Best of N", lead, (chart, Table("best_of_n", heads, tuple(rows), shown=len(rows) <= 24)))
+
+
+def audits_section(records: Records) -> Section | None:
+    """Show what audits found: RM-Bench's style matrix, planted injections, and whatever else a run measured."""
+    blocks: list[Block] = [*_style_blocks(records), *_attack_blocks(records), *_other_tables(records)]
+    if not blocks:
+        return None
+    lead = "Whether style sways the reward model, whether planted instructions sway the judges, and what other audits measured."
+    return Section("audits", "Bias and attacks", lead, tuple(blocks))
+
+
+def _style_blocks(records: Records) -> Iterator[Block]:
+    matrices: dict[tuple[str, str], dict[tuple[str, str], Score]] = {}
+    for score in read_scores(records.runs):
+        domain, found, cell = score.metric.partition("/matrix/")
+        if found and score.benchmark == "rm_bench":
+            right, _, wrong = cell.partition("_over_")
+            matrices.setdefault((score.scorer, domain), {})[right, wrong] = score
+    by_scorer: dict[str, list[tuple[str, Sequence[str], Sequence[str], list[list[float | None]]]]] = {}
+    rows = []
+    for (scorer, domain), cells in matrices.items():
+        styles = [style for style in _STYLES if any(style in key for key in cells)] or sorted({right for right, _ in cells})
+        values = [[cells[right, wrong].value if (right, wrong) in cells else None for wrong in styles] for right in styles]
+        labels = [_STYLES.get(style, style) for style in styles]
+        by_scorer.setdefault(scorer, []).append((domain, labels, labels, values))
+        rows += [(scorer, domain, right.replace("_", " "), wrong.replace("_", " "), score.value) for (right, wrong), score in cells.items()]
+    for place, (scorer, panels) in enumerate(by_scorer.items()):
+        yield draw(
+            f"style-{place}",
+            f"RM-Bench style matrix of {scorer}",
+            lambda figure, panels=panels: heat_chart(figure, panels),  # type: ignore[misc]
+            height=2.3,
+            width=FULL_WIDTH,
+            caption=f"{_plain(scorer)} on RM-Bench: of the comparisons of a right reply (rows: its style) with a wrong one (columns), the right "
+            "reply wins so many in a hundred. Above the diagonal a plainer right reply meets a fancier wrong one.",
+        )
+    if rows:
+        yield Table("style_matrix", columns("scorer", "domain", "right reply", "wrong reply", ("right wins", "share")), tuple(rows), shown=False)
+
+
+def _attack_blocks(records: Records) -> Iterator[Block]:
+    found = records.latest("attack")
+    if found is None or "judges" not in found[1]:
+        return
+    rows, points = [], []
+    for judge, figures in found[1]["judges"].items():
+        for kind, counts in {**figures["by_kind"], "all but control": figures["overall"]}.items():
+            moved = counts["moved_to_planted"]
+            cells = (counts["clean_right"]["value"], *share_cells(moved), *share_cells(counts["changed"]))
+            rows.append((judge, kind.replace("_", " "), counts["num_planted"], sum(counts["not_judged"].values()), *cells))
+            measured = point(moved)
+            if measured is not None:
+                color = GREY if kind == "control" else RED if kind == "all but control" else ORANGE
+                points.append((f"{judge}, {kind.replace('_', ' ')}", measured, color))
+    if points:
+        yield draw(
+            "attack-judges",
+            "Share of verdicts that a planted instruction moved to the worse reply",
+            lambda figure: forest_chart(figure, "Verdicts moved to the planted reply", points),
+            height=0.9 + 0.3 * len(points),
+        )
+    heads = columns(
+        *("judge", "planted", ("pairs", "count"), ("not judged", "count"), ("right before", "share")),
+        *(("moved to planted", "share"), ("95 % interval, moved", "interval"), ("changed", "share"), ("95 % interval, changed", "interval")),
+    )
+    yield Table("judge_attacks", heads, tuple(rows), title="Instructions planted in the worse reply", note="What is planted: docs/judges.md.")
+
+
+def _other_tables(records: Records) -> Iterator[Block]:
+    """Yield a table for the latest run of every job that this report has no section for."""
+    seen: set[str] = set()
+    for run in records.runs:
+        if run.job in KNOWN_JOBS or run.job in seen or "benchmarks" in run.metrics or "attack" in run.metrics or not run.metrics:
+            continue
+        seen.add(run.job)
+        numbers = [(path, value) for path, value in numbers_in(run.metrics) if path != "seconds"]
+        if not numbers:
+            continue
+        rest = f"{len(numbers) - MAX_OTHER_ROWS} more numbers are in runs/{run.name}/metrics.json." if len(numbers) > MAX_OTHER_ROWS else ""
+        heads = columns("measured", ("value", "number"))
+        yield Table(f"run_{run.job}", heads, tuple(numbers[:MAX_OTHER_ROWS]), title=f"{run.job}: the latest run", note=rest)
