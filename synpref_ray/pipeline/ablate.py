@@ -247,7 +247,7 @@ def _describe_scaling(
     config: AblateConfig, record: dict[str, Any], arms: Sequence[Arm], flags: Sequence[Flags], measured: Mapping[str, SeedAccuracy]
 ) -> str:
     points = [CurvePoint(pairs=arm.num_pairs, score=100 * float(one.mean())) for arm, of_arm in zip(arms, flags, strict=True) for one in of_arm]
-    curve: Curve = fit_curve(points, seed=config.selection_seed, confidence=config.confidence)
+    curve: Curve = fit_curve(points, ceiling=100.0, seed=config.selection_seed, confidence=config.confidence)
     limit, power = curve.limit(), curve.power()
     record |= {
         "points": [point.model_dump() for point in points],

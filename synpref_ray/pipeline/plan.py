@@ -29,6 +29,8 @@ class CurveConfig(Settings):
 
     points: tuple[CurvePoint, ...] = ()
     file: str = ""
+    ceiling: float = 100.0
+    """The highest score there is; no limit is fitted above it. Ours: accuracies in percent."""
     num_resamples: NonNegativeInt = 1000
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
     seed: NonNegativeInt = 0
@@ -136,7 +138,7 @@ def _curve(config: PlanConfig) -> Curve | None:
         points = tuple(CurvePoint(pairs=point["pairs"], score=point["score"]) for point in values["scaling"]["points"])
     if not points:
         return None
-    return fit_curve(points, seed=about.seed, num_resamples=about.num_resamples, confidence=about.confidence)
+    return fit_curve(points, ceiling=about.ceiling, seed=about.seed, num_resamples=about.num_resamples, confidence=about.confidence)
 
 
 def _sizes_for(pairs: float, config: PlanConfig) -> Sizes:

@@ -114,8 +114,13 @@ class Curve:
         return Interval(value, float(low), float(high))
 
 
-def fit_curve(points: Sequence[CurvePoint], *, seed: int = 0, num_resamples: int = NUM_RESAMPLES, confidence: float = 0.95) -> Curve:
+def fit_curve(
+    points: Sequence[CurvePoint], *, ceiling: float = math.inf, seed: int = 0, num_resamples: int = NUM_RESAMPLES, confidence: float = 0.95
+) -> Curve:
     """Fit the law to points; several runs of one size are several points.
+
+    Args:
+        ceiling: the highest score there is (100 for accuracies in percent): no limit is fitted above it.
 
     Raises:
         InputError: there are fewer than three sizes.
@@ -125,7 +130,7 @@ def fit_curve(points: Sequence[CurvePoint], *, seed: int = 0, num_resamples: int
     num_sizes = len(np.unique(sizes))
     if num_sizes < MIN_SIZES:
         raise InputError(f"a scaling curve needs runs at {MIN_SIZES} sizes or more, found {num_sizes}")
-    law = _fit(sizes, scores[np.newaxis])[0]
+    law = _fit(sizes, scores[np.newaxis], ceiling)[0]
     fitted = np.array([law.score(size) for size in sizes])
     residuals = scores - fitted
     freedom = max(1, len(points) - MIN_SIZES)
@@ -134,7 +139,7 @@ def fit_curve(points: Sequence[CurvePoint], *, seed: int = 0, num_resamples: int
     drawn = fitted + spread[generator.integers(0, len(points), size=(num_resamples, len(points)))]
     return Curve(
         law=law,
-        resampled=tuple(_fit(sizes, drawn)) if num_resamples else (),
+        resampled=tuple(_fit(sizes, drawn, ceiling)) if num_resamples else (),
         num_points=len(points),
         num_sizes=num_sizes,
         largest=float(sizes.max()),
@@ -143,8 +148,9 @@ def fit_curve(points: Sequence[CurvePoint], *, seed: int = 0, num_resamples: int
     )
 
 
-def _fit(sizes: Floats, scores: Floats) -> list[Law]:
-    """Return the least-squares law of every row of scores, (R, K): for each power of a grid a straight line, drop never below 0."""
+def _fit(sizes: Floats, scores: Floats, ceiling: float) -> list[Law]:
+    """Return the least-squares law of every row of scores, (R, K): for each power of a grid a straight line, drop never below 0, limit never above
+    the ceiling."""
     best_error = np.full(len(scores), math.inf)
     best = np.zeros((len(scores), 3))
     means = scores.mean(axis=1)
@@ -153,6 +159,10 @@ def _fit(sizes: Floats, scores: Floats) -> list[Law]:
         centred = x - x.mean()
         slopes = np.minimum(0.0, (scores - means[:, np.newaxis]) @ centred / (centred @ centred))
         limits = means - slopes * x.mean()
+        if math.isfinite(ceiling):
+            over = limits > ceiling
+            slopes = np.where(over, np.minimum(0.0, (scores - ceiling) @ x / (x @ x)), slopes)
+            limits = np.where(over, ceiling, limits)
         errors = ((scores - limits[:, np.newaxis] - slopes[:, np.newaxis] * x) ** 2).sum(axis=1)
         better = errors < best_error
         best_error[better] = errors[better]

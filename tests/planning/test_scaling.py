@@ -51,6 +51,16 @@ def test_a_flat_curve_promises_nothing() -> None:
         pairs_for_target(curve, 71)
 
 
+def test_no_limit_is_above_the_ceiling() -> None:
+    steep = [CurvePoint(pairs=size, score=score) for size, score in ((10, 50.0), (100, 65.0), (1000, 80.0))]  # as far as they go, without end
+    assert fit_curve(steep, num_resamples=20).law.limit > 100
+    bounded = fit_curve(steep, ceiling=100.0, num_resamples=20)
+    assert bounded.law.limit <= 100
+    assert bounded.limit().high <= 100
+    assert bounded.law.drop > 0
+    assert fit_curve(points(LAW, [100, 400, 1600]), ceiling=100.0).law == fit_curve(points(LAW, [100, 400, 1600])).law
+
+
 def test_two_sizes_are_no_curve() -> None:
     with pytest.raises(InputError, match="3 sizes or more, found 2"):
         fit_curve([CurvePoint(pairs=10, score=1), CurvePoint(pairs=10, score=2), CurvePoint(pairs=20, score=3)])
