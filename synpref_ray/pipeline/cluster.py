@@ -4,10 +4,12 @@ import logging
 import os
 import socket
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from synpref_ray.config import Settings
@@ -34,6 +36,8 @@ def configure_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 16 * MAX_BYTES_PER_SHARD  # a decoded shard with embeddings stays one block
     context.raise_original_map_exception = True
+    # Bounds on restarts and retries have no named parameter in Ray 2.60, and without them there are none.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated", category=RayDeprecationWarning)
 
 
 @contextmanager

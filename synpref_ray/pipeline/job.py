@@ -12,6 +12,8 @@ from synpref_ray.errors import ConfigError, InputError, SynprefError, WaitingErr
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.pipeline.settings_help import help_lines
 from synpref_ray.reporting.run import Run
+from synpref_ray.tables.garbage import RUN_LEASE
+from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.storage import OBJECT_STORAGE_ERRORS, STORAGE_ERRORS, Storage
 
 EXIT_DONE = 0
@@ -127,10 +129,10 @@ def run_reader(
 ) -> int:
     """Run a job that only reads the workspace (no Ray, no run folder, nothing written) and return its exit code: 0, 2 or 1 as `run_job`'s."""
     if any(word in ("-h", "--help") for word in argv):
-        _print_help(name, config_class, [*bodies], usage)
+        _print_help(name, config_class, [verb for verb in bodies if verb], usage)
         return EXIT_DONE
     try:
-        arguments = parse_arguments(argv, [*bodies])
+        arguments = parse_arguments(argv, [verb for verb in bodies if verb])
         config = load_config(config_class, arguments.config, arguments.overrides)
         print(bodies[arguments.verb or ""](config))  # noqa: T201  # the job's summary
     except (SynprefError, *OBJECT_STORAGE_ERRORS) as error:
@@ -194,7 +196,13 @@ def _run(
         storage = config.storage
         run = _start_run(storage, name, config)
         code = EXIT_DONE
-        with _recorded(run), session(config), _recorded(run):  # within too: `ray job stop` leaves three seconds, and leaving a cluster may take them
+        alive = Lease(storage, f"{run.folder}/{RUN_LEASE}")  # jobs/clean.py removes nothing while another job runs
+        with (
+            alive,
+            _recorded(run),
+            session(config),
+            _recorded(run),
+        ):  # within too: `ray job stop` leaves three seconds, and leaving a cluster may take them
             try:
                 summary = bodies[arguments.verb or ""](config, run)
             except WaitingError as waiting:

@@ -48,8 +48,12 @@ class LLMStepConfig(Settings):
 
     engine: AnyEngineConfig
     num_workers: int = Field(default=1, ge=1)  # ours: engines; one per GPU (or per tensor-parallel group), or one client of an endpoint each
+    min_workers: int = Field(default=0, ge=0)  # ours: 0 starts all engines at once; a cluster that grows with its load begins with fewer
+    """Workers that a pool begins with and falls back to; 0: all of them from the start."""
     num_gpus_per_worker: float = 0.0
     """GPUs that Ray sets aside for each engine."""
+    max_shard_seconds: float = Field(default=6 * 3600.0, ge=0)  # ours: what takes longer hangs; its finished requests are in the journal
+    """Seconds after which a worker that is still at one shard is ended and the shard run again; 0: never (docs/faults.md)."""
     concurrent_shards: int = 2  # ours: while one shard's last replies come in, the next one keeps the engine full
     max_failed_fraction: float = 0.5  # ours: more failures than replies means a wrong model or prompt
 
@@ -57,7 +61,9 @@ class LLMStepConfig(Settings):
     def resources(self) -> Resources:
         """What Ray is asked for."""
         environment = () if isinstance(self.engine, EndpointConfig) else tuple(sorted(engine_environment(self.engine).items()))
-        return Resources(self.num_workers, 1.0, self.num_gpus_per_worker, self.concurrent_shards, environment)
+        return Resources(
+            self.num_workers, 1.0, self.num_gpus_per_worker, self.concurrent_shards, environment, self.min_workers, self.max_shard_seconds
+        )
 
     @property
     def settings(self) -> dict[str, object]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.config import Settings
@@ -40,8 +41,12 @@ class EmbedStepConfig(Settings):
     dimension: int = 384  # of all-MiniLM-L6-v2; 1024 for Qwen3-Embedding-0.6B and jina-embeddings-v3
     num_workers: int = 1
     """Processes that embed."""
+    min_workers: int = Field(default=0, ge=0)  # ours: as of the scorer
+    """Workers that a pool begins with and falls back to; 0: all of them from the start."""
     num_gpus_per_worker: float = 0.0
     """GPUs that Ray sets aside for each worker."""
+    max_shard_seconds: float = Field(default=6 * 3600.0, ge=0)  # ours: as of the scorer
+    """Seconds after which a worker that is still at one shard is ended and the shard run again; 0: never (docs/faults.md)."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -74,7 +79,9 @@ def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], conf
         },
         digests={"model": digest_folder(resolve_model(config.embedder.model))},
         worker_arguments=lambda _: {"config": config.embedder},
-        resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),
+        resources=Resources(
+            config.num_workers, num_gpus=config.num_gpus_per_worker, min_workers=config.min_workers, max_shard_seconds=config.max_shard_seconds
+        ),
         model=config.embedder.model,
         max_failed_fraction=1.0,  # what has no attributes was counted by the tagger
     )

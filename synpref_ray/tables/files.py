@@ -109,6 +109,14 @@ class Files:
         start = len(self.root.rstrip("/")) + 1
         return [name[start:] for name in self.fs.find(self.full(folder), maxdepth=None if deep else 1)]
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the bytes of every file under a folder, by path; none where there is no such folder."""
+        self.fs.invalidate_cache()
+        if not self.exists(folder):
+            return {}
+        start = len(self.root.rstrip("/")) + 1
+        return {name[start:]: int(info["size"] or 0) for name, info in self.fs.find(self.full(folder), detail=True).items()}
+
     def list_folders(self, folder: str) -> list[str]:
         """Return the names of the folders directly in a folder; none where there is no such folder."""
         return [entry.name for entry in self.list_entries(folder) if entry.is_folder]

@@ -106,6 +106,10 @@ class S3Objects:
         found = [(entry["Key"][start:], int(entry["Size"]), str(entry["ETag"])) for entry in entries]
         return [entry for entry in found if not entry[0].endswith("/")]  # consoles make "folder/" objects
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the bytes of every object under a folder, by path."""
+        return {path: size for path, size, _ in self.contents(folder)}
+
     def list_folders(self, folder: str) -> list[str]:
         """Return the names of the folders directly in a folder, by listings of that level alone."""
         return [entry.name for entry in self.list_entries(folder) if entry.is_folder]

@@ -87,6 +87,10 @@ class Storage:
         found = (entry for entry in self._root.list_entries(prefix) if hidden or not entry.name.startswith("."))
         return sorted(found, key=lambda entry: entry.name)
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the bytes of every file under the folder `prefix`, by path, temporary ones included; a missing folder is empty."""
+        return self._root.sizes(prefix)
+
     def list_folders(self, prefix: str) -> list[str]:
         """Return the names of the folders directly under `prefix`, sorted; what is in them is not listed."""
         return sorted(name for name in self._root.list_folders(prefix) if not name.startswith("."))
