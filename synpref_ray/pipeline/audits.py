@@ -61,10 +61,14 @@ class AuditConfig(Settings):
     search_starts: NonNegativeInt = 6
     """Triples of the corpus that the suffix search starts from, twice each (the worse reply, and nothing); 0: no search."""
     starts_per_shard: PositiveInt = 4
+    """Starts of the suffix search that are finished between two writes."""
     search: SearchConfig = SearchConfig()
     num_bins: PositiveInt = 10
+    """Bins of the calibration."""
     num_resamples: int = Field(default=1000, ge=1)
+    """Resamples of the bootstrap behind each interval."""
     seed: int = 0
+    """Seed of the draws."""
 
 
 class AuditReport:
