@@ -91,6 +91,7 @@ def run_job(
     body: Callable[[ConfigT, Run], str],
     *,
     check: Callable[[ConfigT], None] | None = None,
+    plan: Callable[[ConfigT], str] | None = None,
     usage: str | None = None,
 ) -> int:
     """Run a job and return its exit code.
@@ -99,10 +100,11 @@ def run_job(
 
     Args:
         body: does the work and returns the closing table; `run.metrics` becomes metrics.json.
-        check: validates inputs without a GPU; all that `--dry-run` does after the config.
+        check: validates inputs without a GPU; all that `--dry-run` does after the config and the plan.
+        plan: says what would be done, without a GPU and whether or not the inputs are there yet; printed by `--dry-run`.
         usage: printed for `--help`.
     """
-    return _run(name, argv, config_class, {"": body}, check, usage, lambda config: ray_session(config.ray, config.storage))
+    return _run(name, argv, config_class, {"": body}, check, usage, plan=plan, session=lambda config: ray_session(config.ray, config.storage))
 
 
 def run_verb(
@@ -115,7 +117,7 @@ def run_verb(
     usage: str | None = None,
 ) -> int:
     """Run a job that does one of several things, named by the first word, in this process alone (no Ray); see `run_job`."""
-    return _run(name, argv, config_class, bodies, check, usage, lambda _: nullcontext())
+    return _run(name, argv, config_class, bodies, check, usage, session=lambda _: nullcontext())
 
 
 def run_reader(
@@ -166,7 +168,9 @@ def _run(
     bodies: Mapping[str, Callable[[ConfigT, Run], str]],
     check: Callable[[ConfigT], None] | None,
     usage: str | None,
+    *,
     session: Callable[[ConfigT], AbstractContextManager[None]],
+    plan: Callable[[ConfigT], str] | None = None,
 ) -> int:
     verbs = [verb for verb in bodies if verb]
     if any(word in ("-h", "--help") for word in argv):
@@ -178,6 +182,8 @@ def _run(
     try:
         arguments = parse_arguments(argv, verbs)
         config = load_config(config_class, arguments.config, arguments.overrides)
+        if arguments.dry_run and plan is not None:
+            print(plan(config))  # noqa: T201  # before the check: what is not there yet is planned for, too
         if check is not None:
             check(config)
         if arguments.dry_run:
