@@ -68,8 +68,9 @@ def check_files(config: ServeConfig) -> None:
             raise InputError(f"there is no TLS file {file}")
     if files:
         try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(config.tls_certificate, config.tls_key or None, password=lambda: b"")  # never asked for on a terminal
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                config.tls_certificate, config.tls_key, lambda: b""
+            )  # never asked for on a terminal
         except (ssl.SSLError, OSError) as error:
             why = "the key belongs to another certificate" if "MISMATCH" in str(error) else "expected PEM files, the key without a passphrase"
             raise InputError(f"cannot use the TLS files {' and '.join(files)}: {why} ({error.strerror or error})") from None

@@ -78,12 +78,17 @@ class AnnotateConfig(JobConfig):
         """
         url = self.database.get_secret_value()
         if not url:
-            if not make and not self.storage.exists(DATABASE):
+            if not self.storage.is_local:
+                raise InputError(
+                    f"the workspace {self.workspace} is on no local disk, where SQLite could keep accounts and verdicts: name a database "
+                    "(database=postgresql+psycopg://USER@HOST/NAME, or database=sqlite:////FOLDER/annotations.db on this machine)"
+                )
+            path = Path(self.storage.local_path(DATABASE))
+            if not make and not path.exists():
                 raise InputError(
                     f"nobody is asked anything in the workspace {self.workspace}: it has no {DATABASE}; fill a queue first "
                     f"(python jobs/annotate.py queue workspace={self.workspace} pool=POOL), or name the workspace that has one"
                 )
-            path = Path(self.storage.local_path(DATABASE))  # object storage has none, and says so
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)  # accounts are in it; SQLite gives its other files the same mode
             url = f"sqlite:///{path}"

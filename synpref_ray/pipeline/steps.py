@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -159,8 +160,10 @@ def run_step(step: Step, inputs: Sequence[StepInput]) -> StepResult:
         held = {index: leases.enter_context(Lease(inputs[index].pool.storage, f"{tables[index][0].folder}/lease.json")) for index in open_tables}
         pending = [key for index in open_tables for key in _pending(index, inputs[index].pool, step.outputs, tables[index])]
         inline = step.resources.num_workers == 0 and sum(rows for _, rows in _with_rows(inputs, pending)) <= INLINE_ROWS
+        reasons: dict[ShardKey, list[Mapping[str, int]]] = {}
         for result in (_run_inline if inline else _run_on_ray)(step, inputs, tables, pending):
             counters.update(result["counters"])
+            reasons[ShardKey(*result["key"])] = result["reasons"]
             shards_computed += 1
             rows_computed += result["rows"]
         seconds = time.monotonic() - started
@@ -169,7 +172,9 @@ def run_step(step: Step, inputs: Sequence[StepInput]) -> StepResult:
             held[index].check()
             for sidecar in tables[index]:
                 sidecar.pool.storage.delete_folder(f"{sidecar.folder}/{CRASHES}")
-            _seal(step, inputs[index], tables[index], done, sum(key.table == index for key in pending) / max(1, len(pending)))
+            share = sum(key.table == index for key in pending) / max(1, len(pending))
+            of_table = {key.number: found for key, found in reasons.items() if key.table == index}
+            _seal(step, inputs[index], tables[index], replace(done, share=share, reasons=of_table))
     rejected: Counter[str] = Counter()
     for outputs in tables:
         rejected.update(outputs[0].manifest["rejected"])
@@ -190,20 +195,26 @@ def _pending(index: int, pool: Pool, outputs: Sequence[Output], sidecars: list[S
 
 @dataclass(frozen=True)
 class _LastRun:
-    """What the run that seals a step's tables did for all of them; seconds are of the wall clock, GPU seconds those of all workers."""
+    """What the run that seals a step's tables did for all of them; seconds are of the wall clock, GPU seconds those of all workers.
+
+    Of one table: its share of the shards, and the drop reasons in each of its shards that this run made, by output.
+    """
 
     counters: Mapping[str, float]
     seconds: float
     gpu_seconds: float
+    share: float = 0.0
+    reasons: Mapping[int, Sequence[Mapping[str, int]]] = field(default_factory=dict)
 
 
-def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun, share: float) -> None:
-    for output, sidecar in zip(step.outputs, outputs, strict=True):
+def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun) -> None:
+    for place, (output, sidecar) in enumerate(zip(step.outputs, outputs, strict=True)):
         rejected: Counter[str] = Counter()
-        if "drop_reason" in output.schema.names:
-            for shard in source.pool.shards:
-                reasons = pc.value_counts(sidecar.read(shard.number, ["drop_reason"])["drop_reason"]).to_pylist()
-                rejected.update({entry["values"]: entry["counts"] for entry in reasons if entry["values"] is not None})
+        for shard in source.pool.shards:
+            if shard.number in done.reasons:
+                rejected.update(done.reasons[shard.number][place])
+            elif shard.rows and "drop_reason" in output.schema.names:  # made by an earlier run
+                rejected.update(_count(sidecar.read(shard.number, ["drop_reason"])["drop_reason"]))
         failed = sum(count for reason, count in rejected.items() if reason in REJECT_REASONS)
         if failed > step.max_failed_fraction * source.pool.num_rows:
             raise SynprefError(
@@ -228,9 +239,14 @@ def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun,
                 "counters_of_last_run": dict(done.counters),
                 "seconds_of_last_run": round(done.seconds, 3),
                 "gpu_seconds_of_last_run": round(done.gpu_seconds, 3),
-                "share_of_last_run": round(share / len(outputs), 6),  # of that run's shards: what costs of several tables add up by
+                "share_of_last_run": round(done.share / len(outputs), 6),  # of that run's shards: what costs of several tables add up by
             },
         )
+
+
+def _count(reasons: pa.ChunkedArray) -> dict[str, int]:
+    """Return how often each value comes, nulls left out."""
+    return {entry["values"]: entry["counts"] for entry in pc.value_counts(reasons).to_pylist() if entry["values"] is not None}
 
 
 def _run_inline(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidecar]], pending: Sequence[ShardKey]) -> list[dict[str, Any]]:
@@ -296,7 +312,7 @@ def _read_shard(source: StepInput, key: ShardKey, rows: int) -> pa.Table:
     if shard.num_rows != rows:
         raise SchemaError(f"shard {key.number} of pool {source.pool.name!r} has {shard.num_rows} rows where its manifest says {rows}")
     for name, value in ((_TABLE, key.table), (_SHARD, key.number), (_ROWS, rows)):
-        shard = shard.append_column(name, pa.array([value] * rows, pa.int32()))
+        shard = shard.append_column(name, pa.array(np.full(rows, value, dtype=np.int32)))
     return shard
 
 
@@ -310,18 +326,20 @@ class _ShardWriter:
 
     def write(self, block: pa.Table) -> dict[str, Any]:
         """Write the one whole shard that a block must be, its rejects first."""
-        keys = set(zip(*(block[name].to_pylist() for name in (_TABLE, _SHARD, _ROWS)), strict=True))
+        keys = block.select([_TABLE, _SHARD, _ROWS]).group_by([_TABLE, _SHARD, _ROWS]).aggregate([]).to_pylist()
         if len(keys) != 1:
             raise SchemaError(f"step {self.step!r}: a block reached the sink with rows of {len(keys)} shards; blocks must be whole shards")
-        table_index, number, rows = keys.pop()
+        table_index, number, rows = (keys[0][name] for name in (_TABLE, _SHARD, _ROWS))
         if block.num_rows != rows:
             raise SchemaError(f"step {self.step!r}: {block.num_rows} of {rows} rows of shard {number} reached the sink together")
+        reasons: list[dict[str, int]] = []
         for output, sidecar in zip(self.outputs, self.tables[table_index], strict=True):
             names = [name if name == "pair_id" else output.prefix + name for name in output.schema.names]
             table = block.select(names).rename_columns(output.schema.names).cast(output.schema)
             self._write_rejects(number, sidecar, table)
             sidecar.write(number, table)
-        return {"counters": json.loads(block[_COUNTERS][0].as_py()), "rows": block.num_rows}
+            reasons.append(_count(table["drop_reason"]) if "drop_reason" in table.column_names else {})
+        return {"key": (table_index, number), "counters": json.loads(block[_COUNTERS][0].as_py()), "rows": block.num_rows, "reasons": reasons}
 
     def _write_rejects(self, number: int, sidecar: Sidecar, table: pa.Table) -> None:
         if "drop_reason" not in table.column_names:
@@ -378,14 +396,14 @@ class _ShardTask:
         self._export(result, counters, time.perf_counter() - started)
         for name in places.column_names:
             result = result.append_column(name, places[name])
-        note = [json.dumps(dict(counters))] + [None] * (block.num_rows - 1)
-        return result.append_column(_COUNTERS, pa.array(note, pa.string()))
+        note = pa.chunked_array([pa.array([json.dumps(dict(counters))]), pa.nulls(block.num_rows - 1, pa.string())])
+        return result.append_column(_COUNTERS, note.combine_chunks())
 
     def _export(self, result: pa.Table, counters: Mapping[str, float], seconds: float) -> None:
         step, resources = self._step, self._step.resources
         rejected: Counter[str] = Counter()
         for column in {output.prefix + "drop_reason" for output in step.outputs} & {*result.column_names}:
-            rejected.update(reason for reason in result[column].to_pylist() if reason in REJECT_REASONS)
+            rejected.update({reason: count for reason, count in _count(result[column]).items() if reason in REJECT_REASONS})
         shares = resources.concurrent_shards
         cpus, gpus = resources.num_cpus / shares, resources.num_gpus / shares
         export(shard_samples(ShardWork(step.label, step.model, result.num_rows, rejected, seconds, counters, cpus, gpus)))

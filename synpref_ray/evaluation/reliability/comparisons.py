@@ -3,8 +3,8 @@
 Shape legend: P comparisons, G prompts, R resamples, S sums.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ class Comparisons:
     groups: tuple[str, ...]
     num_unscored: int = 0
     """Comparisons with a reply that has no reward: they are left out."""
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By an attribute's name, every comparison's value (`unknown` where its item has none)."""
 
 
 def comparisons_of(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Comparisons:
@@ -45,6 +47,7 @@ def comparisons_of(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Compar
         ValueError: a scorer has no rewards (a judge): its verdicts have no margins.
     """
     rows: list[tuple[float, str, str, str, str]] = []
+    known: list[Mapping[str, str]] = []
     unscored = 0
     for item, outcome in zip(items, outcomes, strict=True):
         if outcome.scores is None:
@@ -55,9 +58,12 @@ def comparisons_of(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Compar
                 unscored += 1
             else:
                 rows.append((margin, item.replies[better], item.replies[worse], item.prompt_key, item.subset))
+                known.append(dict(item.attributes))
     margins, *texts = zip(*rows, strict=True) if rows else ((), (), (), (), ())
     better, worse, prompts, groups = (tuple(str(text) for text in column) for column in texts)
-    return Comparisons(np.asarray(margins, dtype=np.float64), better, worse, prompts, groups, unscored)
+    names = sorted({name for one in known for name in one})
+    attributes = {name: tuple(one.get(name, "unknown") for one in known) for name in names}
+    return Comparisons(np.asarray(margins, dtype=np.float64), better, worse, prompts, groups, unscored, attributes)
 
 
 def prompt_sums(values: Floats, prompts: Sequence[str]) -> Floats:
