@@ -5,14 +5,12 @@ seed. Numbers are accuracies on held-out pairs: their mean over seeds with a boo
 since the interval does not hold that.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 from pydantic import Field, PositiveInt
 
 from synpref_ray.bundled import resolve_model
@@ -21,6 +19,7 @@ from synpref_ray.evaluation.accuracy import SeedAccuracy, paired_bootstrap, seed
 from synpref_ray.evaluation.matching import NUMBERS, SMALL_DIFFERENCE, standardised_differences
 from synpref_ray.ingest.readers import open_binary
 from synpref_ray.pipeline.ablation_sets import Arm, Selection, Wild, ladder_arms, matched_arms, read_wild, save_arm, scaling_arms
+from synpref_ray.pipeline.benchmark_files import find_benchmark, load_benchmark
 from synpref_ray.pipeline.evaluate import correct_flags
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.licences import with_source_licences
@@ -37,8 +36,7 @@ from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import check_best_rm_training
 from synpref_ray.tables.models import StoredModel
-from synpref_ray.tables.pools import open_pool
-from synpref_ray.tables.sets import PairSet
+from synpref_ray.tables.sets import PairSet, iter_shards
 
 Part = Literal["matched", "ladder", "scaling"]
 Flags = npt.NDArray[np.bool_]
@@ -51,6 +49,7 @@ class AblateConfig(JobConfig):
     """What is compared, on how many pairs, with which seeds, and how models are trained and tested."""
 
     parts: tuple[Part, ...] = ("ladder", "matched", "scaling")
+    """Which comparisons to make."""
     held_out: str
     """A file of pairs that no pool shares a prompt with: what every model is tested on."""
     pairs: PositiveInt
@@ -61,6 +60,7 @@ class AblateConfig(JobConfig):
     """Parts of the curated pairs on the scaling curve."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)  # ours: three training runs of each set
     selection_seed: int = 0
+    """Which pairs are drawn, where a set is drawn by chance."""
     taggers: tuple[TagStepConfig, ...] = ()
     """Tag the whole wild pool with these first, so that categories can be matched; empty: tags that are there, else sources."""
     train: TrainConfig
@@ -70,6 +70,7 @@ class AblateConfig(JobConfig):
     card: CardConfig = CardConfig()
     models_per_pass: PositiveInt = 6  # ours: held in memory together while the held-out pairs are scored
     num_resamples: int = Field(default=2000, ge=1)
+    """Bootstrap samples behind every interval."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
 
     @property
@@ -100,12 +101,9 @@ def check_ablate(config: AblateConfig) -> None:
 def run_ablate(config: AblateConfig, run: Run) -> str:
     """Build the sets, train, test; return the closing tables. What is there already is not made again."""
     storage, before = config.storage, load_stage1(config)
-    attributes = (
-        tag_pools(run, "tag for ablations", [open_pool(storage, read_wild(storage, None).pool.name)], config.taggers).merged[0]
-        if config.taggers
-        else None
-    )
-    wild = read_wild(storage, attributes)
+    wild = read_wild(storage, None)
+    if config.taggers:
+        wild = read_wild(storage, tag_pools(run, "tag for ablations", [wild.pool], config.taggers).merged[0])
     arms = _arms(config, wild, before)
     built = _Arms(arms, [save_arm(storage, arm) for arm in arms])
     models = _train(config, run, built, before)
@@ -135,9 +133,10 @@ def _train(config: AblateConfig, run: Run, built: _Arms, before: Stage1Result) -
     models: list[list[StoredModel]] = []
     done = 0
     for arm, pairs in zip(built.arms, built.sets, strict=True):
+        if arm.name != WITH_GOLD:
+            for groups in iter_shards(pairs, ["prompt_group"]):
+                check_best_rm_training(groups, gold)
         table = pairs.read() if arm.num_pairs <= TABLE_PAIRS else None
-        if table is not None and arm.name != WITH_GOLD:
-            check_best_rm_training(table, gold)
         train: TrainingPairs = pairs if table is None else (table, pairs.digest)
         of_arm = []
         for seed in config.seeds:
@@ -174,11 +173,9 @@ def _test(config: AblateConfig, run: Run, models: Sequence[Sequence[StoredModel]
 
 
 def _prompts(config: AblateConfig) -> list[str]:
-    """Return the prompt of every held-out row, as the intervals' groups; a file that is no Parquet is read by its rows' order alone."""
-    if not config.held_out.endswith(".parquet"):
-        with open_binary(config.held_out) as stream:
-            return [json.dumps(json.loads(line).get("prompt")) for line in stream.read().splitlines() if line.strip()]
-    return [json.dumps(prompt) for prompt in pq.read_table(config.held_out, columns=["prompt"])["prompt"].to_pylist()]
+    """Return the prompt of every held-out row: what the intervals draw together."""
+    items = load_benchmark(find_benchmark(config.held_out, "."), config.reading.columns).read.items
+    return [item.prompt_key for item in items]
 
 
 def _describe_part(

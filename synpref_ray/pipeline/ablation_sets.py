@@ -102,7 +102,7 @@ class Wild:
 
 
 def read_wild(storage: Storage, attributes: Sidecar | None) -> Wild:
-    """Read the pool that Stage 2 decided about; categories are the tags of the whole pool if there are any, else the sources.
+    """Read the pool that Stage 2 decided about; categories are the tags given, or the only ones of the whole pool, else the sources.
 
     Raises:
         InputError: Stage 2 has not finished here.
@@ -112,7 +112,8 @@ def read_wild(storage: Storage, attributes: Sidecar | None) -> Wild:
     record = storage.read_json(STAGE2_RECORD)
     pool = open_pool(storage, record["pool"])
     decision = open_sidecar(pool, "decision", record["decision"])
-    tags = attributes or next(iter(list_sidecars(pool, "attributes")), None)
+    there = list_sidecars(pool, "attributes")
+    tags = attributes or (there[0] if len(there) == 1 else None)  # of several nobody says which is meant
     wanted = ("decision", "flipped", "decision_reason", "margin_best", "margin_gold")
     beside: list[tuple[Sidecar, Mapping[str, str]]] = [(decision, {name: name for name in wanted})]
     beside += [(tags, {"task_category": "task_category"})] if tags else []

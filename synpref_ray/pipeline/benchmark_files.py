@@ -118,9 +118,9 @@ def _load(found: FoundBenchmark, columns: PairColumns) -> LoadedBenchmark:
         return LoadedBenchmark(found.name, found.benchmark, found.benchmark.read(parts))
     file = found.files[0]
     if _first_is_one_against_many(file):
-        benchmark = _of_any_file(found.name, many=True)
+        benchmark = benchmark_of_file(found.name, many=True)
         return LoadedBenchmark(found.name, benchmark, benchmark.read([Part(file, _rows(file))]))
-    return LoadedBenchmark(found.name, _of_any_file(found.name, many=False), ReadItems(_read_pairs(file, columns)), is_pair_file=True)
+    return LoadedBenchmark(found.name, benchmark_of_file(found.name, many=False), ReadItems(_read_pairs(file, columns)), is_pair_file=True)
 
 
 def _read_pairs(file: str, columns: PairColumns) -> list[Item]:
@@ -129,7 +129,8 @@ def _read_pairs(file: str, columns: PairColumns) -> list[Item]:
     return pair_items(pairs, [row for chunk in chunks for row in chunk.rejects.select(["row", "reason"]).to_pylist()])
 
 
-def _of_any_file(name: str, *, many: bool) -> Benchmark:
+def benchmark_of_file(name: str, *, many: bool) -> Benchmark:
+    """Return the benchmark of a file of pairs, or of one reply against many."""
     return Benchmark(
         name=name,
         read=read_one_against_many,

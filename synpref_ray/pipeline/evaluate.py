@@ -23,6 +23,7 @@ from synpref_ray.pipeline.benchmark_files import FoundBenchmark, LoadedBenchmark
 from synpref_ray.pipeline.benchmark_judges import judge_outcomes
 from synpref_ray.pipeline.benchmark_overlap import ContaminationConfig, shared_items
 from synpref_ray.pipeline.cluster import probe_workspace
+from synpref_ray.pipeline.gold_benchmark import AUDIT_GOLD, audit_gold
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import JudgeStepConfig
 from synpref_ray.pipeline.score_cache import REPLIES_PER_SHARD, ScoreCache, conversations_of
@@ -60,6 +61,8 @@ class EvaluateConfig(JobConfig):
     """Resamples of the bootstrap behind each interval."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
     contamination: ContaminationConfig = ContaminationConfig()
+    audit_gold: bool = False
+    """Also measure on the audit gold of this workspace (as `audit_gold`), which knows its attributes."""
     audits: tuple[AuditName, ...] = ()
     """What is looked at beside the benchmarks' own metrics: calibration, bias, attacks (docs/evaluation.md, Reliability)."""
     audit: AuditConfig = AuditConfig()
@@ -126,6 +129,9 @@ def run_evaluate(config: EvaluateConfig, run: Run) -> str:
     """Evaluate the model and the judges; return the closing tables."""
     found = benchmark_files(config)
     loaded = [load_benchmark(one, config.reading.columns, sample_fraction=config.sample_fraction, seed=config.seed) for one in found.values()]
+    if config.audit_gold:
+        loaded.append(audit_gold(config))
+        found = {**found, AUDIT_GOLD: FoundBenchmark(AUDIT_GOLD, None)}
     shared = shared_items(run, config.storage, loaded, config.contamination)
     scorers: dict[str, dict[str, list[Outcome]]] = {}
     if config.model:

@@ -283,6 +283,33 @@ def curves_grid(
     figure.legend(handles, [shorten(name) for name in names], loc="outside upper right", ncols=min(len(names), 5))
 
 
+def grid_size(num_panels: int) -> tuple[float, float]:
+    """Return height and width of so many small panels, three in a row."""
+    return 0.6 + 1.8 * -(-num_panels // 3), min(FULL_WIDTH, 1.0 + 3.4 * num_panels)
+
+
+def calibration_grid(figure: Figure, panels: Sequence[tuple[str, Sequence[tuple[float, float, int]]]]) -> None:
+    """Draw accuracy over confidence beside the line of a calibrated model; a panel is its title and (confidence, accuracy, pairs) by bin."""
+    rows = -(-len(panels) // 3)
+    grid = figure.subplots(rows, min(3, len(panels)), squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(panels):
+            axes.set_visible(False)
+            continue
+        title, bins = panels[place]
+        total = sum(count for *_, count in bins) or 1
+        axes.plot([0.5, 1.0], [0.5, 1.0], color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.plot([confidence for confidence, *_ in bins], [accuracy for _, accuracy, _ in bins], color=BLUE, linewidth=1.3)
+        for confidence, accuracy, count in bins:
+            axes.plot([confidence], [accuracy], marker="o", linestyle="none", color=BLUE, markersize=3 + 9 * (count / total) ** 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        percent_axis(axes)
+        percent_axis(axes, which="x")
+        axes.set_title(shorten(title), size=9.5)
+        axes.set_xlabel("confidence", size=9)
+
+
 def heat_chart(figure: Figure, panels: Sequence[tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[float | None]]]]) -> None:
     """Draw matrices of shares: (title, row names, column names, values); the share is written into its cell, and its depth is its colour."""
     grid = figure.subplots(1, len(panels), squeeze=False)
