@@ -176,7 +176,7 @@ class PairMaker:
     def rows(self, number: int, count: int, topic: str) -> pa.Table:
         """Return shard `number` (`POOL_SCHEMA`)."""
         rng = np.random.default_rng([self._seed, number, len(topic)])
-        lengths = np.minimum(30_000, rng.lognormal([6.0, 6.1, 6.1], [0.8, 0.8, 0.8], size=(count, 3))).astype(int) + 40
+        lengths = np.minimum(30_000, rng.lognormal(6.25, 0.8, size=(count, 3))).astype(int) + 40
         starts = rng.integers(0, len(self._text) - 40_000, size=(count, 3))
         rows = []
         for row in range(count):

@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,9 +64,9 @@ class StoreWatcher(threading.Thread):
         self._done = threading.Event()
 
     def run(self) -> None:
-        state = get_state_from_address(None)
+        state = get_state_from_address(None)  # type: ignore[no-untyped-call]  # of Ray
         while not self._done.wait(2.0):
-            self.peak = max(self.peak, get_memory_info_reply(state).store_stats.object_store_bytes_used)
+            self.peak = max(self.peak, get_memory_info_reply(state).store_stats.object_store_bytes_used)  # type: ignore[no-untyped-call]
 
     def stop(self) -> int:
         """Stop, and return the peak."""
@@ -142,7 +143,7 @@ def timed_stage2(storage: Storage, workers: int, **changes: Any) -> dict[str, An
 def text_bytes(pool: Pool) -> float:
     """Return how many bytes of prompt and replies a pool has, from its first shard."""
     first = pool.read(pool.shards[0].number, list(SCORE_COLUMNS))
-    return first.nbytes / first.num_rows * pool.num_rows
+    return float(first.nbytes / first.num_rows * pool.num_rows)
 
 
 class BareScorer:
@@ -155,27 +156,29 @@ class BareScorer:
         return self._scorer(block, ShardKey(0, 0))[0]
 
 
-def score_ours(pool: Pool, workers: int) -> None:
-    """Run the scoring step anew."""
+def score_ours(pool: Pool, workers: int) -> Mapping[str, Any]:
+    """Run the scoring step anew; it says nothing but how long it took."""
     models = {name: StoredModel(pool.storage, name, name * 8) for name in ("best", "gold")}
     config = ScoreConfig(num_workers=workers)
     score_pools(Run(pool.storage, "score", config), "score", [pool], models, config, ParityConfig(enabled=False))
     for name in models:
         pool.storage.delete_folder(f"pools/{pool.name}/rewards.{name}")
+    return {}
 
 
-def score_bare(pool: Pool, workers: int, out: Path) -> None:
+def score_bare(pool: Pool, workers: int, out: Path) -> Mapping[str, Any]:
     """Do the same with nothing but Ray Data."""
     files = [pool.storage.local_path(shard_path(f"pools/{pool.name}", shard.number)) for shard in pool.shards]
     dataset = ray.data.read_parquet(files, columns=["pair_id", *SCORE_COLUMNS], override_num_blocks=len(files))
     compute = ActorPoolStrategy(size=min(workers, len(files)))
     dataset.map_batches(BareScorer, batch_format="pyarrow", batch_size=None, compute=compute).write_parquet(str(out))
     shutil.rmtree(out)
+    return {}
 
 
 def against_bare(pool: Pool, workers: int, rounds: int, out: Path) -> dict[str, list[float]]:
     """Return the seconds of both, by round; the first round, in which actors' processes import, is not counted."""
-    sides = {OURS: lambda: score_ours(pool, workers) or {}, BARE: lambda: score_bare(pool, workers, out) or {}}
+    sides = {OURS: partial(score_ours, pool, workers), BARE: partial(score_bare, pool, workers, out)}
     measured = interleave(sides, rounds + 1, Stopwatch(), say=lambda line: print(line, file=sys.stderr))
     return {name: [one[name].seconds for one in measured[1:]] for name in sides}
 

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from synpref_ray.pipeline.job import run_job
-from synpref_ray.pipeline.stage1 import Stage1Config, check_stage1, run_stage1
+from synpref_ray.pipeline.stage1 import Stage1Config, check_stage1, plan_stage1, run_stage1
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the job; see `run_job` for the exit codes."""
-    return run_job("stage1", argv, Stage1Config, run_stage1, check=check_stage1, usage=__doc__)
+    return run_job("stage1", argv, Stage1Config, run_stage1, check=check_stage1, plan=plan_stage1, usage=__doc__)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from synpref_ray.pipeline.job import run_job
-from synpref_ray.pipeline.stage2 import Stage2Config, check_stage2, run_stage2
+from synpref_ray.pipeline.stage2 import Stage2Config, check_stage2, plan_stage2, run_stage2
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the job; see `run_job` for the exit codes."""
-    return run_job("stage2", argv, Stage2Config, run_stage2, check=check_stage2, usage=__doc__)
+    return run_job("stage2", argv, Stage2Config, run_stage2, check=check_stage2, plan=plan_stage2, usage=__doc__)
 
 
 if __name__ == "__main__":

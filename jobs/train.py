@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from synpref_ray.pipeline.job import run_job
-from synpref_ray.pipeline.train_set import TrainJobConfig, check_train, run_train
+from synpref_ray.pipeline.train_set import TrainJobConfig, check_train, plan_train, run_train
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the job; see `run_job` for the exit codes."""
-    return run_job("train", argv, TrainJobConfig, run_train, check=check_train, usage=__doc__)
+    return run_job("train", argv, TrainJobConfig, run_train, check=check_train, plan=plan_train, usage=__doc__)
 
 
 if __name__ == "__main__":

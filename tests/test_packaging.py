@@ -51,3 +51,23 @@ def test_a_wheel_holds_the_package_with_its_pages_and_its_catalogue(tmp_path: Pa
     assert held == set(tracked)
     assert any(name.endswith(".html") for name in held)
     assert any(name.startswith("synpref_ray/ingest/catalogue/") and name.endswith(".yaml") for name in held)
+
+
+@pytest.mark.slow
+def test_the_gpu_variant_resolves_for_a_cuda_machine_to_its_lock(tmp_path: Path) -> None:
+    """Nothing is installed: the command at the top of the lock, on whatever machine."""
+    uv = Path(sys.executable).parent / "uv"
+    lock = ROOT / "requirements" / "gpu.txt"
+    command = [
+        *(str(uv), "pip", "compile", str(ROOT / "pyproject.toml"), "--extra", "gpu", "--extra", "dev", "--constraint", str(lock)),
+        *("--override", str(ROOT / "requirements" / "overrides.txt"), "--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_31"),
+        *("--no-annotate", "--no-header", "--quiet", "--output-file", str(tmp_path / "resolved.txt")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "failed to fetch" in done.stderr.lower() or "connect" in done.stderr.lower():
+        pytest.skip("no package registry is within reach")
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = ((tmp_path / "resolved.txt").read_text(), lock.read_text())
+    resolved, locked = ({line for line in text.splitlines() if re.match(r"[a-z0-9].*==", line, re.IGNORECASE)} for text in names)
+    assert resolved == locked
+    assert any(line.startswith("nvidia-") for line in resolved), "CUDA libraries"

@@ -28,7 +28,9 @@ class ServeConfig(Settings):
     host: str = "127.0.0.1"  # ours: nobody else reaches it
     port: int = Field(default=8400, ge=0, le=65535)  # ours; 0: any free one
     tls_certificate: str = ""
+    """A PEM file with the certificate chain; with `tls_key`, pages are served over HTTPS."""
     tls_key: str = ""
+    """A PEM file with its private key."""
     behind_tls_proxy: bool = False  # a proxy before it ends TLS: browsers see https, so cookies are Secure and HSTS is sent
     allow_plain_http: bool = False  # no TLS anywhere: everybody on the way reads along
     login: LoginConfig = LoginConfig()

@@ -175,6 +175,7 @@ class EngineConfig(Settings):
     """How one vLLM engine is started; every worker of a step holds one."""
 
     model: str
+    """A folder, a bundled model's name, or a repository of the hub."""
     device: Literal["cpu", "gpu"] = "cpu"
     """Where the engine runs."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # ours: what released checkpoints hold

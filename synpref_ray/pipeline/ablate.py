@@ -49,6 +49,7 @@ class AblateConfig(JobConfig):
     """What is compared, on how many pairs, with which seeds, and how models are trained and tested."""
 
     parts: tuple[Part, ...] = ("ladder", "matched", "scaling")
+    """Which comparisons to make."""
     held_out: str
     """A file of pairs that no pool shares a prompt with: what every model is tested on."""
     pairs: PositiveInt
@@ -59,6 +60,7 @@ class AblateConfig(JobConfig):
     """Parts of the curated pairs on the scaling curve."""
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)  # ours: three training runs of each set
     selection_seed: int = 0
+    """Which pairs are drawn, where a set is drawn by chance."""
     taggers: tuple[TagStepConfig, ...] = ()
     """Tag the whole wild pool with these first, so that categories can be matched; empty: tags that are there, else sources."""
     train: TrainConfig
@@ -68,6 +70,7 @@ class AblateConfig(JobConfig):
     card: CardConfig = CardConfig()
     models_per_pass: PositiveInt = 6  # ours: held in memory together while the held-out pairs are scored
     num_resamples: int = Field(default=2000, ge=1)
+    """Bootstrap samples behind every interval."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
 
     @property

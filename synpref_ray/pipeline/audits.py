@@ -61,10 +61,14 @@ class AuditConfig(Settings):
     search_starts: NonNegativeInt = 6
     """Triples of the corpus that the suffix search starts from, twice each (the worse reply, and nothing); 0: no search."""
     starts_per_shard: PositiveInt = 4
+    """Starts of the suffix search that are finished between two writes."""
     search: SearchConfig = SearchConfig()
     num_bins: PositiveInt = 10
+    """Bins of the calibration."""
     num_resamples: int = Field(default=1000, ge=1)
+    """Resamples of the bootstrap behind each interval."""
     seed: int = 0
+    """Seed of the draws."""
 
 
 class AuditReport:
@@ -151,8 +155,7 @@ def _biases(
     if rows:
         header = ("bias", "of the better reply's", "pressure", "slope", "partial", "right where more", "right where less")
         report.tables.append(format_table(header, rows))
-        header = ("mitigation", "taken out", "accuracy", "pressure on", "moved to")
-        report.tables.append(format_table(header, mended))
+        report.tables.append(format_table(("mitigation", "taken out", "accuracy", "pressure on", "moved to"), mended))
 
 
 def _note_biases(report: AuditReport, prefix: str, measured: BiasReport) -> None:
@@ -359,7 +362,7 @@ def compare_models(
         a, b = (np.array([np.concatenate([outcome.wins for outcome in of_seed]) for of_seed in side[name]]) for side in (ours, others))
         tested = paired_test(a, b, prompts, seed=seed, num_resamples=num_resamples, confidence=confidence)
         prefix = f"audit/compare/{name}"
-        report.metrics |= as_metrics(prefix, tested.difference) | {f"{prefix}/seeds": [len(a), len(b)]}
+        report.metrics |= {**as_metrics(prefix, tested.difference), f"{prefix}/seeds": [len(a), len(b)]}
         report.metrics |= {f"{prefix}/only_a": tested.only_a, f"{prefix}/only_b": tested.only_b, f"{prefix}/p_value": tested.p_value}
         difference = tested.difference
         shares = (format_share(difference.accuracy_a, 1), format_share(difference.accuracy_b, 1))

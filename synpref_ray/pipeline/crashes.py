@@ -225,14 +225,14 @@ class ShardGuard:
         ranges = ", ".join(f"{start}-{stop}" for start, stop in plan.run[:3])
         logger.warning("step %s: shard %d has killed %d workers; trying rows %s …", self._step, number, crashes.total(), ranges)
         parts: dict[int, pa.Table] = {row: self._rejected(shard, row) for row in plan.reject}
-        counters: Counter[str] = Counter({"worker_crashes": float(crashes.total())})  # type: ignore[dict-item]
+        counters: Counter[str] = Counter({"worker_crashes": float(crashes.total())})
         whole = plan.run == ((0, shard.num_rows),)
         for rows in plan.run:
             part = None if whole else journal.read_part(number, rows)
             if part is None:
                 with journal.in_hand(number, rows), self._time_limit(number):
                     part, counted = run(shard.slice(rows[0], rows[1] - rows[0]).combine_chunks())
-                counters.update(counted)  # type: ignore[arg-type]
+                counters.update(counted)
                 if not whole:
                     journal.write_part(number, rows, part)
             parts[rows[0]] = part

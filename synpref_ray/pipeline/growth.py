@@ -14,7 +14,7 @@ from synpref_ray.pipeline.leak_marks import leaked_pairs, open_leaks
 from synpref_ray.rules.leaks import LEAKS
 from synpref_ray.tables.parts import pool_parts
 from synpref_ray.tables.pools import Pool, open_pool
-from synpref_ray.tables.sidecars import list_sidecars
+from synpref_ray.tables.sidecars import list_sidecars, open_sidecar
 from synpref_ray.tables.storage import Storage
 
 SEED, UNVERIFIED = "seed", "unverified"
@@ -93,7 +93,7 @@ def leaked_so_far(parts: Sequence[Pool], version: int, wanted: str) -> frozenset
     if wanted in (AUTO, OFF):
         return frozenset().union(*(leaked_pairs(open_leaks(pool, wanted)) for pool in versions))
     named = [sidecar for pool in versions for sidecar in list_sidecars(pool, LEAKS, wanted)]
-    return frozenset().union(*(leaked_pairs(sidecar) for sidecar in named or [open_leaks(versions[-1], wanted)]))
+    return frozenset().union(*(leaked_pairs(sidecar) for sidecar in named or [open_sidecar(versions[-1], LEAKS, wanted)]))
 
 
 def unverified_parts(storage: Storage, inputs: RoundInputs) -> list[Pool]:

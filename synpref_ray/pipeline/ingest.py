@@ -179,7 +179,7 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
     files = [(number, file) for number, source in enumerate(sources) for file in _files_of(source)]
     started = time.monotonic()
     inline = _are_small([file if sources[number].path else "" for number, file in files])
-    digests = run_tasks(_digest, None, [(sources[number], file) for number, file in files], inline=inline)
+    digests = run_tasks(_digest, None, [(sources[number], file) for number, file in files], inline=inline, title="digests")
     phases = {"digest": time.monotonic() - started}
     settings = config.model_dump(mode="json", include={"max_pairs_per_shard", "max_bytes_per_shard"})
     settings["sources"] = [_result_settings(source) for source in sources]
@@ -258,7 +258,7 @@ def _ingest(
     stager = _Stager(storage, config.decontaminate, _benchmarks_digest(config.decontaminate), config.max_rejected_fraction)
     arguments = [(f"{staging}/file-{i:05d}", sources[n], n, file) for i, (n, file) in enumerate(files)]
     with timed(phases, "read"):
-        staged = [StagedFile.model_validate(entry) for entry in run_tasks(_stage_file, stager, arguments, inline=inline)]
+        staged = [StagedFile.model_validate(entry) for entry in run_tasks(_stage_file, stager, arguments, inline=inline, title="read files")]
     _refuse_pairless_sources(storage, name, sources, staged)
     layout = Layout.of(
         PairFile(sources[entry.source].route, sources[entry.source].name, entry.file, folder, entry.pieces)

@@ -96,6 +96,7 @@ def run_job(
     *,
     check: Callable[[ConfigT], None] | None = None,
     preview: Callable[[ConfigT], str] | None = None,
+    plan: Callable[[ConfigT], str] | None = None,
     usage: str | None = None,
 ) -> int:
     """Run a job and return its exit code.
@@ -104,11 +105,14 @@ def run_job(
 
     Args:
         body: does the work and returns the closing table; `run.metrics` becomes metrics.json.
-        check: validates inputs without a GPU; what `--dry-run` does after the config.
+        check: validates inputs without a GPU; what `--dry-run` does after the config and the plan.
+        plan: says what would be done, without a GPU and whether or not the inputs are there yet; printed by `--dry-run`.
         preview: a closer look at the inputs, for `--dry-run` alone, and what it found.
         usage: printed for `--help`.
     """
-    return _run(name, argv, config_class, {"": body}, check, usage, lambda config: ray_session(config.ray, config.storage), preview)
+    return _run(
+        name, argv, config_class, {"": body}, check, usage, plan=plan, preview=preview, session=lambda config: ray_session(config.ray, config.storage)
+    )
 
 
 def run_verb(
@@ -121,7 +125,7 @@ def run_verb(
     usage: str | None = None,
 ) -> int:
     """Run a job that does one of several things, named by the first word, in this process alone (no Ray); see `run_job`."""
-    return _run(name, argv, config_class, bodies, check, usage, lambda _: nullcontext())
+    return _run(name, argv, config_class, bodies, check, usage, session=lambda _: nullcontext())
 
 
 def run_reader(
@@ -173,8 +177,10 @@ def _run(
     bodies: Mapping[str, Callable[[ConfigT, Run], str]],
     check: Callable[[ConfigT], None] | None,
     usage: str | None,
+    *,
     session: Callable[[ConfigT], AbstractContextManager[None]],
     preview: Callable[[ConfigT], str] | None = None,
+    plan: Callable[[ConfigT], str] | None = None,
 ) -> int:
     verbs = [verb for verb in bodies if verb]
     if any(word in ("-h", "--help") for word in argv):
@@ -186,6 +192,8 @@ def _run(
     try:
         arguments = parse_arguments(argv, verbs)
         config = load_config(config_class, arguments.config, arguments.overrides)
+        if arguments.dry_run and plan is not None:
+            print(plan(config))  # noqa: T201  # before the check: what is not there yet is planned for, too
         if check is not None:
             check(config)
         if arguments.dry_run:

@@ -100,8 +100,7 @@ def _measure(stage: str, sidecars: Sequence[Sidecar], decide: Any, truth: str) -
                     rows.setdefault(source, []).append(row)
     for source, found in rows.items():
         decisions, better, groups = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [])
-        evidence = {"groups": groups} if found else {}
-        yield Evidence(stage, source, label_quality(decisions, better, **evidence), flip_detection(decisions, better, **evidence))
+        yield Evidence(stage, source, label_quality(decisions, better, groups=groups), flip_detection(decisions, better, groups=groups))
 
 
 def describe_labels(found: Sequence[Evidence], truth: str) -> str:

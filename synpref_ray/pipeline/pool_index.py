@@ -83,7 +83,7 @@ class PoolIndex:
             codes: CandidateSearch = Codes(load_index(self.pool.storage, self.path), self.config)
             yield QuantisedIndex(self.pool, codes, LocalScorer(self.pool, self.embeddings), self.shape, left_out)
             return
-        holder = _Holder.options(**_resources(self.config)).remote(self)
+        holder = _Holder.options(**_resources(self.config)).remote(self)  # type: ignore[attr-defined]  # what @ray.remote adds
         try:
             yield QuantisedIndex(self.pool, _RemoteCodes(holder), _RemoteScorer(self), self.shape, left_out)
         finally:
@@ -142,7 +142,7 @@ def plan_pool_index(pool: Pool, embeddings: Sidecar, config: IndexConfig) -> Poo
 
 def _dimension(pool: Pool, embeddings: Sidecar) -> int:
     first = next(shard.number for shard in pool.shards if shard.rows)
-    return embedding_matrix(embeddings.read(first, ["embedding"])["embedding"].slice(0, 0)).shape[1]
+    return int(embedding_matrix(embeddings.read(first, ["embedding"])["embedding"].slice(0, 0)).shape[1])
 
 
 def _build(index: PoolIndex) -> tuple[int, int, dict[str, float]]:

@@ -24,6 +24,7 @@ class PushConfig(JobConfig):
     """OWNER/NAME of a data set repository, made if it is not there."""
     private: bool = True  # ours: publishing is one more decision
     revision: str = "main"
+    """The branch to push to."""
     simulated: bool = False  # ours: labels of simulated people are no data; true: they go out all the same, and the card says so
 
 

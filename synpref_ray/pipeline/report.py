@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from synpref_ray.ingest.source import Route
 from synpref_ray.pipeline.explain import explain_pair
@@ -34,13 +34,6 @@ class ReportConfig(JobConfig):
     """explain, labels: json holds all of it; of a pair every table and the whole texts."""
     truth: str = ""
     """labels: a Parquet file with pair_id and verdict of pairs as ingested, where the truth is known."""
-
-    @field_validator("pair", mode="before")
-    @classmethod
-    def _is_text(cls, pair: object) -> object:
-        if isinstance(pair, int | float):  # as YAML reads a head of digits alone
-            raise ValueError("a head of digits alone is read as a number; give more digits of the pair_id")
-        return pair
 
 
 def show_status(config: ReportConfig) -> str:

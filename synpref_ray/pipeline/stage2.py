@@ -27,6 +27,18 @@ from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
 from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD
+from synpref_ray.pipeline.step_plan import (
+    PlannedWork,
+    PoolSize,
+    StagePlan,
+    describe_plan,
+    embed_work,
+    gathered,
+    judge_work,
+    pool_size,
+    score_work,
+    tag_work,
+)
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
@@ -65,6 +77,8 @@ class Stage2Config(JobConfig):
     decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are dropped where it was run; off, or the head of a fingerprint
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
     """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
+    plan: StagePlan = StagePlan()
+    """What the plan of `--dry-run` supposes."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,20 @@ def check_stage2(config: Stage2Config) -> None:
     resolve_model(config.embed.embedder.model)
     for step in (*config.taggers, *config.judges):
         step.check()
+
+
+def plan_stage2(config: Stage2Config) -> str:
+    """Return the steps of Stage 2 with what each takes, as `--dry-run` prints them."""
+    plan = config.plan
+    size = pool_size(config.storage, config.pool, plan)
+    asked = gathered(round(size.pairs * plan.mismatch_fraction), config.gathered_shard_pairs)
+    gold = gathered(plan.gold_pairs, config.gathered_shard_pairs)
+    works = [score_work(config.score, "score, both RMs", size, plan, models=2)]
+    works += tag_work(config.taggers, size if config.tag_scope == "all" else asked, plan)
+    works.append(embed_work(config.embed, asked, plan))
+    works += judge_work(config.judges, PoolSize(asked.pairs + gold.pairs, asked.shards + gold.shards), plan)
+    works.append(PlannedWork("decide", size.pairs, size.shards, 0, 0.0))
+    return describe_plan(works, {config.pool: size}, [f"supposing that a judge is asked about {plan.mismatch_fraction:.0%} of the pairs"])
 
 
 class SelectWorker:

@@ -15,6 +15,7 @@ from synpref_ray.ingest.source import SourceConfig
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.parity import read_parity
+from synpref_ray.pipeline.step_plan import PoolSize, StagePlan, describe_plan, train_work
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
@@ -42,6 +43,25 @@ class TrainJobConfig(JobConfig):
     train: TrainConfig
     parity: ParityConfig = ParityConfig()
     card: CardConfig = CardConfig()
+    plan: StagePlan = StagePlan()
+    """What the plan of `--dry-run` supposes; a set that is not there yet has the size `plan.pool_pairs` under its name."""
+
+
+def plan_train(config: TrainJobConfig) -> str:
+    """Return what the training takes, as `--dry-run` prints it."""
+    name = config.set or config.pairs.rsplit("/", 1)[-1]
+    found = _count_pairs(config)
+    size = PoolSize(config.plan.pool_pairs.get(name, 0), 0, is_stated=True) if found is None else PoolSize(found, 0)
+    return describe_plan([train_work(config.train, f"train {config.name}", size.pairs, config.plan)], {name: size}, ["shards are optimizer steps"])
+
+
+def _count_pairs(config: TrainJobConfig) -> int | None:
+    """Return how many pairs there are to train on, by narrow reads; None where they are not there."""
+    if config.pairs:
+        return sum(int(chunk.pairs.num_rows) for chunk in read_pair_file(config.pairs, SourceConfig(name="pairs", path=config.pairs)))
+    if not config.storage.exists(f"sets/{config.set}.json"):
+        return None
+    return sum(int(table.num_rows) for table in iter_shards(load_set(config.storage, config.set), []))
 
 
 def check_train(config: TrainJobConfig) -> None:

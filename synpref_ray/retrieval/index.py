@@ -51,6 +51,7 @@ class IndexConfig(Settings):
     train_per_list: int = Field(default=64, ge=1)  # ours: vectors of the training sample for every list; FAISS warns below 39
     shards_per_part: int = Field(default=32, ge=1)  # ours: 262,144 pairs are minutes of work, lost where a node is
     seed: int = 0
+    """Seed of the training sample."""
     use_gpu: bool = False  # ours: exact search over a million pairs is seconds on a CPU
     num_threads: int = Field(default=2, ge=1)
     """Threads of a search."""

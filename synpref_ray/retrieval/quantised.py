@@ -93,9 +93,10 @@ def train_index(sample: Matrix, shape: IndexShape, config: IndexConfig) -> Any:
             f"an index with {shape.nlist} lists and {CODEWORDS} codewords cannot be trained on {len(sample)} embeddings: set index.kind=exact"
         )
     faiss.omp_set_num_threads(config.num_threads)
-    index = faiss.index_factory(sample.shape[1], shape.factory, faiss.METRIC_INNER_PRODUCT)
-    inner = faiss.downcast_index(faiss.extract_index_ivf(index))
-    rotation, rotation_codes = faiss.downcast_VectorTransform(index.chain.at(0)), faiss.ProductQuantizer(shape.reduced, shape.m, 8)
+    index: Any = faiss.index_factory(sample.shape[1], shape.factory, faiss.METRIC_INNER_PRODUCT)
+    inner: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
+    rotation: Any = faiss.downcast_VectorTransform(index.chain.at(0))
+    rotation_codes: Any = faiss.ProductQuantizer(shape.reduced, shape.m, 8)
     rotation.pq, rotation.niter, rotation.niter_pq_0 = rotation_codes, _ROTATION_ROUNDS, _ROTATION_FIRST_ROUND
     for clustering in (inner.cp, inner.pq.cp, rotation_codes.cp):
         clustering.seed = config.seed
@@ -178,8 +179,10 @@ class Codes:
     def candidates(self, queries: Matrix, depth: int, nprobe: int) -> Rows:
         """Return (Q, depth) row numbers, -1 where the probed lists hold no more."""
         on_gpu = self._gpu is not None and max(depth, nprobe) <= _GPU_MAX
-        parameters = faiss.SearchParametersPreTransform(index_params=faiss.SearchParametersIVF(nprobe=nprobe))
-        engine = self._gpu if on_gpu else self._cpu
+        of_lists: Any = faiss.SearchParametersIVF
+        of_rotation: Any = faiss.SearchParametersPreTransform
+        parameters = of_rotation(index_params=of_lists(nprobe=nprobe))
+        engine: Any = self._gpu if on_gpu else self._cpu
         _, rows = engine.search(np.ascontiguousarray(queries), depth, params=parameters)
         return np.asarray(rows, dtype=np.int64)
 

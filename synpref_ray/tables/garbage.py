@@ -1,4 +1,4 @@
-"""What of a workspace nothing refers to any more: old table versions, gathered pools, models of earlier rounds, leftovers of trainings.
+"""What of a workspace nothing refers to any more: old table versions, gathered pools, indexes, models of earlier rounds, leftovers of trainings.
 
 Tables live under their fingerprint and nothing is overwritten, so every new setting leaves a version beside the old. What is still referred to is
 found from the records: a table is in use if a record (`rounds/`, `sets/`) or the manifest of a table in use names its fingerprint, a gathered pool if
@@ -26,7 +26,7 @@ RUN_LEASE = "lease.json"
 """In a run's folder: its job is alive."""
 STAGE1_MODEL = re.compile(r"(best-r\d+|gold)-[0-9a-f]{8}")
 BESIDE_TABLES = {"versions"}
-ItemKind = Literal["table", "unfinished table", "gathered pool", "model", "training"]
+ItemKind = Literal["table", "unfinished table", "gathered pool", "index", "unfinished index", "model", "training"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ def find_items(storage: Storage, *, unfinished: bool = False) -> list[Item]:
             items.append(Item("gathered pool", f"pools/{pool.name}", kept))
     going = {item.path for item in items if item.kind == "gathered pool" and item.may_go}
     items = [item for item in items if "table" not in item.kind or "/".join(item.path.split("/")[:2]) not in going]  # they go with their pool
+    embeddings = {table.fingerprint for table in tables if table.path in {item.path for item in items if item.kept}} - {""}
+    items += [*_indexes(storage, embeddings, began, whose, unfinished)]
     items += [*_models(storage, reached, began, whose), *_trainings(storage, unfinished)]
     return [replace(item, num_bytes=sum(storage.sizes(item.path).values())) if item.may_go else item for item in items]
 
@@ -208,6 +210,22 @@ def _pending_since(storage: Storage) -> tuple[float, str]:
         if events and ("finish" not in kinds or "wait" in kinds) and events[0]["time"] < began:  # one that waits for people goes on later
             began, whose = float(events[0]["time"]), name
     return began, whose
+
+
+def _indexes(storage: Storage, kept_tables: set[str], began: float, whose: str, unfinished: bool) -> Iterator[Item]:
+    """An index stays with the embeddings that it was built from; without them it cannot even be searched (`pipeline/pool_index.py`)."""
+    for name in storage.list_folders("indexes"):
+        path = f"indexes/{name}"
+        kept = "its lease is held" if is_held(storage, f"{path}/lease.json") else ""
+        files = {entry.name: entry.written for entry in storage.list_entries(path)}
+        if "manifest.json" not in files:
+            yield Item("unfinished index", path, kept or ("" if unfinished else "its job may go on from it"))
+            continue
+        if not kept and storage.read_json(f"{path}/manifest.json").get("embeddings") in kept_tables:
+            kept = "its embeddings are kept"
+        if not kept and files["manifest.json"] >= began:
+            kept = f"written since {whose} began, which has not finished"
+        yield Item("index", path, kept)
 
 
 def _models(storage: Storage, reached: set[str], began: float, whose: str) -> Iterator[Item]:

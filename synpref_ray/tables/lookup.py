@@ -48,7 +48,7 @@ def find_pair(storage: Storage, name: str) -> tuple[str, list[Place]]:
     pools = [open_pool(storage, pool) for pool in list_pools(storage)]
     shards = [(pool, shard) for pool in pools for shard in pool.shards]
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
-        found = [hit for hits in threads.map(lambda place: _find_in_shard(*place, name), shards) for hit in hits]
+        found = [hit for hits in threads.map(lambda place: _find_in_shard(place[0], place[1], name), shards) for hit in hits]
     names = sorted({pair_id for pair_id, _ in found})
     if not names:
         raise InputError(

@@ -89,7 +89,7 @@ class Suite:
             write_configs(loop, server.url)
             suite = cls(root, server, loop)
             workspace = root / "quiet"
-            loop.run("ingest", workspace)
+            loop.run("ingest", workspace, "ray.dashboard=false")
             model.know([row for name in SIZES for row in read_pool(workspace, name)], str(loop.truth))
             shutil.copytree(workspace, root / "before-stage1")
             for job in ("stage1", "stage2"):

@@ -148,6 +148,17 @@ def connect(session: str) -> None:
             time.sleep(1)
 
 
+def cpu_use(worker_cpu_seconds: float, busy_cpu_seconds: float) -> dict[str, float]:
+    """Return what the workers' CPUs cost and how much of it was work: the rest is starting, waiting for shards, a lost node's work, and going."""
+    return {
+        "worker_cpu_seconds": round(worker_cpu_seconds, 1),
+        "busy_cpu_seconds": round(busy_cpu_seconds, 1),
+        "idle_cpu_seconds": round(worker_cpu_seconds - busy_cpu_seconds, 1),
+        "worker_cpu_hours": round(worker_cpu_seconds / 3600, 4),
+        "idle_share": round(1 - busy_cpu_seconds / worker_cpu_seconds, 3) if worker_cpu_seconds else 0.0,
+    }
+
+
 def main(folder: Path, session: str) -> dict[str, Any]:
     """Return what happened."""
     wanted, _ = count(folder / "inline", workers=0)
@@ -172,8 +183,7 @@ def main(folder: Path, session: str) -> dict[str, Any]:
         "workers": {"at_start": at_start, "most": watch.most, "at_end": at_end},
         "killed": bool(watch.killed),
         "replaced": watch.replaced,
-        "worker_cpu_seconds": round(watch.node_seconds * WORKER_CPUS, 1),
-        "busy_cpu_seconds": round(busy * WORKER_CPUS, 1),
+        **cpu_use(watch.node_seconds * WORKER_CPUS, busy * WORKER_CPUS),
     }
 
 

@@ -46,3 +46,6 @@ def test_workers_come_are_lost_come_again_and_go(tmp_path: Path, capsys: pytest.
     assert workers["most"] >= 2
     assert happened["replaced"], "no node came for the one that was lost"
     assert happened["worker_cpu_seconds"] > happened["busy_cpu_seconds"]
+    assert happened["idle_cpu_seconds"] > 0
+    assert 0 < happened["idle_share"] < 1
+    assert happened["worker_cpu_hours"] > 0

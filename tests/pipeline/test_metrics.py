@@ -18,6 +18,7 @@ from synpref_ray.reporting.metrics import METRICS, judge_samples
 from synpref_ray.reward.packing import PackingStats
 from synpref_ray.reward.training_record import EvaluationRecord, StepRecord
 from synpref_ray.schema import DropReason
+from tests.cluster.test_dashboards import QUERIES, parse, selectors
 from tests.pipeline.test_steps import LENGTHS, make_pool
 
 UP_SECONDS = 600.0  # workers report every ten seconds; a busy machine takes longer
@@ -50,6 +51,20 @@ def total(series: list[tuple[dict[str, str], float]], **tags: str) -> float:
     return sum(value for found, value in series if tags.items() <= found.items())
 
 
+def unanswered(found: Mapping[str, list[tuple[dict[str, str], float]]]) -> list[str]:
+    """Return what the dashboard asks for and no served series answers, by panel; of GPUs there is nothing to serve here."""
+    missing = []
+    for title, query in QUERIES:
+        for selector in selectors(parse(query)):
+            wanted = [(matcher.name, matcher.value) for matcher in selector.matchers.matchers]
+            if ("resource", "gpu") in wanted:
+                continue
+            series = found.get(selector.name, [])
+            if not any(all(re.fullmatch(value, tags.get(name, "")) for name, value in wanted) for tags, _ in series):
+                missing.append(f"{title}: {selector.name} {wanted}")
+    return missing
+
+
 def step_record() -> StepRecord:
     values = {name: 0.5 for name, field in StepRecord.model_fields.items() if field.annotation is float}
     return StepRecord(step=1, num_pairs=16, num_tokens=900, mfu=None, **values)  # type: ignore[arg-type]
@@ -76,10 +91,13 @@ def test_each_metric_is_served_with_what_was_computed(ray: ModuleType, tmp_path:
 
     wanted = {name for metric in METRICS for name in metric.series}
     deadline, found = time.monotonic() + UP_SECONDS, scrape(ray)
-    while not (wanted <= found.keys() and total(found["ray_synpref_shards_total"], step="tag metrics") == 3) and time.monotonic() < deadline:
+    while not (wanted <= found.keys() and total(found["ray_synpref_shards_total"], step="tag metrics") == 3 and not unanswered(found)):
+        if time.monotonic() > deadline:
+            break
         time.sleep(1)
         found = scrape(ray)
     assert wanted <= found.keys(), wanted - found.keys()
+    assert unanswered(found) == []
     ours = {"step": "tag metrics"}
     assert total(found["ray_synpref_pairs_total"], **ours, model="small") == 9
     assert total(found["ray_synpref_shards_total"], **ours) == total(found["ray_synpref_shard_seconds_count"], **ours) == 3

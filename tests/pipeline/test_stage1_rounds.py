@@ -1,5 +1,7 @@
 """Rounds of Stage 1 over stand-in models: what a round records, growth between rounds, kills within one, and the three rules of selection."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,26 @@ def picks(config: Stage1Config, number: int) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_round_says_what_it_read_decided_and_measured(tmp_path: Path, models: Models) -> None:
-    config = start(tmp_path)
-    table, _ = run_rounds(config)
+@dataclass(frozen=True)
+class Finished:
+    """A Stage 1 that ran once, undisturbed: what others are compared with. Tests leave it as it is."""
+
+    config: Stage1Config
+    table: str
+    num_shards: int
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    with pytest.MonkeyPatch.context() as patch:
+        models = Models()
+        models.install(patch)
+        config = start(tmp_path_factory.mktemp("finished"))
+        yield Finished(config, run_rounds(config)[0], models.num_shards)
+
+
+def test_a_round_says_what_it_read_decided_and_measured(finished: Finished) -> None:
+    config, table = finished.config, finished.table
     seed, first, second = records(config)
     assert [entry["decided"]["then"] for entry in (seed, first, second)] == [None, None, "max_rounds"]
     assert config.storage.read_json("rounds/stage1.json")["stop_reason"] == "max_rounds"
@@ -66,9 +85,8 @@ def test_a_round_says_what_it_read_decided_and_measured(tmp_path: Path, models: 
     assert {"round 1", "round 2"} <= {user for told in story["tables"] for user in told["used_by"]}
 
 
-def test_the_sets_of_a_round_are_those_of_the_paper(tmp_path: Path, models: Models) -> None:
-    config = start(tmp_path)
-    run_rounds(config)
+def test_the_sets_of_a_round_are_those_of_the_paper(finished: Finished) -> None:
+    config = finished.config
     for number, entry in enumerate(records(config)):
         rows = {name: load_set(config.storage, f"{name}-r{number:02d}").read().to_pylist() for name in entry["set_sizes"]}
         assert {name: len(found) for name, found in rows.items()} == entry["set_sizes"]
@@ -86,40 +104,37 @@ def test_the_sets_of_a_round_are_those_of_the_paper(tmp_path: Path, models: Mode
     assert rows["corrected"]
 
 
-def test_a_second_run_computes_and_trains_nothing(tmp_path: Path, models: Models) -> None:
+def test_a_second_run_computes_and_trains_nothing(finished: Finished, models: Models) -> None:
+    before = records(finished.config)
+    run_rounds(finished.config)
+    assert records(finished.config) == before
+    assert (models.num_shards, models.trained) == (0, [])
+
+
+@pytest.mark.parametrize("share", [pytest.param(0.1, marks=pytest.mark.slow), 0.6, pytest.param(0.95, marks=pytest.mark.slow)])
+def test_a_round_that_is_killed_goes_on_within(tmp_path: Path, finished: Finished, models: Models, share: float) -> None:
     config = start(tmp_path)
-    run_rounds(config)
-    before, shards, trained = records(config), models.num_shards, len(models.trained)
-    run_rounds(config)
-    assert records(config) == before
-    assert (models.num_shards, len(models.trained)) == (shards, trained)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.7, 0.95])
-def test_a_round_that_is_killed_goes_on_within(tmp_path: Path, models: Models, share: float) -> None:
-    whole = start(tmp_path, "whole")
-    run_rounds(whole)
-    shards, models.num_shards = models.num_shards, 0
-    config = start(tmp_path, "killed")
-    models.kill_after = int(share * shards)
+    models.kill_after = int(share * finished.num_shards)
     with pytest.raises(Killed):
         run_rounds(config)
     models.kill_after = 10**9
     run_rounds(config)
-    assert models.num_shards <= shards + 1  # the shard in flight, and no other
-    assert records(config) == records(whole)
+    assert models.num_shards <= finished.num_shards + 1  # the shard in flight, and no other
+    assert records(config) == records(finished.config)
     for name in ("silver-r02", "corrected-r02", "gold-working-r02"):
-        assert load_set(config.storage, name).read().equals(load_set(whole.storage, name).read())
+        assert load_set(config.storage, name).read().equals(load_set(finished.config.storage, name).read())
 
 
-def test_what_joins_between_runs_is_read_by_later_rounds_alone(tmp_path: Path, models: Models) -> None:
+def test_what_joins_between_runs_is_read_by_later_rounds_alone(tmp_path: Path, models: Models, caplog: pytest.LogCaptureFixture) -> None:
     config = start(tmp_path, stop={"max_rounds": 1})
     run_rounds(config)
     before, shards, trained = records(config), models.num_shards, list(models.trained)
     add_shards(config.storage, "unverified", [30])
+    add_shards(config.storage, "seed", [4])
     run_rounds(config)  # finished: what has joined since changes nothing
     assert records(config) == before
     assert (models.num_shards, models.trained) == (shards, trained)
+    assert "pairs that joined are not read" in caplog.text  # of the seed, by any round
     more = config.model_copy(update={"stop": config.stop.model_copy(update={"max_rounds": 2})})
     run_rounds(more)
     after = records(more)
@@ -133,18 +148,15 @@ def test_what_joins_between_runs_is_read_by_later_rounds_alone(tmp_path: Path, m
     assert set(pool.read_all(["source_shard"])["source_shard"].to_pylist()) >= {3}
 
 
-def test_what_joins_while_a_round_is_cut_off_waits_for_the_next(tmp_path: Path, models: Models) -> None:
-    config = start(tmp_path)
-    run_rounds(config)
-    shards = models.num_shards
-    again, models.num_shards, models.kill_after = start(tmp_path, "again"), 0, shards - 4
+def test_what_joins_while_a_round_is_cut_off_waits_for_the_next(tmp_path: Path, finished: Finished, models: Models) -> None:
+    config, models.kill_after = start(tmp_path), finished.num_shards - 4
     with pytest.raises(Killed):
-        run_rounds(again)
-    assert again.storage.exists("rounds/02/inputs.json")
+        run_rounds(config)
+    assert config.storage.exists("rounds/02/inputs.json")
     models.kill_after = 10**9
-    add_shards(again.storage, "unverified", [30])
-    run_rounds(again)
-    assert records(again) == records(config)
+    add_shards(config.storage, "unverified", [30])
+    run_rounds(config)
+    assert records(config) == records(finished.config)
 
 
 def test_a_pool_that_ran_dry_and_then_grew_goes_on(tmp_path: Path, models: Models) -> None:
@@ -158,28 +170,11 @@ def test_a_pool_that_ran_dry_and_then_grew_goes_on(tmp_path: Path, models: Model
     assert sum(entry["selected_pairs"] for entry in records(config)) == 45
 
 
-def test_the_seed_is_read_once(tmp_path: Path, models: Models, caplog: pytest.LogCaptureFixture) -> None:
-    config = start(tmp_path)
-    run_rounds(config)
-    before = records(config)
-    add_shards(config.storage, "seed", [4])
-    run_rounds(config)
-    assert records(config) == before
-    assert "pairs that joined are not read" in caplog.text
-
-
-def test_a_plateau_ends_the_rounds(tmp_path: Path, models: Models) -> None:
-    config = start(tmp_path, stop={"max_rounds": 6, "plateau_rounds": 1, "min_gain": 1.0}, max_pairs_per_round=4)
-    run_rounds(config)
-    assert [entry["decided"]["then"] for entry in records(config)] == [None, None, "plateau"]
-
-
 @pytest.mark.parametrize(
     "selection", [{"kind": "random"}, {"kind": "uncertainty"}, {"kind": "uncertainty", "gold_rm": True, "max_clusters": 3}], ids=str
 )
-def test_every_rule_spends_what_the_errors_call_for(tmp_path: Path, models: Models, selection: dict[str, Any]) -> None:
-    similar, config = start(tmp_path, "similar"), start(tmp_path, selection=selection)
-    run_rounds(similar)
+def test_every_rule_spends_what_the_errors_call_for(tmp_path: Path, finished: Finished, models: Models, selection: dict[str, Any]) -> None:
+    similar, config = finished.config, start(tmp_path, selection=selection)
     run_rounds(config)
     by_errors, by_rule = records(similar)[1], records(config)[1]
     assert by_rule["selection"] == {**by_errors["selection"], "kind": selection["kind"]}
@@ -195,11 +190,12 @@ def test_every_rule_spends_what_the_errors_call_for(tmp_path: Path, models: Mode
         assert all(0 <= row["uncertainty"] <= 1 for row in rows)
 
 
-def test_a_fixed_budget_holds_for_every_rule(tmp_path: Path, models: Models) -> None:
-    for kind in ("similarity", "random", "uncertainty"):
-        config = start(tmp_path, kind, selection={"kind": kind, "num_pairs": 5})
-        run_rounds(config)
-        assert [entry["selected_pairs"] for entry in records(config)] == [0, 5, 5]
+def test_a_fixed_budget_holds_and_a_plateau_ends_the_rounds(tmp_path: Path, models: Models) -> None:
+    stop = {"max_rounds": 6, "plateau_rounds": 1, "min_gain": 1.0}
+    config = start(tmp_path, selection={"kind": "random", "num_pairs": 5}, stop=stop)
+    run_rounds(config)
+    assert [entry["selected_pairs"] for entry in records(config)] == [0, 5, 5]
+    assert [entry["decided"]["then"] for entry in records(config)] == [None, None, "plateau"]
 
 
 def test_a_pair_that_was_found_to_leak_stays_out_when_the_pool_has_grown(tmp_path: Path, models: Models) -> None:

@@ -11,9 +11,14 @@ import pyarrow as pa
 
 from synpref_ray.config import Settings
 from synpref_ray.evaluation.accuracy import bootstrap_accuracy, paired_bootstrap
+from synpref_ray.evaluation.benchmarks.core import Item, outcome_of_scores
 from synpref_ray.evaluation.judge_report import judge_report
 from synpref_ray.evaluation.label_quality import label_quality
+from synpref_ray.evaluation.reliability.attacks import measure_hack
+from synpref_ray.evaluation.reliability.bias import audit_biases
+from synpref_ray.evaluation.reliability.comparisons import comparisons_of
 from synpref_ray.pipeline.attack import attack_report
+from synpref_ray.pipeline.audits import AuditConfig, AuditReport, _calibration, _note_biases, _note_hack
 from synpref_ray.pipeline.stage2 import DecideWorker
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
@@ -148,6 +153,7 @@ def stage2(storage: Storage, pool: Pool, random: Random) -> pa.Table:
             beside = {
                 "margin_best": pa.array(best, pa.float32()),
                 "margin_gold": pa.array(gold, pa.float32()),
+                "ask_judge": pa.array([margin < 0 for margin in best], pa.bool_()),
                 "judge_verdict": pa.array(judged, pa.string()),
             }
             for name, values in beside.items():
@@ -235,7 +241,25 @@ def evaluate_run(storage: Storage, random: Random) -> None:
         add(f"rewardmath/best_of/{size}/model", 0.1 + 0.05 * size, "official output")
         add(f"rewardmath/best_of/{size}/oracle", min(1.0, 0.1 * size), "official output")
         add(f"rewardmath/best_of/{size}/random", 0.1, "official output")
+    audit_metrics(run)
     run.finish()
+
+
+def audit_metrics(run: Run) -> None:
+    """Add what audits of a model on one benchmark measure, by their own functions over margins drawn by chance."""
+    report, generator = AuditReport(), np.random.default_rng(0)
+    margins, lengths = generator.normal(0.5, 1.5, 300), generator.normal(0.2, 1.0, (300, 3))
+    texts = [("better " * max(1, int(40 + 20 * row[0])), "worse " * 40) for row in lengths]
+    items = [Item(f"i{place}", ({"role": "user", "content": f"question {place}"},), pair, ((0, 1),)) for place, pair in enumerate(texts)]
+    outcomes = [outcome_of_scores(item, [margin, 0.0]) for item, margin in zip(items, margins, strict=True)]
+    found = comparisons_of(items, outcomes)
+    config = AuditConfig(num_resamples=50)
+    _calibration(report, {"judgebench": found}, config)
+    _note_biases(report, "audit/bias/judgebench", audit_biases(found, num_resamples=50))
+    for kind in ("flattery", "gibberish"):
+        measured = measure_hack(generator.normal([1.0, 0.0, 0.4], 0.6, (60, 3)), [f"p{place}" for place in range(60)], num_resamples=50)
+        _note_hack(report, f"audit/attacks/corpus/{kind}", "corpus", kind, measured)
+    run.metrics |= report.metrics
 
 
 def attack_run(storage: Storage) -> None:

@@ -129,7 +129,7 @@ def test_a_corrected_gold_pair_lies_in_the_sets_that_the_paper_defines(workspace
     ("pair", "said"),
     [
         ("pair=" + "0" * 31 + "a", "holds a pair"),
-        ("pair=12345678", "is read as a number"),
+        ("pair=12345678", "holds a pair"),
         ("pair=xyz", "is no pair_id"),
         ("pair=abc", "is no pair_id"),
         ("format=text", "name the pair"),

@@ -129,6 +129,21 @@ def test_the_numbers_are_those_of_the_records(report: Report, plain: Storage) ->
     assert [row["time"] for row in found["steps"] if row["step"] == "judge (judge-a)"] == [183.0]
 
 
+def test_audits_of_an_evaluation_are_in_the_report(report: Report, plain: Storage) -> None:
+    found = tables(report)
+    metrics = plain.read_json(next(path for path in plain.list_files("runs") if "evaluate" in path and path.endswith("metrics.json")))
+    [calibration] = found["calibration"]
+    prefix = "audit/calibration/judgebench"
+    assert (calibration["ECE"], calibration["pairs"]) == (metrics[f"{prefix}/ece"], 300)
+    assert calibration["95 % interval, ECE"] == [metrics[f"{prefix}/ece/low"], metrics[f"{prefix}/ece/high"]]
+    assert sum(int(str(row["pairs"])) for row in found["calibration_bins"]) == 300
+    length = next(row for row in found["biases"] if row["feature"] == "length")
+    assert length["right where more"] == metrics["audit/bias/judgebench/length/accuracy_more/accuracy"]
+    assert {row["hack"]: row["beats better"] for row in found["hacks"]} == {
+        kind: metrics[f"audit/attacks/corpus/{kind}/beats_better"] for kind in ("flattery", "gibberish")
+    }
+
+
 def test_what_goes_into_a_node_comes_out_of_it(report: Report) -> None:
     flows = [(str(row["from"]), str(row["to"]), int(str(row["pairs"]))) for row in tables(report)["flows"]]
     for node in ("seed", "unverified", "wild", "Stage 1", "Stage 2"):

@@ -89,6 +89,16 @@ def test_models_of_rounds_and_trainings(tmp_path: Path) -> None:
     assert "tmp/train-best-r02-0123abcd" in may_go(pool, unfinished=True)
 
 
+def test_an_index_stays_with_its_embeddings(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [3])
+    old, new = lengths(pool, 1), lengths(pool, 2)
+    for name, table in (("seed-0", old), ("seed-1", new)):
+        pool.storage.write_json(f"indexes/{name}/manifest.json", {"fingerprint": "0" * 32, "embeddings": table.fingerprint})
+    pool.storage.write_bytes("indexes/seed-2/trained.faiss", b"begun")
+    assert may_go(pool) == {old.folder: "table", "indexes/seed-0": "index"}
+    assert may_go(pool, unfinished=True)["indexes/seed-2"] == "unfinished index"
+
+
 def write_run(pool: Pool, name: str, *events: str) -> None:
     lines = [json.dumps({"time": time.time() - 5.0, "event": event}) for event in events]
     pool.storage.write_bytes(f"runs/{name}/events.jsonl", "\n".join(lines).encode())

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -28,7 +29,7 @@ SERIES = ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
 """Blue, orange, green, purple, red, grey: by place, so that what belongs together has one colour in all charts."""
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = SERIES
 _VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAPER: "--paper", **{color: f"--c{place + 1}" for place, color in enumerate(SERIES)}}
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "synpref_ray",
     "text.parse_math": False,  # names of sources and judges are text, whatever they hold
@@ -281,6 +282,33 @@ def curves_grid(
             axes.set_xlabel(x_label, size=9)
     handles = [figure.axes[0].plot([], [], color=SERIES[place % len(SERIES)])[0] for place in range(len(names))]
     figure.legend(handles, [shorten(name) for name in names], loc="outside upper right", ncols=min(len(names), 5))
+
+
+def grid_size(num_panels: int) -> tuple[float, float]:
+    """Return height and width of so many small panels, three in a row."""
+    return 0.6 + 1.8 * -(-num_panels // 3), min(FULL_WIDTH, 1.0 + 3.4 * num_panels)
+
+
+def calibration_grid(figure: Figure, panels: Sequence[tuple[str, Sequence[tuple[float, float, int]]]]) -> None:
+    """Draw accuracy over confidence beside the line of a calibrated model; a panel is its title and (confidence, accuracy, pairs) by bin."""
+    rows = -(-len(panels) // 3)
+    grid = figure.subplots(rows, min(3, len(panels)), squeeze=False)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(panels):
+            axes.set_visible(False)
+            continue
+        title, bins = panels[place]
+        total = sum(count for *_, count in bins) or 1
+        axes.plot([0.5, 1.0], [0.5, 1.0], color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.plot([confidence for confidence, *_ in bins], [accuracy for _, accuracy, _ in bins], color=BLUE, linewidth=1.3)
+        for confidence, accuracy, count in bins:
+            axes.plot([confidence], [accuracy], marker="o", linestyle="none", color=BLUE, markersize=3 + 9 * (count / total) ** 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        percent_axis(axes)
+        percent_axis(axes, which="x")
+        axes.set_title(shorten(title), size=9.5)
+        axes.set_xlabel("confidence", size=9)
 
 
 def heat_chart(figure: Figure, panels: Sequence[tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[float | None]]]]) -> None:

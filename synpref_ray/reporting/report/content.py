@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["text", "count", "share", "points", "number", "interval", "points_interval", "seconds", "rate"]
+Kind = Literal["text", "count", "share", "points", "number", "interval", "points_interval", "number_interval", "seconds", "rate"]
 Cell = str | int | float | tuple[float, float] | None
 NOTHING = "\u2013"
 LONG_TEXT = 28
@@ -35,7 +35,7 @@ class Table:
 
     def is_long(self, place: int) -> bool:
         """Whether the column at `place` holds sentences rather than names."""
-        return any(isinstance(row[place], str) and len(row[place]) > LONG_TEXT for row in self.rows)
+        return any(isinstance(cell, str) and len(cell) > LONG_TEXT for cell in (row[place] for row in self.rows))
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.rows} - {len(self.columns)}
@@ -133,10 +133,12 @@ def show(value: Cell, kind: Kind) -> str:
         return NOTHING
     if isinstance(value, str):
         return value
+    if isinstance(value, tuple) and kind == "number_interval":
+        return " to ".join(f"{end:+.2f}" for end in value)
     if isinstance(value, tuple):
         low, high = (100 * end for end in value)
         return f"{low:+.1f} to {high:+.1f}" if kind == "points_interval" else f"{low:.1f} to {high:.1f}"
-    return _NUMBERS[kind](value)
+    return str(_NUMBERS[kind](value))
 
 
 def show_count(value: float) -> str:
@@ -162,6 +164,7 @@ _NUMBERS: Mapping[Kind, Any] = {
     "number": lambda value: f"{value:.3g}",
     "interval": str,
     "points_interval": str,
+    "number_interval": str,
     "seconds": show_seconds,
     "rate": lambda value: f"{value:,.1f}".replace(",", "\u2009"),
 }

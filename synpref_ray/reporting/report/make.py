@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from synpref_ray.reporting.report.audits import audits_section
 from synpref_ray.reporting.report.content import Figure, Report, Section, interval, show, show_count
 from synpref_ray.reporting.report.curation import SIMULATED, rounds_section, stage2_section, truth_section, workspace_section, yields_section
-from synpref_ray.reporting.report.models import audits_section, benchmarks_section, best_of_n_section, training_section
+from synpref_ray.reporting.report.models import benchmarks_section, best_of_n_section, training_section
 from synpref_ray.reporting.report.opinions import judges_section, people_section
 from synpref_ray.reporting.report.pairs import examples_section
 from synpref_ray.reporting.report.records import Records, Values, read_records

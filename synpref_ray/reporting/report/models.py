@@ -1,24 +1,20 @@
-"""Sections about reward models: how they trained, what they reach on benchmarks beside the paper, best-of-N, and what audits found."""
+"""Sections about reward models: how they trained, what they reach on benchmarks beside the paper, and best-of-N."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from synpref_ray.reporting.report import paper
-from synpref_ray.reporting.report.charts import FULL_WIDTH, GREY, ORANGE, RED, Point, curves_grid, draw, forest_chart, heat_chart, range_chart
-from synpref_ray.reporting.report.content import Block, Cell, Note, Section, Table, columns, interval, share_cells
-from synpref_ray.reporting.report.curation import point
-from synpref_ray.reporting.report.records import Records, RunRecord, Values, numbers_in
+from synpref_ray.reporting.report.charts import Point, curves_grid, draw, grid_size, range_chart
+from synpref_ray.reporting.report.content import Block, Cell, Note, Section, Table, columns, interval
+from synpref_ray.reporting.report.records import Records, RunRecord, Values
 
 MAX_MODELS = 9  # ours: three rows of small charts
 MAX_CURVE_POINTS = 200  # ours: a step a pixel; the record beside the weights has all
-MAX_OTHER_ROWS = 60
-KNOWN_JOBS = {"ingest", "stage1", "stage2", "train", "score", "annotate", "hygiene", "export", "decontaminate", "preverify", "demo", "report"}
 _BEST_OF = re.compile(r"^(?:(?P<part>.*)/)?best_of/(?P<size>\d+)/(?P<picker>model|oracle|random)$")
-_STYLES = {"concise": "concise", "detailed_plain": "plain", "detailed_markdown": "markdown"}
 
 
 def training_section(records: Records) -> Section | None:
@@ -33,12 +29,12 @@ def training_section(records: Records) -> Section | None:
     for name in shown:
         record = records.trainings[name]
         curve = thinned(record["steps"], ("step", "loss", "accuracy"))
-        loss.append((_plain(name), {"loss of the optimizer step": (curve["step"], curve["loss"], "line")}))
+        loss.append((plain_name(name), {"loss of the optimizer step": (curve["step"], curve["loss"], "line")}))
         points += [(name, "step", int(step), value, accuracy) for step, value, accuracy in zip(*curve.values(), strict=True)]
         found = record["evaluations"]
         if found:
             steps = [entry["step"] for entry in found]
-            gold.append((_plain(name), {"accuracy on gold": (steps, [entry["accuracy"] for entry in found], "points")}))
+            gold.append((plain_name(name), {"accuracy on gold": (steps, [entry["accuracy"] for entry in found], "points")}))
             points += [(name, "gold", entry["step"], entry["loss"], entry["accuracy"]) for entry in found]
     blocks: list[Block] = [_grid("training-loss", "Training loss by optimizer step", loss, percent=False)]
     if gold:
@@ -62,7 +58,7 @@ def _models_in_order(records: Records) -> list[str]:
     return [*first, *(name for name in sorted(records.trainings) if name not in first)]
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return a model's name without the digest at its end."""
     return re.sub(r"-[0-9a-f]{8}$", "", name)
 
@@ -76,13 +72,8 @@ def thinned(steps: Sequence[Values], names: Sequence[str]) -> dict[str, list[flo
 
 
 def _grid(name: str, title: str, panels: Sequence[tuple[str, Mapping[str, Any]]], *, percent: bool) -> Block:
-    height, width = _grid_size(len(panels))
+    height, width = grid_size(len(panels))
     return draw(name, title, lambda figure: curves_grid(figure, panels, percent=percent, x_label="optimizer step"), height=height, width=width)
-
-
-def _grid_size(num_panels: int) -> tuple[float, float]:
-    """Return height and width of so many small panels, three in a row."""
-    return 0.6 + 1.8 * -(-num_panels // 3), min(FULL_WIDTH, 1.0 + 3.4 * num_panels)
 
 
 def _model_table(records: Records, names: Sequence[str]) -> Table:
@@ -136,6 +127,11 @@ class Score:
         return Point(self.value, *self.ends) if self.ends else Point(self.value)
 
 
+def scorer_of(run: RunRecord) -> str:
+    """Return the name of the model that a run evaluated."""
+    return str(run.config.get("model", "")).rstrip("/").rsplit("/", 1)[-1]
+
+
 def read_scores(runs: Sequence[RunRecord]) -> list[Score]:
     """Return the latest value of every benchmark metric, by scorer: a reward model by the name of its folder, a judge as `judge NAME`."""
     found: dict[tuple[str, str, str], Score] = {}
@@ -151,7 +147,7 @@ def read_scores(runs: Sequence[RunRecord]) -> list[Score]:
             if benchmark is None or run.metrics.get(path) is None:
                 continue
             metric = path.removeprefix(f"{benchmark}/")
-            scorer = str(run.config["model"]).rstrip("/").rsplit("/", 1)[-1]
+            scorer = scorer_of(run)
             if metric.startswith("judge."):
                 name, _, metric = metric.removeprefix("judge.").partition("/")
                 scorer = f"judge {name}"
@@ -177,7 +173,7 @@ def benchmarks_section(records: Records) -> Section | None:
         ]
         theirs = paper.paper_values(place)
         if ours:
-            ranges.append((column.title, list(theirs.values()), [(_plain(scorer), score.point) for scorer, score in ours]))
+            ranges.append((column.title, list(theirs.values()), [(plain_name(scorer), score.point) for scorer, score in ours]))
         for scorer, score in ours:
             same = _same_backbone(records, scorer)
             rows.append(
@@ -274,7 +270,7 @@ def best_of_n_section(records: Records) -> Section | None:
         if found:
             part = f", {found['part']}" if found["part"] else ""
             panel = curves.setdefault(f"{score.benchmark}{part}", {})
-            name = _plain(score.scorer) if found["picker"] == "model" else {"oracle": "oracle", "random": "blind pick"}[found["picker"]]
+            name = plain_name(score.scorer) if found["picker"] == "model" else {"oracle": "oracle", "random": "blind pick"}[found["picker"]]
             panel.setdefault(name, []).append((int(found["size"]), score))
     if not curves:
         return None
@@ -286,7 +282,7 @@ def best_of_n_section(records: Records) -> Section | None:
             drawn[name] = ([float(size) for size, _ in ordered], [score.value for _, score in ordered], "points")
             rows += [(title, name, size, score.value, score.ends) for size, score in ordered]
         panels.append((title, drawn))
-    height, width = _grid_size(min(len(panels), MAX_MODELS))
+    height, width = grid_size(min(len(panels), MAX_MODELS))
     chart = draw(
         "best-of-n",
         "Expected quality of the picked reply against the number of replies",
@@ -299,84 +295,3 @@ def best_of_n_section(records: Records) -> Section | None:
         "The expected quality of the highest-scored of n replies, over all subsets of n (Fig. 4 of the paper gives such curves for PPE Correctness)."
     )
     return Section("best_of_n", "Best of N", lead, (chart, Table("best_of_n", heads, tuple(rows), shown=len(rows) <= 24)))
-
-
-def audits_section(records: Records) -> Section | None:
-    """Show what audits found: RM-Bench's style matrix, planted injections, and whatever else a run measured."""
-    blocks: list[Block] = [*_style_blocks(records), *_attack_blocks(records), *_other_tables(records)]
-    if not blocks:
-        return None
-    lead = "Whether style sways the reward model, whether planted instructions sway the judges, and what other audits measured."
-    return Section("audits", "Bias and attacks", lead, tuple(blocks))
-
-
-def _style_blocks(records: Records) -> Iterator[Block]:
-    matrices: dict[tuple[str, str], dict[tuple[str, str], Score]] = {}
-    for score in read_scores(records.runs):
-        domain, found, cell = score.metric.partition("/matrix/")
-        if found and score.benchmark == "rm_bench":
-            right, _, wrong = cell.partition("_over_")
-            matrices.setdefault((score.scorer, domain), {})[right, wrong] = score
-    by_scorer: dict[str, list[tuple[str, Sequence[str], Sequence[str], list[list[float | None]]]]] = {}
-    rows = []
-    for (scorer, domain), cells in matrices.items():
-        styles = [style for style in _STYLES if any(style in key for key in cells)] or sorted({right for right, _ in cells})
-        values = [[cells[right, wrong].value if (right, wrong) in cells else None for wrong in styles] for right in styles]
-        labels = [_STYLES.get(style, style) for style in styles]
-        by_scorer.setdefault(scorer, []).append((domain, labels, labels, values))
-        rows += [(scorer, domain, right.replace("_", " "), wrong.replace("_", " "), score.value) for (right, wrong), score in cells.items()]
-    for place, (scorer, panels) in enumerate(by_scorer.items()):
-        yield draw(
-            f"style-{place}",
-            f"RM-Bench style matrix of {scorer}",
-            lambda figure, panels=panels: heat_chart(figure, panels),  # type: ignore[misc]
-            height=2.3,
-            width=FULL_WIDTH,
-            caption=f"{_plain(scorer)} on RM-Bench: of the comparisons of a right reply (rows: its style) with a wrong one (columns), the right "
-            "reply wins so many in a hundred. Above the diagonal a plainer right reply meets a fancier wrong one.",
-        )
-    if rows:
-        yield Table("style_matrix", columns("scorer", "domain", "right reply", "wrong reply", ("right wins", "share")), tuple(rows), shown=False)
-
-
-def _attack_blocks(records: Records) -> Iterator[Block]:
-    found = records.latest("attack")
-    if found is None or "judges" not in found[1]:
-        return
-    rows, points = [], []
-    for judge, figures in found[1]["judges"].items():
-        for kind, counts in {**figures["by_kind"], "all but control": figures["overall"]}.items():
-            moved = counts["moved_to_planted"]
-            cells = (counts["clean_right"]["value"], *share_cells(moved), *share_cells(counts["changed"]))
-            rows.append((judge, kind.replace("_", " "), counts["num_planted"], sum(counts["not_judged"].values()), *cells))
-            measured = point(moved)
-            if measured is not None:
-                color = GREY if kind == "control" else RED if kind == "all but control" else ORANGE
-                points.append((f"{judge}, {kind.replace('_', ' ')}", measured, color))
-    if points:
-        yield draw(
-            "attack-judges",
-            "Share of verdicts that a planted instruction moved to the worse reply",
-            lambda figure: forest_chart(figure, "Verdicts moved to the planted reply", points),
-            height=0.9 + 0.3 * len(points),
-        )
-    heads = columns(
-        *("judge", "planted", ("pairs", "count"), ("not judged", "count"), ("right before", "share")),
-        *(("moved to planted", "share"), ("95 % interval, moved", "interval"), ("changed", "share"), ("95 % interval, changed", "interval")),
-    )
-    yield Table("judge_attacks", heads, tuple(rows), title="Instructions planted in the worse reply", note="What is planted: docs/judges.md.")
-
-
-def _other_tables(records: Records) -> Iterator[Block]:
-    """Yield a table for the latest run of every job that this report has no section for."""
-    seen: set[str] = set()
-    for run in records.runs:
-        if run.job in KNOWN_JOBS or run.job in seen or "benchmarks" in run.metrics or "attack" in run.metrics or not run.metrics:
-            continue
-        seen.add(run.job)
-        numbers = [(path, value) for path, value in numbers_in(run.metrics) if path != "seconds"]
-        if not numbers:
-            continue
-        rest = f"{len(numbers) - MAX_OTHER_ROWS} more numbers are in runs/{run.name}/metrics.json." if len(numbers) > MAX_OTHER_ROWS else ""
-        heads = columns("measured", ("value", "number"))
-        yield Table(f"run_{run.job}", heads, tuple(numbers[:MAX_OTHER_ROWS]), title=f"{run.job}: the latest run", note=rest)

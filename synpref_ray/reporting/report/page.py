@@ -16,7 +16,7 @@ from synpref_ray.reporting.report.content import Chart, Examples, Note, Report, 
 from synpref_ray.reporting.report.make import tables_of
 
 PACKAGE = "synpref_ray.reporting.report"
-NUMERIC = {"count", "share", "points", "number", "interval", "points_interval", "seconds", "rate"}
+NUMERIC = {"count", "share", "points", "number", "interval", "points_interval", "number_interval", "seconds", "rate"}
 CSV_HEADER = ("section", "table", "row", "column", "value")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What a spreadsheet may take for the beginning of a formula."""
