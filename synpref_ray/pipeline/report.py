@@ -36,8 +36,10 @@ def write_html(config: ReportConfig) -> str:
     """Write the workspace's report; return where it is."""
     from synpref_ray.pipeline.report_page import write_report  # not above: a status should not wait for the plotting library
 
-    options = {"max_runs": config.max_report_runs, "num_examples": config.num_examples, "gpu_hour_price": config.gpu_hour_price}
-    return "\n".join(f"report: {file}" for file in write_report(config.storage, config.out, **options))
+    files = write_report(
+        config.storage, config.out, max_runs=config.max_report_runs, num_examples=config.num_examples, gpu_hour_price=config.gpu_hour_price
+    )
+    return "\n".join(f"report: {file}" for file in files)
 
 
 VERBS: Mapping[str, Callable[[ReportConfig], str]] = {"status": show_status, "html": write_html}

@@ -53,10 +53,10 @@ def plan_train(config: TrainJobConfig) -> str:
 def _count_pairs(config: TrainJobConfig) -> int | None:
     """Return how many pairs there are to train on, by narrow reads; None where they are not there."""
     if config.pairs:
-        return sum(chunk.pairs.num_rows for chunk in read_pair_file(config.pairs, SourceConfig(name="pairs", path=config.pairs)))
+        return sum(int(chunk.pairs.num_rows) for chunk in read_pair_file(config.pairs, SourceConfig(name="pairs", path=config.pairs)))
     if not config.storage.exists(f"sets/{config.set}.json"):
         return None
-    return sum(table.num_rows for table in iter_shards(load_set(config.storage, config.set), []))
+    return sum(int(table.num_rows) for table in iter_shards(load_set(config.storage, config.set), []))
 
 
 def check_train(config: TrainJobConfig) -> None:

@@ -35,7 +35,8 @@ class Table:
 
     def is_long(self, place: int) -> bool:
         """Whether the column at `place` holds sentences rather than names."""
-        return any(isinstance(row[place], str) and len(row[place]) > LONG_TEXT for row in self.rows)
+        cells = (row[place] for row in self.rows)
+        return any(isinstance(cell, str) and len(cell) > LONG_TEXT for cell in cells)
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.rows} - {len(self.columns)}
@@ -138,7 +139,8 @@ def show(value: Cell, kind: Kind) -> str:
     if isinstance(value, tuple):
         low, high = (100 * end for end in value)
         return f"{low:+.1f} to {high:+.1f}" if kind == "points_interval" else f"{low:.1f} to {high:.1f}"
-    return _NUMBERS[kind](value)
+    text: str = _NUMBERS[kind](value)
+    return text
 
 
 def show_count(value: float) -> str:

@@ -38,7 +38,7 @@ def examples_section(storage: Storage, records: Records, *, count: int, seed: in
     groups = []
     for name, title in TITLES.items():
         drawn = _draw(found[name.value], count, seed)
-        texts = {}
+        texts: dict[tuple[int, int], dict[str, Any]] = {}
         for number in sorted({row["shard"] for _, row in drawn}):
             table = zip_shard(pool, number, ["prompt", "chosen", "rejected", "source"], [])
             places = [place for place, row in drawn if row["shard"] == number]
