@@ -1,12 +1,15 @@
-"""Say how far a workspace is, or write its report. Verbs: status, html.
+"""Look at a workspace: how far it is, its report, one pair's story, labels against a known truth. Verbs: status, html, explain, labels.
 
-Inputs: the workspace (a folder or s3://), and nothing else; no Ray, no GPU, nothing in it is changed. Guides: docs/operations.md, docs/report.md.
+Inputs: the workspace (a folder or s3://), and nothing else; no Ray, no GPU, nothing in it is changed. Guides: docs/operations.md, docs/report.md,
+docs/stage1.md.
 Outputs: status: stages, shards done and pending, pairs per second, time left, last errors and cost so far, on standard output. html: one file that
 opens without a server and loads nothing (rounds, yields, judges, training, benchmarks beside the paper's, audits, costs, pairs), and its numbers as
-JSON and CSV beside it.
+JSON and CSV beside it. explain and labels: tables on standard output (format=json).
 
 Laptop:  python jobs/report.py status workspace=workspace
          python jobs/report.py html workspace=workspace out=report.html
+         python jobs/report.py explain workspace=workspace pair=PAIR_ID
+         python jobs/report.py labels workspace=workspace truth=truth.parquet
 Cluster: the same on any machine that can read the workspace: python jobs/report.py status workspace=s3://bucket/run gpu_hour_price=2.5
 """
 

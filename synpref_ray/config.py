@@ -8,7 +8,7 @@ own settings are laid over those of its base, section by section.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -136,7 +136,7 @@ def _is_text(cls: type[BaseModel], sections: Sequence[str], key: str) -> bool:
     models = [cls]
     for section in sections:
         if not section.isdecimal():  # a place in a list of sections
-            models = [inner for model in models if section in model.model_fields for inner in _models_in(model.model_fields[section].annotation)]
+            models = [inner for model in models if section in model.model_fields for inner in models_in(model.model_fields[section].annotation)]
     return any(model.model_fields[key].annotation is str for model in models if key in model.model_fields)
 
 
@@ -146,35 +146,11 @@ def _index(values: list[Any], text: str, override: str) -> int:
     return int(text)
 
 
-def describe_settings(cls: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return a line `section.key = default` for every setting of a config, in order, for `--help`; lists of sections show their first entry."""
-    lines: list[str] = []
-    for name, field in cls.model_fields.items():
-        key = f"{prefix}{name}"
-        models = _models_in(field.annotation)
-        if models and not (isinstance(field.default, tuple) and field.default):
-            many = "0." if get_origin(field.annotation) is tuple else ""
-            of_all = [line for model in models for line in describe_settings(model, f"{key}.{many}")]
-            first: dict[str, str] = {}
-            for line in of_all:
-                first.setdefault(line.partition(" = ")[0], line)
-            lines += first.values()
-            continue
-        default = field.get_default(call_default_factory=True) if not field.is_required() else "REQUIRED"
-        lines.append(f"{key} = {_plain(default)}")
-    return lines
-
-
-def _plain(value: Any) -> Any:
-    """Return a default as a person would write it: an enum's value, also as a mapping's key."""
-    return {_plain(key): _plain(inner) for key, inner in value.items()} if isinstance(value, dict) else getattr(value, "value", value)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """Return the model that an annotation is, or those it holds (a tuple of models, an optional model, one of several kinds)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+    return [model for inner in get_args(annotation) for model in models_in(inner)]
 
 
 def _one_line(error: ValidationError, file: str | None) -> str:

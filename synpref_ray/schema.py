@@ -74,6 +74,7 @@ class DropReason(StrEnum):
     NOT_SELECTED = "not_selected"
     NON_FINITE_REWARD = "non_finite_reward"
     UNDECIDABLE = "undecidable"
+    ENGINE_CRASH = "engine_crash"
     NO_ATTRIBUTES = "no_attributes"
     ABSTAINED = "abstained"
     GOLD_PROMPT = "gold_prompt"
@@ -87,6 +88,7 @@ REJECT_REASONS = frozenset(
         DropReason.REFUSED_BY_MODEL.value,
         DropReason.NON_FINITE_REWARD.value,
         DropReason.UNDECIDABLE.value,
+        DropReason.ENGINE_CRASH.value,
     }
 )
 """Reasons of rows that a step was asked to process and refused; other reasons say that a row was not the step's to process."""

@@ -50,6 +50,17 @@ class Difference:
         return self.low > 0.0
 
 
+@dataclass(frozen=True)
+class SeedAccuracy:
+    """The mean accuracy of several training runs, with a bootstrap interval over pairs for these runs, and each run's own."""
+
+    num_pairs: int
+    accuracy: float
+    low: float
+    high: float
+    by_seed: tuple[float, ...]
+
+
 def is_correct(margins: npt.ArrayLike) -> Flags:
     """Return, for every margin (reward of the preferred reply minus reward of the other), whether it is above 0; a tie is wrong.
 
@@ -96,6 +107,36 @@ def bootstrap_accuracy(
     flags = _flags(correct, num_axes=1)
     low, high = _bootstrap_mean(flags.astype(np.float64), groups, seed, num_resamples, confidence)
     return Accuracy(flags.size, int(flags.sum()), float(flags.mean()), low, high)
+
+
+def accuracy_over_groups(correct: npt.ArrayLike, groups: Sequence[str], *, confidence: float = 0.95) -> Accuracy:
+    """Return the accuracy over (P,) flags, of which those of one group (a prompt) go together.
+
+    Our choice: bootstrapped over groups, except where all flags are alike: no resample differs then, so the interval would have no width however few
+    pairs there are; there it is Wilson's, over as many trials as there are groups. Without pairs as `pair_accuracy`.
+    """
+    flags = _flags(correct, num_axes=1)
+    if flags.size and flags.any() and not flags.all():
+        return bootstrap_accuracy(flags, groups=groups, confidence=confidence)
+    alone = pair_accuracy(flags, confidence=confidence)
+    num_groups = len(set(groups))
+    low, high = wilson_interval(num_groups if flags.any() else 0, num_groups, confidence=confidence)
+    return Accuracy(alone.num_pairs, alone.num_correct, alone.accuracy, low, high)
+
+
+def seed_accuracy(
+    correct: npt.ArrayLike,
+    *,
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    confidence: float = 0.95,
+) -> SeedAccuracy:
+    """Return the mean accuracy over (S, P) flags of S runs; the interval is over pairs (or groups of them), and does not hold the runs' scatter."""
+    flags = _flags(correct, num_axes=2)
+    means = flags.mean(axis=0)
+    low, high = _bootstrap_mean(means, groups, seed, num_resamples, confidence)
+    return SeedAccuracy(flags.shape[1], float(means.mean()), low, high, tuple(float(value) for value in flags.mean(axis=1)))
 
 
 def paired_bootstrap(

@@ -1,4 +1,4 @@
-"""How good curated labels are, where the truth is known. Used by the demo's final report only: nothing that decides labels may call it.
+"""How good curated labels are, where the truth is known. Used by reports over what is decided, and nothing that decides labels may call it.
 
 Paper: Table 19 gives the agreement of kept and of flipped pairs with humans; here the truth takes the humans' place.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from synpref_ray.evaluation.accuracy import Accuracy, bootstrap_accuracy, pair_accuracy
+from synpref_ray.evaluation.accuracy import Accuracy, accuracy_over_groups, pair_accuracy
 from synpref_ray.schema import Decision, Verdict
 
 
@@ -60,9 +60,9 @@ def label_quality(
 
     def accuracy(rows: np.ndarray, right: np.ndarray) -> Accuracy:
         flags = right[rows].astype(bool)
-        if names is None or not flags.size:
+        if names is None:
             return pair_accuracy(flags, confidence=confidence)
-        return bootstrap_accuracy(flags, groups=names[rows].tolist(), confidence=confidence)
+        return accuracy_over_groups(flags, names[rows].tolist(), confidence=confidence)
 
     return LabelQuality(
         raw=accuracy(np.ones(len(decided), dtype=bool), label_right),
@@ -84,3 +84,42 @@ def label_quality(
 
 def _share(flags: np.ndarray) -> float:
     return float(flags.mean()) if len(flags) else float("nan")
+
+
+@dataclass(frozen=True)
+class FlipDetection:
+    """How well wrong labels were found, over the pairs whose truth is known; a share of no pairs is NaN.
+
+    `precision`: of the flipped pairs, those whose label was wrong. `recall`: of the wrong labels, those that were flipped. `removed`: of the wrong
+    labels, those that were flipped or dropped, so that they mislead nobody. `lost`: of the right labels, those that were flipped or dropped.
+    """
+
+    precision: Accuracy
+    recall: Accuracy
+    removed: Accuracy
+    lost: Accuracy
+
+
+def flip_detection(
+    decisions: Sequence[str], truth: Sequence[str | None], *, groups: Sequence[str] | None = None, confidence: float = 0.95
+) -> FlipDetection:
+    """Compare flips with the truth; arguments and errors as for `label_quality`."""
+    names = [None] * len(decisions) if groups is None else list(groups)
+    rows = [
+        (Decision(decision), Verdict(better), group)
+        for decision, better, group in zip(decisions, truth, names, strict=True)
+        if better is not None and Verdict(better) is not Verdict.ABSTAIN
+    ]
+
+    def share(of: Sequence[tuple[bool, str | None]]) -> Accuracy:
+        flags = np.array([flag for flag, _ in of], dtype=bool)
+        if groups is None:
+            return pair_accuracy(flags, confidence=confidence)
+        return accuracy_over_groups(flags, [str(group) for _, group in of], confidence=confidence)
+
+    return FlipDetection(
+        precision=share([(better is Verdict.REJECTED, group) for decision, better, group in rows if decision is Decision.FLIP]),
+        recall=share([(decision is Decision.FLIP, group) for decision, better, group in rows if better is Verdict.REJECTED]),
+        removed=share([(decision is not Decision.KEEP, group) for decision, better, group in rows if better is Verdict.REJECTED]),
+        lost=share([(decision is not Decision.KEEP, group) for decision, better, group in rows if better is Verdict.CHOSEN]),
+    )

@@ -24,6 +24,7 @@ class ConsensusConfig(Settings):
     min_verdicts: int = Field(default=1, ge=1)  # ours: what the queue asks for counts too, whichever is more
     threshold: float = Field(default=0.8, gt=0.5, lt=1.0)  # ours: dawid_skene only, the probability that a verdict must reach
     max_iterations: int = Field(default=100, ge=1)
+    """The most iterations of the estimate."""
 
 
 class Standing(StrEnum):

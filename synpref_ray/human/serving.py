@@ -28,7 +28,9 @@ class ServeConfig(Settings):
     host: str = "127.0.0.1"  # ours: nobody else reaches it
     port: int = Field(default=8400, ge=0, le=65535)  # ours; 0: any free one
     tls_certificate: str = ""
+    """A PEM file with the certificate chain; with `tls_key`, pages are served over HTTPS."""
     tls_key: str = ""
+    """A PEM file with its private key."""
     behind_tls_proxy: bool = False  # a proxy before it ends TLS: browsers see https, so cookies are Secure and HSTS is sent
     allow_plain_http: bool = False  # no TLS anywhere: everybody on the way reads along
     login: LoginConfig = LoginConfig()
@@ -66,7 +68,9 @@ def check_files(config: ServeConfig) -> None:
             raise InputError(f"there is no TLS file {file}")
     if files:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*files, password=lambda: b"")  # never asked for on a terminal
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                config.tls_certificate, config.tls_key, lambda: b""
+            )  # never asked for on a terminal
         except (ssl.SSLError, OSError) as error:
             why = "the key belongs to another certificate" if "MISMATCH" in str(error) else "expected PEM files, the key without a passphrase"
             raise InputError(f"cannot use the TLS files {' and '.join(files)}: {why} ({error.strerror or error})") from None

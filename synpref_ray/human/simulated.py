@@ -1,7 +1,7 @@
 """A stand-in for human annotators where the truth is known: it looks up the asked pairs, no others, and says that it is simulated.
 
-This module owns the only function that reads verdicts from a truth file; besides the annotator only a final report may call it, and a test
-holds that. (Verification also digests the file's bytes, as those of any verdict file, so that other truth makes other gold.)
+This module owns the only function that reads verdicts from a truth file; besides the annotator only a report after all decisions may call it, and
+a test holds that. (Verification also digests the file's bytes, as those of any verdict file, so that other truth makes other gold.)
 Paper: Sec. 3.2, Step 1, has people here. Our choice: a demo and a test have none, and must not pretend.
 """
 

@@ -25,7 +25,9 @@ class PairScores(Settings):
     """Scores published with a pair: equal ones are a tie, and a chosen reply with the lower one is refused, not exchanged."""
 
     chosen: Path
+    """Path of the chosen reply's score."""
     rejected: Path
+    """Path of the rejected reply's score."""
 
 
 class PairAdapter(Settings):
@@ -35,8 +37,11 @@ class PairAdapter(Settings):
     prompt: PromptFields | None = PromptFields()
     """None: chosen and rejected are whole conversations."""
     chosen: Path = "chosen"
+    """Path of the preferred reply, or of the whole conversation that ends with it."""
     rejected: Path = "rejected"
+    """Path of the other reply, in the same form."""
     replies: TextForm = TextForm.PLAIN
+    """How replies are written."""
     lead: str = ""
     """Path of a text that both replies begin with; absent means none. A blank reply stays blank, so that it is refused."""
     strip: bool = False
@@ -51,9 +56,13 @@ class LabelVerdict(Settings):
 
     by: Literal["label"] = "label"
     label: Path
+    """Path of the label."""
     a: tuple[str, ...]
+    """Labels by which the first reply is better."""
     b: tuple[str, ...]
+    """Labels by which the second reply is better."""
     tie: tuple[str, ...] = ()
+    """Labels by which neither is."""
 
 
 class StrengthVerdict(Settings):
@@ -61,6 +70,7 @@ class StrengthVerdict(Settings):
 
     by: Literal["strength"] = "strength"
     strength: Path
+    """Path of the signed number: below zero the first reply is better, above zero the second."""
 
 
 class ScoreVerdict(Settings):
@@ -68,7 +78,9 @@ class ScoreVerdict(Settings):
 
     by: Literal["scores"] = "scores"
     score_a: Path
+    """Path of the first reply's score."""
     score_b: Path
+    """Path of the second reply's score."""
 
 
 class FlagVerdict(Settings):
@@ -76,8 +88,11 @@ class FlagVerdict(Settings):
 
     by: Literal["flags"] = "flags"
     a: Path
+    """Path of the flag that is 1 where the first reply is better."""
     b: Path
+    """Path of the flag that is 1 where the second reply is better."""
     tie: Path
+    """Path of the flag that is 1 where neither is."""
 
 
 Verdict = Annotated[LabelVerdict | StrengthVerdict | ScoreVerdict | FlagVerdict, Field(discriminator="by")]
@@ -90,9 +105,13 @@ class ComparisonAdapter(Settings):
     prompt: PromptFields | None = PromptFields()
     """None: both sides are whole conversations."""
     a: Path
+    """Path of the first reply."""
     b: Path
+    """Path of the second reply."""
     replies: TextForm = TextForm.PLAIN
+    """How replies are written."""
     verdict: Verdict
+    """How a row says which reply is better."""
 
 
 class RatingsAdapter(Settings):
@@ -103,7 +122,9 @@ class RatingsAdapter(Settings):
     replies: Path
     """Path of the list of replies; the paths below start at one of them."""
     text: Path
+    """Path of a reply's text."""
     scores: tuple[Path, ...] = Field(min_length=1)
+    """Paths of a reply's scores, of which the mean counts."""
     pairs: PairRule = PairRule()
 
 
@@ -126,10 +147,13 @@ class RatedRowsAdapter(Settings):
     kind: Literal["rated_rows"] = "rated_rows"
     prompt: PromptFields = PromptFields()
     reply: Path
+    """Path of the reply."""
     scores: tuple[Path, ...] = Field(min_length=1)
+    """Paths of the reply's scores, of which the mean counts."""
     values: dict[str, float] = Field(default={})
     """What labels are worth, where a score is a label; empty: scores are numbers."""
     span: Span = Span.RUN
+    """Whether the rows of one prompt follow each other (run), or stand anywhere in the file (file)."""
     max_rows: int = Field(default=1_000_000, ge=1)  # ours: what a worker holds of a `file` source, some GB; more is an error, not a swap
     pairs: PairRule = PairRule()
 
@@ -142,10 +166,15 @@ class TreeAdapter(Settings):
 
     kind: Literal["tree"] = "tree"
     root: Path = "prompt"
+    """Path of the tree's first message."""
     children: Path = "replies"
+    """Path of the list of answers to a message."""
     text: Path = "text"
+    """Path of a message's text."""
     role: Path = "role"
+    """Path of a message's role."""
     rank: Path = "rank"
+    """Path of a message's rank among its siblings."""
     pairs: PairRule = PairRule(better=Better.LOWER)
 
 

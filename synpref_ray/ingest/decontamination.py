@@ -69,6 +69,7 @@ class BenchmarkFile(Settings):
     """A benchmark's file or folder of files."""
 
     path: str = Field(min_length=1)
+    """A file, folder or pattern, local or any fsspec URL."""
     name: str = ""
     """Empty: the path, as given."""
     format: FileFormat = FileFormat.AUTO
@@ -86,6 +87,7 @@ class DecontaminateConfig(Settings):
 
     benchmarks: tuple[BenchmarkFile, ...] = ()
     action: Action = Action.DROP
+    """Whether contaminated pairs are dropped (as rejects) or only reported."""
     candidates: bool = True
     """Whether overlaps of 5 to 12 words are looked for and reported."""
 

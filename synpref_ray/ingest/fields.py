@@ -58,6 +58,7 @@ class PromptFields(Settings):
     system: str = ""
     """Path of a system message; absent or blank means none."""
     form: TextForm = TextForm.PLAIN
+    """How a prompt is written, where one path holds it."""
 
 
 def dig(row: Value, path: str) -> Value:

@@ -53,8 +53,11 @@ class PairRule(Settings):
     """
 
     better: Better = Better.HIGHER
+    """Which end of the scale is the good one."""
     margin: float = Field(default=0.0, ge=0.0)
+    """Two scores make a pair if they differ by so much."""
     max_pairs: int = Field(default=MAX_PAIRS_PER_PROMPT, ge=1)
+    """The most pairs of one prompt."""
 
 
 _Wide = tuple[float, int, int, Value, Value]  # minus the difference, places and texts of the chosen and the rejected reply

@@ -6,6 +6,7 @@ lost in between.
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import IO
@@ -22,6 +23,7 @@ from synpref_ray.tables.files import open_file
 
 MAX_CHUNK_ROWS = 8192  # ours: a pool shard's default size
 MAX_CHUNK_BYTES = 64 * 2**20  # ours: a pool shard's default size
+LOOK_ROWS = 200  # ours: enough to see whether a file has the columns and forms that it should
 _MAX_NAMED_KEYS = 64  # ours: enough keys to recognise a file by in an error message
 
 
@@ -52,6 +54,23 @@ def read_pair_file(file: str, source: SourceConfig, *, max_rows: int = MAX_CHUNK
             yield from read_parquet_chunks(stream, file, source, max_rows=max_rows, max_bytes=max_bytes)
         else:
             yield from _read_jsonl_chunks(stream, file, source, max_rows=max_rows, max_bytes=max_bytes)
+
+
+def read_first_rows(file: str, source: SourceConfig, *, max_rows: int = LOOK_ROWS) -> list[Chunk]:
+    """Read the first rows of a pair file as `read_pair_file` would: a look at it, before anything is ingested.
+
+    Raises:
+        InputError: the file is missing, empty, or not of its format as far as it was read.
+        SchemaError: a needed column is in none of these rows, or has an unusable type.
+    """
+    form = file_format(file, source.format)
+    limits = {"max_rows": max_rows, "max_bytes": MAX_CHUNK_BYTES}
+    with open_binary(file) as stream:
+        if source.adapter is not None or source.where or form in (FileFormat.JSON, FileFormat.CSV):
+            return list(adapt_rows(itertools.islice(_file_rows(stream, file, form, **limits), max_rows), source, file, **limits))
+        if form is FileFormat.PARQUET:
+            return list(itertools.islice(read_parquet_chunks(stream, file, source, **limits), 1))
+        return list(_read_jsonl_chunks(stream, file, source, **limits, max_lines=max_rows))
 
 
 def read_file_rows(file: str, declared: FileFormat) -> Iterator[FileRow]:
@@ -94,11 +113,13 @@ def digest_file(file: str) -> str:
     return digest.hexdigest()
 
 
-def _read_jsonl_chunks(stream: IO[bytes], file: str, source: SourceConfig, *, max_rows: int, max_bytes: int) -> Iterator[Chunk]:
+def _read_jsonl_chunks(
+    stream: IO[bytes], file: str, source: SourceConfig, *, max_rows: int, max_bytes: int, max_lines: int | None = None
+) -> Iterator[Chunk]:
     columns = _SeenColumns(source, file)
     builder = ChunkBuilder(source, file)
     num_lines = num_bytes = 0
-    for number, line in numbered_lines(stream, file):
+    for number, line in itertools.islice(numbered_lines(stream, file), max_lines):
         num_lines += 1
         if not line.strip(JSON_WHITE_SPACE):
             continue

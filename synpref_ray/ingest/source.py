@@ -4,18 +4,16 @@ Paper: Sec. 3 (the pools): the 80K set seeds Stage 1, originally human-labelled 
 pool of Stage 2.
 """
 
-import glob
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import NamedTuple
 
-import fsspec
-from fsspec.core import url_to_fs
 from pydantic import Field, field_validator
 
 from synpref_ray.config import Settings
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.adapters import Adapter
-from synpref_ray.tables.objects import find_objects, is_s3
+from synpref_ray.tables.files import find_files
 
 
 class Route(StrEnum):
@@ -73,7 +71,9 @@ class HubDataset(Settings):
     revision: str = ""
     """A commit; empty: whatever is there when ingest begins, and the record says which commit that was."""
     config: str = ""
+    """Its configuration, where it has several."""
     split: str = "train"
+    """Its split."""
     files: str = ""
     """Path or pattern of the files inside the data set's folder, where it has more than one split or configuration; copies are read by it too."""
 
@@ -112,8 +112,15 @@ class SourceConfig(Settings):
         return path
 
 
-def list_source_files(source: SourceConfig) -> tuple[str, ...]:
-    """List the pair files of a source in the order they are read: by path, byte by byte.
+class SourceFiles(NamedTuple):
+    """The files of a source, in the order they are read, and the visible files beside them that are passed over for their names."""
+
+    files: tuple[str, ...]
+    passed_over: tuple[str, ...]
+
+
+def find_source_files(source: SourceConfig) -> SourceFiles:
+    """Find the pair files of a source, by path, byte by byte.
 
     Our choice: in a folder, files whose name (or folder) starts with `.` or `_` and files of other formats are passed over.
 
@@ -123,16 +130,26 @@ def list_source_files(source: SourceConfig) -> tuple[str, ...]:
     if not source.path:
         raise InputError(f"source {source.name!r} has no path, and is no row of the catalogue that could be read from elsewhere")
     try:
-        files, named = _find_files(source.path)
+        found = find_files(source.path)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"source {source.name!r}: cannot list {source.path}: {' '.join(str(error).split())}") from None
+    files = [file for file in found.files if not (found.folder and _is_hidden(file[len(found.folder) :]))]
     if not files:
         raise InputError(f"source {source.name!r}: found no file at {source.path}")
-    chosen = files if named else tuple(file for file in files if _is_pair_file(file, source.format))
+    files.sort(key=lambda file: file.encode("utf-8", "surrogateescape"))
+    if found.is_one:
+        return SourceFiles(tuple(files), ())
+    chosen = tuple(file for file in files if _is_pair_file(file, source.format))
     if not chosen:
         wanted = "Parquet or JSONL" if source.format is FileFormat.AUTO else source.format.value
-        raise InputError(f"source {source.name!r}: none of the {len(files)} files at {source.path} is a {wanted} file by its name")
-    return tuple(sorted(chosen, key=lambda file: file.encode("utf-8", "surrogateescape")))
+        remedy = "; files written otherwise are read by `format` in a list of sources: parquet, jsonl, json (one array) or csv"
+        raise InputError(f"source {source.name!r}: none of the {len(files)} files at {source.path} is a {wanted} file by its name{remedy}")
+    return SourceFiles(chosen, tuple(file for file in files if not _is_pair_file(file, source.format)))
+
+
+def list_source_files(source: SourceConfig) -> tuple[str, ...]:
+    """List the pair files of a source; see `find_source_files`."""
+    return find_source_files(source).files
 
 
 def file_format(file: str, declared: FileFormat) -> FileFormat:
@@ -163,29 +180,6 @@ def check_source_names(sources: Iterable[SourceConfig]) -> None:
         if source.name in seen:
             raise InputError(f"two sources are called {source.name!r}; every source needs a name of its own")
         seen.add(source.name)
-
-
-def _find_files(path: str) -> tuple[tuple[str, ...], bool]:
-    """Return all visible files at `path`, and whether the path names one file itself (then its name need not tell the format)."""
-    if is_s3(path):
-        objects, named = find_objects(path)
-        folder = "" if named or glob.has_magic(path) else path.rstrip("/")
-        return tuple(file for file in objects if not (folder and _is_hidden(file[len(folder) :]))), named
-    filesystem, root = url_to_fs(path)
-    if filesystem.isfile(root):
-        return (_address(filesystem, root),), True
-    if filesystem.isdir(root):
-        found = [file for file in filesystem.find(root) if not _is_hidden(file[len(root) :])]
-    elif glob.has_magic(root):
-        found = [file for file in filesystem.glob(root) if filesystem.isfile(file)]
-    else:
-        found = []
-    return tuple(_address(filesystem, file) for file in found), False
-
-
-def _address(filesystem: fsspec.AbstractFileSystem, file: str) -> str:
-    protocols = (filesystem.protocol,) if isinstance(filesystem.protocol, str) else tuple(filesystem.protocol)
-    return file if "file" in protocols else str(filesystem.unstrip_protocol(file))
 
 
 def _is_hidden(relative: str) -> bool:

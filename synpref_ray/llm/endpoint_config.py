@@ -37,6 +37,7 @@ class EndpointConfig(Settings):
     model: str  # its name at the server
     revision: str = ""  # what votes carry; raise it when the model behind the name changes
     api: Literal["completions", "chat"] = "chat"
+    """Which of the two interfaces is asked."""
     tokenizer: str = ""  # a model folder, a bundled model or a hub repository; prompts of completions go as its token ids
     api_key_env: str = ""  # the NAME of the environment variable that holds the key
     max_concurrent_requests: int = Field(default=32, gt=0, le=1000)  # ours
@@ -49,15 +50,20 @@ class EndpointConfig(Settings):
     max_context_tokens: int = Field(default=0, ge=0)  # 0: unknown; else a longer request is not sent, its pair is rejected
     bytes_per_token: float = Field(default=3.0, ge=1)  # ours: for counting without a tokenizer; English has over 4, most other scripts fewer
     guidance: Literal["vllm", "openai", "none"] = "openai"
+    """How the server is told to follow a schema or a choice."""
     logprobs: bool = True
+    """Whether the server is asked for the probabilities of the first tokens."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # ours: understood by most servers
     extra_output_tokens: int = Field(default=0, ge=0)  # on top of what a step asks for, for a model that thinks before it answers
     price_per_million_prompt_tokens: float = Field(default=0.0, ge=0)
+    """What a million prompt tokens cost."""
     price_per_million_cached_tokens: float | Literal["prompt"] = "prompt"  # of prompt tokens that the server reports as cached
     price_per_million_output_tokens: float = Field(default=0.0, ge=0)
+    """What a million generated tokens cost."""
     spending_limit: float = Field(default=0.0, ge=0)  # 0: none; of one tagger or judge in a workspace, over all runs
     seed_requests: bool = False  # ours: a seed per request, from its key
     extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of every request."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -175,7 +175,9 @@ class EngineConfig(Settings):
     """How one vLLM engine is started; every worker of a step holds one."""
 
     model: str
+    """A folder, a bundled model's name, or a repository of the hub."""
     device: Literal["cpu", "gpu"] = "cpu"
+    """Where the engine runs."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # ours: what released checkpoints hold
     max_model_len_tokens: int = Field(default=2048, gt=0)  # ours: bounds the KV cache of one request
     max_num_seqs: int = Field(default=32, gt=0)  # ours: past 32 the two CPU cores gain nothing
@@ -185,9 +187,11 @@ class EngineConfig(Settings):
     enforce_eager: bool = True  # ours: compiling costs a small CPU job more than it returns; turn off on GPUs
     num_threads: int = Field(default=2, gt=0)  # ours, CPU only
     tensor_parallel_size: int = Field(default=1, gt=0)
+    """GPUs that share one engine."""
     prefix_caching: bool = True  # ours: guideline and exemplars are shared between requests
     in_process: bool = True  # ours: see VllmEngine; starts in 11 s instead of 26 to 44 and leaves no child process behind
     seed: int = 0
+    """Seed of sampling."""
     seed_requests: bool = False  # ours: a seed per request, from its key; GPU only, it kills vLLM 0.32 on CPU
 
     @model_validator(mode="after")

@@ -35,6 +35,7 @@ class TaggerConfig(RetryConfig):
     max_guideline_chars: int = Field(default=96, gt=0)  # ours: a sentence
     use_chat_template: bool = True  # ours: tagging is a task for instruct models
     seed: int = 0
+    """Seed of the order in which the two replies are shown."""
 
 
 def tag_pairs(shard: pa.Table, engine: Engine, config: TaggerConfig, journal: Journal | None = None) -> pa.Table:

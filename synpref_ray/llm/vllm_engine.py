@@ -4,7 +4,7 @@ One thread owns vLLM's `LLMEngine` and steps it; callers queue requests at any t
 Our choice: by default the model runs in this very process. vLLM's usual child processes each import vllm again: 26 to 44 s until the engine
 is up, against 11 s, and 306 to 512 output tokens/s against 425 to 636 (SmolLM2-135M, 2-core VM, 2026-11-21); and a killed worker leaves
 nothing behind. `in_process=false` puts the engine into children (needed for tensor parallelism; lets scheduling overlap with a GPU); they
-outlive a parent that is killed with SIGKILL, so whoever runs it that way must sweep.
+outlive a parent that is killed with SIGKILL, so the next engine on the host ends them first (`orphans.py`).
 """
 
 import logging
@@ -21,6 +21,7 @@ from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.choices import Watched, normalise_logprobs, watched_tokens
 from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment, take
+from synpref_ray.llm.orphans import end_orphans, mark_children
 from synpref_ray.llm.tokens import PlainEncoder
 
 logger = logging.getLogger(__name__)
@@ -216,6 +217,9 @@ def _set_environment(config: EngineConfig) -> None:
     if "torch" in sys.modules and os.environ.get("OMP_WAIT_POLICY") != wanted.get("OMP_WAIT_POLICY"):
         logger.warning("torch was imported before the engine's environment was set: start the process with engine_environment() for full speed")
     os.environ.update(wanted)
+    if not config.in_process:
+        end_orphans()
+        mark_children()
 
 
 def _start(config: EngineConfig, model_dir: str) -> tuple[Any, PlainEncoder]:

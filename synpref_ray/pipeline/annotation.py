@@ -46,8 +46,11 @@ class UserConfig(Settings):
     """The account that `annotate.py user` adds or changes; several names, with commas between them, get a made-up secret each."""
 
     name: str = ""
-    role: Literal["", "annotator", "admin"] = ""  # empty: as the account has it, annotator for a new one
-    active: bool = True  # false: closes an account that is there
+    """The name to sign in with; several names have commas between them."""
+    role: Literal["", "annotator", "admin"] = ""
+    """What the person may do; empty: what the account may already, annotator for a new one."""
+    active: bool = True
+    """Whether the account may sign in; false closes one that is there."""
     secret_file: str = ""  # empty: asked for on a terminal, else made up and printed once; never part of a config
 
 
@@ -56,6 +59,7 @@ class AnnotateConfig(JobConfig):
 
     database: SecretStr = SecretStr("")  # empty: SQLite in the workspace; else postgresql+psycopg://user@host/name
     pool: str = "seed"
+    """The pool whose pairs are judged."""
     attributes: str = ""  # fingerprint of the pool's attributes; empty: the only finished ones
     notes: str = ""  # JSONL: pair_id, chosen, rejected (what an LLM says of each reply); empty: what jobs/preverify.py noted, if it was run
     label_studio: str = ""  # from_label_studio: a project's JSON export
@@ -74,12 +78,17 @@ class AnnotateConfig(JobConfig):
         """
         url = self.database.get_secret_value()
         if not url:
-            if not make and not self.storage.exists(DATABASE):
+            if not self.storage.is_local:
+                raise InputError(
+                    f"the workspace {self.workspace} is on no local disk, where SQLite could keep accounts and verdicts: name a database "
+                    "(database=postgresql+psycopg://USER@HOST/NAME, or database=sqlite:////FOLDER/annotations.db on this machine)"
+                )
+            path = Path(self.storage.local_path(DATABASE))
+            if not make and not path.exists():
                 raise InputError(
                     f"nobody is asked anything in the workspace {self.workspace}: it has no {DATABASE}; fill a queue first "
                     f"(python jobs/annotate.py queue workspace={self.workspace} pool=POOL), or name the workspace that has one"
                 )
-            path = Path(self.storage.local_path(DATABASE))  # object storage has none, and says so
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)  # accounts are in it; SQLite gives its other files the same mode
             url = f"sqlite:///{path}"

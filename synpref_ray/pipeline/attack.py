@@ -55,6 +55,7 @@ class PlantConfig(Settings):
     injections: tuple[str, ...] = ()  # ours: names of the corpus; none named means all of it
     gold_split: Literal["working", "audit", "all"] = "all"  # ours: nothing is decided by this measurement, so no gold is used up
     seed: int = 0
+    """Seed of the draws."""
 
     @field_validator("injections")
     @classmethod
@@ -78,6 +79,7 @@ class AttackConfig(JobConfig):
     index: IndexConfig = IndexConfig()
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
 
 class Outcome(NamedTuple):

@@ -61,10 +61,14 @@ class AuditConfig(Settings):
     search_starts: NonNegativeInt = 6
     """Triples of the corpus that the suffix search starts from, twice each (the worse reply, and nothing); 0: no search."""
     starts_per_shard: PositiveInt = 4
+    """Starts of the suffix search that are finished between two writes."""
     search: SearchConfig = SearchConfig()
     num_bins: PositiveInt = 10
+    """Bins of the calibration."""
     num_resamples: int = Field(default=1000, ge=1)
+    """Resamples of the bootstrap behind each interval."""
     seed: int = 0
+    """Seed of the draws."""
 
 
 class AuditReport:
@@ -100,7 +104,8 @@ def run_audits(
 
 
 def _calibration(report: AuditReport, pairs: Mapping[str, Comparisons], config: AuditConfig) -> None:
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    shares: list[tuple[str, ...]] = []
     for name, found in pairs.items():
         prefix = f"audit/calibration/{name}"
         report.metrics |= {f"{prefix}/pairs": len(found.margins), f"{prefix}/unscored": found.num_unscored}
@@ -112,13 +117,17 @@ def _calibration(report: AuditReport, pairs: Mapping[str, Comparisons], config: 
         report.metrics |= {f"{prefix}/{key}": getattr(measured, key) for key in ("brier", "log_loss", "temperature", "log_loss_at_temperature")}
         report.metrics[f"{prefix}/bins"] = [asdict(one) for one in measured.bins]
         report.metrics[f"{prefix}/by_margin"] = [asdict(one) for one in accuracy_by_margin(found)]
-        if any(found.groups):
-            for group, accuracy in accuracy_by(found.margins > 0, found.groups).items():
-                report.metrics |= as_metrics(f"{prefix}/by_group/{group}", accuracy)
+        groupings = {**({"group": found.groups} if any(found.groups) else {}), **found.attributes}
+        for grouping, groups in groupings.items():
+            for group, accuracy in accuracy_by(found.margins > 0, groups).items():
+                report.metrics |= as_metrics(f"{prefix}/by_{grouping}/{group}", accuracy)
+                shares.append((name, grouping.replace("_", " "), group, str(accuracy.num_pairs), format_share(accuracy.accuracy, 1)))
         cells = (_percent(measured.ece), _percent(measured.overconfidence), f"{measured.brier:.3f}", f"{measured.temperature:.2f}")
         rows.append((name, str(measured.num_pairs), *cells))
     if rows:
         report.tables.append(format_table(("calibration", "pairs", "ECE", "overconfidence", "Brier", "best temperature"), rows))
+    if shares:
+        report.tables.append(format_table(("accuracy", "by", "value", "pairs", "right"), shares))
 
 
 def _biases(
@@ -146,8 +155,7 @@ def _biases(
     if rows:
         header = ("bias", "of the better reply's", "pressure", "slope", "partial", "right where more", "right where less")
         report.tables.append(format_table(header, rows))
-        header = ("mitigation", "taken out", "accuracy", "pressure on", "moved to")
-        report.tables.append(format_table(header, mended))
+        report.tables.append(format_table(("mitigation", "taken out", "accuracy", "pressure on", "moved to"), mended))
 
 
 def _note_biases(report: AuditReport, prefix: str, measured: BiasReport) -> None:
@@ -354,7 +362,7 @@ def compare_models(
         a, b = (np.array([np.concatenate([outcome.wins for outcome in of_seed]) for of_seed in side[name]]) for side in (ours, others))
         tested = paired_test(a, b, prompts, seed=seed, num_resamples=num_resamples, confidence=confidence)
         prefix = f"audit/compare/{name}"
-        report.metrics |= as_metrics(prefix, tested.difference) | {f"{prefix}/seeds": [len(a), len(b)]}
+        report.metrics |= {**as_metrics(prefix, tested.difference), f"{prefix}/seeds": [len(a), len(b)]}
         report.metrics |= {f"{prefix}/only_a": tested.only_a, f"{prefix}/only_b": tested.only_b, f"{prefix}/p_value": tested.p_value}
         difference = tested.difference
         shares = (format_share(difference.accuracy_a, 1), format_share(difference.accuracy_b, 1))

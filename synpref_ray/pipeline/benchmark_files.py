@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from fsspec.core import url_to_fs
 
 from synpref_ray.errors import InputError
 from synpref_ray.evaluation.benchmarks import BENCHMARKS
@@ -21,6 +18,7 @@ from synpref_ray.ingest.hub import hub_address, pin_revision, read_hub_rows
 from synpref_ray.ingest.readers import read_file_rows, read_pair_file
 from synpref_ray.ingest.source import FileFormat, HubDataset, PairColumns, SourceConfig
 from synpref_ray.schema import stable_uniform
+from synpref_ray.tables.files import FoundFiles, find_files, is_file, is_folder
 
 PAIR_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _OFFICIAL_FILES = (*PAIR_FILES, ".json", ".json.gz")
@@ -63,7 +61,7 @@ def find_benchmark(name: str, data: str, *, from_hub: bool = False) -> FoundBenc
     if known is not None and (files := _official_files(known, data)):
         return FoundBenchmark(name, known, files=tuple(files))
     choices = [f"{data}/{name}", *(f"{data}/{name}{ending}" for ending in PAIR_FILES), name]
-    file = next((choice for choice in choices if choice.endswith(PAIR_FILES) and ("://" in choice or Path(choice).is_file())), None)
+    file = next((choice for choice in choices if choice.endswith(PAIR_FILES) and _is_there(choice)), None)
     if file is not None:
         return FoundBenchmark(file.rsplit("/", 1)[-1].split(".")[0], None, files=(file,))
     if known is not None and known.hub and from_hub:
@@ -74,6 +72,13 @@ def find_benchmark(name: str, data: str, *, from_hub: bool = False) -> FoundBenc
     else:
         remedy += f"; known benchmarks: {', '.join(BENCHMARKS)}"
     raise InputError(f"benchmark {name!r}: {remedy}")
+
+
+def _is_there(file: str) -> bool:
+    try:
+        return is_file(file)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot look for {file}: {' '.join(str(error).split())}") from None
 
 
 def find_benchmarks(names: Sequence[str], data: str, *, from_hub: bool = False) -> dict[str, FoundBenchmark]:
@@ -113,9 +118,9 @@ def _load(found: FoundBenchmark, columns: PairColumns) -> LoadedBenchmark:
         return LoadedBenchmark(found.name, found.benchmark, found.benchmark.read(parts))
     file = found.files[0]
     if _first_is_one_against_many(file):
-        benchmark = _of_any_file(found.name, many=True)
+        benchmark = benchmark_of_file(found.name, many=True)
         return LoadedBenchmark(found.name, benchmark, benchmark.read([Part(file, _rows(file))]))
-    return LoadedBenchmark(found.name, _of_any_file(found.name, many=False), ReadItems(_read_pairs(file, columns)), is_pair_file=True)
+    return LoadedBenchmark(found.name, benchmark_of_file(found.name, many=False), ReadItems(_read_pairs(file, columns)), is_pair_file=True)
 
 
 def _read_pairs(file: str, columns: PairColumns) -> list[Item]:
@@ -124,7 +129,8 @@ def _read_pairs(file: str, columns: PairColumns) -> list[Item]:
     return pair_items(pairs, [row for chunk in chunks for row in chunk.rejects.select(["row", "reason"]).to_pylist()])
 
 
-def _of_any_file(name: str, *, many: bool) -> Benchmark:
+def benchmark_of_file(name: str, *, many: bool) -> Benchmark:
+    """Return the benchmark of a file of pairs, or of one reply against many."""
     return Benchmark(
         name=name,
         read=read_one_against_many,
@@ -154,14 +160,13 @@ def _official_files(benchmark: Benchmark, data: str) -> list[str]:
     own = [data] if data.rstrip("/").rsplit("/", 1)[-1] in benchmark.folders else []
     for folder in (*(f"{data.rstrip('/')}/{name}" for name in benchmark.folders), *own):
         try:
-            filesystem, root = url_to_fs(folder)
-            paths = filesystem.find(root) if filesystem.isdir(root) else []
+            found = find_files(folder) if is_folder(folder) else FoundFiles([], False)
         except (OSError, ValueError, ImportError) as error:
             raise InputError(f"cannot list {folder}: {' '.join(str(error).split())}") from None
-        below = [(path, path[len(root) :].lstrip("/")) for path in sorted(paths)]
+        below = [(path, path[len(found.folder) :].lstrip("/")) for path in sorted(found.files)]
         files = [path for path, name in below if name.endswith(_OFFICIAL_FILES) and not _is_hidden(name) and benchmark.is_part(name)]
         if files:
-            return files if "://" not in folder else [str(filesystem.unstrip_protocol(path)) for path in files]
+            return files
     return []
 
 

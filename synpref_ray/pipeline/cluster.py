@@ -4,10 +4,12 @@ import logging
 import os
 import socket
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from synpref_ray.config import Settings
@@ -26,6 +28,7 @@ class RayConfig(Settings):
     num_cpus: int = 8  # ours: logical, so that actors that wait on each other never starve on a 2-core laptop
     object_store_memory_bytes: int = 1 * 2**30  # ours: shards of 64 MiB stream; a local run needs no more
     dashboard: bool = True
+    """Whether a local Ray shows its dashboard."""
 
 
 def configure_ray_data() -> None:
@@ -33,6 +36,8 @@ def configure_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 16 * MAX_BYTES_PER_SHARD  # a decoded shard with embeddings stays one block
     context.raise_original_map_exception = True
+    # Bounds on restarts and retries have no named parameter in Ray 2.60, and without them there are none.
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated", category=RayDeprecationWarning)
 
 
 @contextmanager

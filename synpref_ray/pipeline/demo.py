@@ -47,12 +47,19 @@ class DemoConfig(JobConfig):
     """Where the demo's data and the configs of its jobs are, the simulated annotator's budget, and the seeds of the comparison."""
 
     data: str = "examples/data"
+    """The folder with the embedded example."""
     stage1_config: str = "jobs/configs/laptop_stage1.yaml"
+    """Settings of Stage 1."""
     stage2_config: str = "jobs/configs/laptop_stage2.yaml"
+    """Settings of Stage 2."""
     train_config: str = "jobs/configs/laptop_train.yaml"
+    """Settings of the final trainings."""
     seed_gold_pairs: int = Field(default=80, ge=1)
+    """Pairs of the seed that the simulated annotator may look up."""
     round_gold_pairs: int = Field(default=40, ge=0)
+    """Retrieved pairs that it may look up in each round."""
     comparison_seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """Seeds of the final trainings on curated and on raw pairs."""
 
     @property
     def truth(self) -> str:

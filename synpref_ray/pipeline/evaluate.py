@@ -23,6 +23,7 @@ from synpref_ray.pipeline.benchmark_files import FoundBenchmark, LoadedBenchmark
 from synpref_ray.pipeline.benchmark_judges import judge_outcomes
 from synpref_ray.pipeline.benchmark_overlap import ContaminationConfig, shared_items
 from synpref_ray.pipeline.cluster import probe_workspace
+from synpref_ray.pipeline.gold_benchmark import AUDIT_GOLD, audit_gold
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import JudgeStepConfig
 from synpref_ray.pipeline.score_cache import REPLIES_PER_SHARD, ScoreCache, conversations_of
@@ -45,6 +46,7 @@ class EvaluateConfig(JobConfig):
     benchmarks: tuple[str, ...] = Field(min_length=1)
     """Names or paths; a single one may stand alone."""
     data: str = "."
+    """The folder of benchmarks: official files in folders by name, and files of pairs."""
     from_hub: bool = False
     """Whether benchmarks without files here are streamed from the Hugging Face hub."""
     judges: tuple[JudgeStepConfig, ...] = ()
@@ -56,8 +58,11 @@ class EvaluateConfig(JobConfig):
     seed: int = 0
     """Of the sample and of the bootstrap."""
     num_resamples: int = Field(default=NUM_RESAMPLES, ge=1)
+    """Resamples of the bootstrap behind each interval."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
     contamination: ContaminationConfig = ContaminationConfig()
+    audit_gold: bool = False
+    """Also measure on the audit gold of this workspace (as `audit_gold`), which knows its attributes."""
     audits: tuple[AuditName, ...] = ()
     """What is looked at beside the benchmarks' own metrics: calibration, bias, attacks (docs/evaluation.md, Reliability)."""
     audit: AuditConfig = AuditConfig()
@@ -66,6 +71,7 @@ class EvaluateConfig(JobConfig):
     model_seeds: tuple[str, ...] = ()
     """Further seeds of `model`, for that test alone."""
     replies_per_shard: int = Field(default=REPLIES_PER_SHARD, ge=1)
+    """Replies that are scored between two writes."""
     score: ScoreConfig = ScoreConfig()
     reading: FileScoring = FileScoring()
 
@@ -123,6 +129,9 @@ def run_evaluate(config: EvaluateConfig, run: Run) -> str:
     """Evaluate the model and the judges; return the closing tables."""
     found = benchmark_files(config)
     loaded = [load_benchmark(one, config.reading.columns, sample_fraction=config.sample_fraction, seed=config.seed) for one in found.values()]
+    if config.audit_gold:
+        loaded.append(audit_gold(config))
+        found = {**found, AUDIT_GOLD: FoundBenchmark(AUDIT_GOLD, None)}
     shared = shared_items(run, config.storage, loaded, config.contamination)
     scorers: dict[str, dict[str, list[Outcome]]] = {}
     if config.model:

@@ -62,7 +62,13 @@ class ExportConfig(JobConfig):
     """What goes out, and where to."""
 
     set: str
-    """A name under sets/, as in curated-wild-kept."""
+    """A name under sets/, as in curated-wild-kept (the 26M kind) and curated-wild-kept-and-flipped (the 40M kind)."""
+    where: dict[str, tuple[str, ...]] = Field(default={})
+    """Only pairs for which a column of the set's own table (the decisions: decision_reason, judge_verdict, …) has one of these values."""
+    at_least: dict[str, float] = Field(default={})
+    """Only pairs for which a number of the set's own table (margin_best, margin_gold) is no smaller; a missing number is."""
+    at_most: dict[str, float] = Field(default={})
+    """Likewise, no greater."""
     out: str = ""
     """A folder, local or any fsspec URL; empty: exports/<set>-<digest> in the workspace."""
     licences: tuple[str, ...] = ()
@@ -75,6 +81,7 @@ class ExportConfig(JobConfig):
     sidecars: dict[str, str] = Field(default={})
     """Heads of fingerprints by name (attributes, hygiene, pii, token_lengths), where a pool has several of one."""
     title: str = ""
+    """The heading of the dataset card; empty: the set's name."""
     max_pairs_per_file: int = Field(default=100_000, ge=1)  # ours: some 200 MB of typical text
 
 
@@ -100,11 +107,25 @@ class _Counts:
 
 
 def check_export(config: ExportConfig) -> None:
-    """Check the set, the licences of its sources, and the sidecars, without reading a pair."""
+    """Check the set, its filters, the licences of its sources, and the sidecars, without reading a pair.
+
+    Raises:
+        ConfigError: a filter names a column that the set's table does not have.
+    """
     pairs = load_set(config.storage, config.set)
     read_licences(config)
     for member in pairs.members:
         _beside(member.sidecar.pool, config)
+        schema = member.sidecar.read(member.sidecar.pool.shards[0].number).schema if member.sidecar.pool.shards else EXPORT_SCHEMA
+        for name in _filters(config):
+            if name not in schema.names:
+                raise ConfigError(f"{config.set} has no column {name} to filter by; there are {', '.join(schema.names)}")
+            if name not in config.where and not pa.types.is_floating(schema.field(name).type):
+                raise ConfigError(f"at_least and at_most are for numbers, and {name} of {config.set} is none")
+
+
+def _filters(config: ExportConfig) -> list[str]:
+    return list(dict.fromkeys([*config.where, *config.at_least, *config.at_most]))
 
 
 def read_licences(config: ExportConfig) -> dict[str, str]:
@@ -168,6 +189,7 @@ def run_export(config: ExportConfig, run: Run) -> str:
 
 def _digest(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str]) -> str:
     settings = config.model_dump(mode="json", include={"licences", "unknown_licences", "max_pii_score", "max_pairs_per_file", "title"})
+    settings |= config.model_dump(mode="json", include={"where", "at_least", "at_most"}, exclude_defaults=True)
     beside = [{name: sidecar.fingerprint for name, sidecar in _beside(member.sidecar.pool, config).items()} for member in pairs.members]
     return content_digest([EXPORT_VERSION, pairs.name, pairs.digest, settings, dict(sorted(licences.items())), beside])
 
@@ -193,6 +215,7 @@ def _export(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str], t
         )
     record = {
         "set": config.set,
+        **config.model_dump(mode="json", include={"where", "at_least", "at_most"}, exclude_defaults=True),
         "digest": digest,
         "pairs": counts.pairs,
         "flipped": counts.flipped,
@@ -227,7 +250,9 @@ def _tables(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str], c
         beside = _beside(member.sidecar.pool, config)
         for shard in member.sidecar.pool.shards:
             table = _with_facts(member, shard.number, beside)
-            rows = table.to_pylist()
+            wanted = _wanted(member, shard.number, config, table["pair_id"])
+            counts.left_out.update({"filter": wanted.false_count} if wanted.false_count else {})
+            rows = table.filter(wanted).to_pylist()
             reasons = [_left_out(row, licences, config, settled) for row in rows]
             counts.left_out.update(reason for reason in reasons if reason)
             counts.left_out_licences.update(
@@ -250,6 +275,23 @@ def _with_facts(member: Member, number: int, beside: Mapping[str, Sidecar]) -> p
     for name in facts.column_names[1:]:
         table = table.append_column(name, facts[name].take(rows))
     return table
+
+
+def _wanted(member: Member, number: int, config: ExportConfig, pair_ids: pa.ChunkedArray) -> pa.BooleanArray:
+    """Return which of these pairs of a shard the filters let through."""
+    names = _filters(config)
+    wanted = pa.repeat(pa.scalar(True), len(pair_ids))
+    if not names:
+        return wanted
+    table = member.sidecar.read(number, ["pair_id", *names])
+    table = table.take(pc.index_in(pair_ids, value_set=table["pair_id"].combine_chunks()))
+    for name, values in config.where.items():
+        wanted = pc.and_(wanted, pc.is_in(table[name].cast(pa.string()), value_set=pa.array(values, pa.string())))
+    for name, bound in config.at_least.items():
+        wanted = pc.and_(wanted, pc.fill_null(pc.greater_equal(table[name], bound), False))
+    for name, bound in config.at_most.items():
+        wanted = pc.and_(wanted, pc.fill_null(pc.less_equal(table[name], bound), False))
+    return wanted.combine_chunks()
 
 
 def _left_out(row: Mapping[str, Any], licences: Mapping[str, str], config: ExportConfig, settled: set[tuple[str, str]]) -> str | None:

@@ -1,19 +1,27 @@
 """Gather and scatter as steps: selections become small pools, sidecars follow their pairs, and results go back beside the source pool."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 
 from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, run_step, unwrap
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.pools import Pool, Shard, commit_pool, open_pool, pool_exists, write_pool_shard
-from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece, gather_pairs, gather_sidecar, plan_gather, scatter_shard
+from synpref_ray.tables.parts import PartedSidecar
+from synpref_ray.tables.pools import Pool, Shard, commit_pool, list_pools, open_pool, pool_exists, write_pool_shard
+from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece, gather_shards, gather_sidecar, plan_gather, scatter_shard
 from synpref_ray.tables.sidecars import Sidecar, fingerprint
 from synpref_ray.tables.storage import Storage
 
 GATHER_VERSION = 1
+GATHER_POOL_VERSION = 2
+SOURCES = "sources"
+"""In a gathered pool's provenance: for each of its shards the source pools and shards that it took rows from."""
+SHARDS_PER_TASK = 16  # ours: of a gathered pool; neighbours take from the same source shard, which a task reads once
 
 
 def gather_pool(storage: Storage, name: str, selected: Sequence[Piece], *, inputs: Mapping[str, str], max_pairs: int = GATHERED_SHARD_PAIRS) -> Pool:
@@ -26,9 +34,9 @@ def gather_pool(storage: Storage, name: str, selected: Sequence[Piece], *, input
     Raises:
         RunConflictError: a pool of that name exists and holds another selection.
     """
-    rows = [[piece.pool.name, piece.pool.digest, piece.shard, list(piece.rows)] for piece in selected]
+    rows = [[piece.pool.name, piece.pool.digest, piece.shard, piece.digest] for piece in selected]
     clusters = {f"clusters:{piece.pool.name}": piece.pool.clusters for piece in selected if piece.pool.clusters}
-    name_of_content = fingerprint("gather", GATHER_VERSION, {"rows": rows, "max_pairs": max_pairs}, {**inputs, **clusters})
+    name_of_content = fingerprint("gather", GATHER_POOL_VERSION, {"rows": rows, "max_pairs": max_pairs}, {**inputs, **clusters})
     name = f"{name}-{name_of_content[:8]}"
     if pool_exists(storage, name):
         return open_pool(storage, name)
@@ -38,26 +46,71 @@ def gather_pool(storage: Storage, name: str, selected: Sequence[Piece], *, input
             return open_pool(storage, name)
         shards = _write_shards(storage, name, plan)
         lease.check()
-        return commit_pool(storage, name, name_of_content, shards, {"step": "gather", "inputs": dict(inputs)})
+        sources = [sorted({(piece.pool.name, piece.shard) for piece in pieces}) for pieces in plan]
+        return commit_pool(storage, name, name_of_content, shards, {"step": "gather", "inputs": {**inputs, **clusters}, SOURCES: sources})
 
 
 def _write_shards(storage: Storage, name: str, plan: Sequence[Sequence[Piece]]) -> list[Shard]:
+    light = {id(pool): replace(pool, shards=()) for pool in {id(piece.pool): piece.pool for pieces in plan for piece in pieces}.values()}
+    plan = [[replace(piece, pool=light[id(piece.pool)]) for piece in pieces] for pieces in plan]  # a task would carry every list of shards
     if sum(len(piece.rows) for pieces in plan for piece in pieces) <= INLINE_ROWS:
-        return [write_pool_shard(storage, name, number, gather_pairs(pieces)) for number, pieces in enumerate(plan)]
+        return _write_some(storage, name, 0, plan)
+    starts = range(0, len(plan), SHARDS_PER_TASK)
     try:
-        shards: list[Shard] = ray.get([_write_gathered.remote(storage, name, number, pieces) for number, pieces in enumerate(plan)])
+        tasks = [_write_gathered.remote(storage, name, start, plan[start : start + SHARDS_PER_TASK]) for start in starts]
+        written: list[list[Shard]] = ray.get(tasks)
     except ray.exceptions.RayError as error:
         raise unwrap(error) from error
-    return shards
+    return [shard for some in written for shard in some]
+
+
+def _write_some(storage: Storage, name: str, first: int, plan: Sequence[Sequence[Piece]]) -> list[Shard]:
+    return [write_pool_shard(storage, name, first + number, table) for number, table in enumerate(gather_shards(plan))]
 
 
 @ray.remote
-def _write_gathered(storage: Storage, name: str, number: int, pieces: Sequence[Piece]) -> Shard:
-    return write_pool_shard(storage, name, number, gather_pairs(pieces))
+def _write_gathered(storage: Storage, name: str, first: int, plan: Sequence[Sequence[Piece]]) -> list[Shard]:
+    return _write_some(storage, name, first, plan)
+
+
+def gathered_from(gathered: Pool, source: Pool) -> dict[int, tuple[Shard, ...]]:
+    """Return, for each shard of the source pool from which rows were gathered, the gathered pool's shards that hold some."""
+    sources = gathered.provenance()[SOURCES]
+    found: dict[int, list[Shard]] = {}
+    for shard, places in zip(gathered.shards, sources, strict=True):
+        for name, number in places:
+            if name == source.name:
+                found.setdefault(number, []).append(shard)
+    return {number: tuple(shards) for number, shards in found.items()}
+
+
+def find_covering_pool(storage: Storage, name: str, selected: Sequence[Piece], is_usable: Callable[[Pool], bool]) -> Pool | None:
+    """Return the smallest pool gathered as `name` from the same source pool that holds at least the selected pairs, if there is one.
+
+    Args:
+        is_usable: what else such a pool must have.
+    """
+    if not selected:
+        return None
+    source, wanted = selected[0].pool, sum(len(piece.rows) for piece in selected)
+    clusters = {f"clusters:{source.name}": source.clusters} if source.clusters else {}
+    found = [open_pool(storage, other) for other in list_pools(storage) if other.startswith(f"{name}-")]
+    for pool in sorted(found, key=lambda pool: (pool.num_rows, pool.name)):
+        if pool.num_rows < wanted or pool.provenance()["inputs"] != clusters or not is_usable(pool):
+            continue
+        held: dict[int, list[npt.NDArray[np.int64]]] = {}
+        for shard in pool.shards:
+            places = pool.read(shard.number, ["source_shard", "source_row"])
+            shards, rows = places["source_shard"].to_numpy(), places["source_row"].to_numpy()
+            for number in np.unique(shards).tolist():
+                held.setdefault(number, []).append(rows[shards == number])
+        if all(piece.shard in held and np.isin(piece.rows, np.concatenate(held[piece.shard])).all() for piece in selected):
+            return pool
+    return None
 
 
 class _GatherWorker:
-    def __init__(self, sidecars: list[dict[str, Sidecar]], schema: pa.Schema):
+    def __init__(self, sidecars: list[dict[str, Sidecar | PartedSidecar]], schema: pa.Schema):
         self._sidecars = sidecars
         self._schema = schema
 
@@ -65,10 +118,11 @@ class _GatherWorker:
         return gather_sidecar(shard, self._sidecars[key.table], self._schema), {}
 
 
-def gather_sidecars(name: str, schema: pa.Schema, pools: Sequence[tuple[Pool, Mapping[str, Sidecar]]]) -> list[Sidecar]:
+def gather_sidecars(name: str, schema: pa.Schema, pools: Sequence[tuple[Pool, Mapping[str, Sidecar | PartedSidecar]]]) -> list[Sidecar]:
     """Return, for each gathered pool, the sidecar that its source pools' sidecars say about its pairs (no model runs)."""
     made = []
     for pool, sources in pools:
+        light = {source: replace(sidecar, pool=replace(sidecar.pool, shards=())) for source, sidecar in sources.items()}
         step = Step(
             name=f"gather {name}",
             version=GATHER_VERSION,
@@ -76,7 +130,7 @@ def gather_sidecars(name: str, schema: pa.Schema, pools: Sequence[tuple[Pool, Ma
             outputs=(Output(name, schema),),
             settings={},
             digests={f"source:{source}": sidecar.fingerprint for source, sidecar in sources.items()},
-            worker_arguments=lambda _, sources=sources: {"sidecars": [dict(sources)], "schema": schema},  # type: ignore[misc]
+            worker_arguments=lambda _, light=light: {"sidecars": [light], "schema": schema},  # type: ignore[misc]
             max_failed_fraction=1.0,  # the rejects were counted where they happened
         )
         result = run_step(step, [StepInput(pool, ("source_pool", "source_shard", "source_row"))])
@@ -85,16 +139,21 @@ def gather_sidecars(name: str, schema: pa.Schema, pools: Sequence[tuple[Pool, Ma
 
 
 class _ScatterWorker:
-    def __init__(self, source: Pool, gathered: Pool, result: Sidecar, schema: pa.Schema):
-        self._arguments: tuple[Any, ...] = (gathered, result, schema)
-        self._source = source
+    """Puts back what the gathered shards that took from a source shard say; `shards` are these, by the source shard's number."""
+
+    def __init__(self, source: Pool, gathered: Pool, shards: Mapping[int, tuple[Shard, ...]], result: Sidecar, schema: pa.Schema):
+        self._source, self._gathered, self._shards = source, gathered, shards
+        self._arguments: tuple[Any, ...] = (result, schema)
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        return scatter_shard(self._source, key.number, *self._arguments), {}
+        gathered = replace(self._gathered, shards=self._shards.get(key.number, ()))
+        return scatter_shard(self._source, key.number, gathered, *self._arguments), {}
 
 
 def scatter_sidecar(source: Pool, gathered: Pool, result: Sidecar, name: str, schema: pa.Schema) -> Sidecar:
     """Return a sidecar of the source pool with the gathered pool's results; unselected rows are null with reason `not_selected`."""
+    light, few = replace(source, shards=()), replace(gathered, shards=())
+    arguments = {"source": light, "gathered": few, "shards": gathered_from(gathered, source), "result": replace(result, pool=few), "schema": schema}
     step = Step(
         name=f"scatter {name}",
         version=GATHER_VERSION,
@@ -102,7 +161,7 @@ def scatter_sidecar(source: Pool, gathered: Pool, result: Sidecar, name: str, sc
         outputs=(Output(name, schema),),
         settings={},
         digests={"gathered": gathered.digest, "result": result.fingerprint},
-        worker_arguments=lambda _: {"source": source, "gathered": gathered, "result": result, "schema": schema},
+        worker_arguments=lambda _: arguments,
         max_failed_fraction=1.0,
     )
     return run_step(step, [StepInput(source, ())]).sidecars[0][0]

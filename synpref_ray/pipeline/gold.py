@@ -219,11 +219,39 @@ def label_pool(labelled: LabelledPool, verdict: Sidecar, gold: GoldTables) -> Si
     return run_step(step, [StepInput(labelled.pool, ("prompt_group", "contradicted"), beside)]).sidecars[0][0]
 
 
+_Where = tuple[tuple[str, tuple[str, ...]], ...]
+_SILVER: _Where = (("label_source", (LabelSource.SILVER.value,)),)
+_WORKING: _Where = (("label_source", (LabelSource.GOLD.value,)), ("gold_split", (GoldSplit.WORKING.value,)))
+_AUDIT: _Where = (("label_source", (LabelSource.GOLD.value,)), ("gold_split", (GoldSplit.AUDIT.value,)))
+_STANDS: _Where = (("flipped", ("false",)),)
+_TURNED: _Where = (("flipped", ("true",)),)
+
+
 def save_label_sets(storage: Storage, suffix: str, labels: Sequence[Sidecar]) -> dict[str, PairSet]:
-    """Write the sets silver, gold-working and gold-audit of a round."""
-    filters: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-        "silver": (("label_source", (LabelSource.SILVER.value,)),),
-        "gold-working": (("label_source", (LabelSource.GOLD.value,)), ("gold_split", (GoldSplit.WORKING.value,))),
-        "gold-audit": (("label_source", (LabelSource.GOLD.value,)), ("gold_split", (GoldSplit.AUDIT.value,))),
+    """Write the sets of a round, over all pairs labelled so far: silver, gold-working and gold-audit, and the paper's three.
+
+    Paper: Fig. 5 and Table 20. *filtered*: gold and silver whose source label people or judges agree with. *corrected*: those that they turn round,
+    with the turned label. *original*: both, with the labels that they came with; *filtered-and-corrected*: both, with the labels that they have now.
+    Our choice: audit gold is in none of the four, because they are for training and audit gold trains nothing.
+    """
+    names = {
+        "silver": [Member(label, _SILVER) for label in labels],
+        "gold-working": [Member(label, _WORKING) for label in labels],
+        "gold-audit": [Member(label, _AUDIT) for label in labels],
+        "original": [Member(label, where, as_ingested=True) for label in labels for where in (_SILVER, _WORKING)],
+        "filtered": [Member(label, (*where, *_STANDS)) for label in labels for where in (_SILVER, _WORKING)],
+        "corrected": [Member(label, (*where, *_TURNED)) for label in labels for where in (_SILVER, _WORKING)],
+        "filtered-and-corrected": [Member(label, where) for label in labels for where in (_SILVER, _WORKING)],
     }
-    return {name: save_set(storage, f"{name}-{suffix}", [Member(label, where) for label in labels]) for name, where in filters.items()}
+    return {name: save_set(storage, f"{name}-{suffix}", members) for name, members in names.items()}
+
+
+def count_labels(labels: Sequence[Sidecar]) -> dict[str, int]:
+    """Return how many pairs have which label and why, as `source/reason` and `source/reason, turned round`."""
+    counts: Counter[str] = Counter()
+    for label in labels:
+        for shard in label.pool.shards:
+            table = label.read(shard.number, ["label_source", "label_reason", "flipped"])
+            for source, reason, flipped in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+                counts[f"{source}/{reason}{', turned round' if flipped else ''}"] += 1
+    return dict(sorted(counts.items()))

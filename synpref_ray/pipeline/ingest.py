@@ -40,24 +40,25 @@ from synpref_ray.ingest.hub import hub_address, pin_revision, read_hub_chunks
 from synpref_ray.ingest.partition import Comparison, IdWriter, Layout, PairFile
 from synpref_ray.ingest.plan import pairs_path
 from synpref_ray.ingest.readers import MAX_CHUNK_BYTES, MAX_CHUNK_ROWS, digest_file, read_pair_file
-from synpref_ray.ingest.source import PairColumns, Route, SourceConfig, check_source_names, list_source_files
+from synpref_ray.ingest.source import PairColumns, Route, SourceConfig, check_source_names, find_source_files, list_source_files
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.pools import make_pools, timed
 from synpref_ray.pipeline.tasks import run_tasks
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
 from synpref_ray.schema import DropReason
-from synpref_ray.tables.files import filesystem_of
+from synpref_ray.tables.files import file_size, filesystem_of, find_files, is_file, is_folder
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import MAX_BYTES_PER_SHARD, MAX_PAIRS_PER_SHARD, content_digest, open_pool, pool_exists
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 
 INGEST_VERSION = 1
+_MAX_NAMED_FILES = 5  # ours: enough to see which kind is meant
 _MAX_NAMED_COLUMNS = 20  # ours: enough to see which column is meant
 INLINE_FILES = 4  # ours: so few files,
 INLINE_BYTES = 32 * 2**20  # ours: and so small, are done before Ray has started its workers
-_EXPECTED_REASONS = (
+EXPECTED_REASONS = (
     DropReason.TIED,
     DropReason.NO_COMPARISON,
     DropReason.CONTAMINATED,
@@ -71,7 +72,9 @@ class IngestConfig(JobConfig):
     """What to read, and how pools are cut. Give `sources`, or `data`: a folder whose file names begin with the pool they feed."""
 
     data: str = ""
+    """A folder, file or pattern of pair files; the beginning of a file's name says which pool it feeds (seed, unverified, else wild)."""
     sources: tuple[SourceConfig, ...] = ()
+    """Sources of pairs, in place of `data`: published sets of the catalogue by name, and files with settings of their own."""
     copies: str = ""
     """A folder with local copies of catalogue sources, a folder for each by its name; for those without a path."""
     from_hub: bool = False
@@ -81,8 +84,11 @@ class IngestConfig(JobConfig):
     decontaminate: DecontaminateConfig = DecontaminateConfig()
     """Which benchmarks' prompts no pair may hold."""
     max_pairs_per_shard: int = Field(default=MAX_PAIRS_PER_SHARD, ge=1)
+    """The most pairs in a file of a pool."""
     max_bytes_per_shard: int = Field(default=MAX_BYTES_PER_SHARD, ge=1)
+    """About the most bytes of pairs in a file of a pool."""
     max_rejected_fraction: float = Field(default=0.5, ge=0.0, le=1.0)  # ours: duplicates aside, most rows refused means a wrong format
+    """A file of which more rows are refused ends the job."""
 
 
 def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:
@@ -111,6 +117,18 @@ def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:
     return tuple(sources)
 
 
+def passed_over_hint(config: IngestConfig) -> list[str]:
+    """Return a line that names the files which no source reads since their names end otherwise; none where there is no such file."""
+    sources = [SourceConfig(name="data", path=config.data)] if config.data else resolve_sources(config)
+    over = [file for source in sources if source.path for file in find_source_files(source).passed_over]
+    if not over:
+        return []
+    names = ", ".join(posixpath.basename(file) for file in over[:_MAX_NAMED_FILES])
+    more = f" and {len(over) - _MAX_NAMED_FILES} more" if len(over) > _MAX_NAMED_FILES else ""
+    remedy = "for CSV and JSON arrays declare a source with its format (docs/sources.md)" if config.data else "say format where they are pairs"
+    return [f"passed over by name: {names}{more}; {remedy}"]
+
+
 def _place(source: SourceConfig, config: IngestConfig) -> SourceConfig:
     """Say where a source is read: its path, its local copy, or (an empty path) the hub."""
     path = source.path or (f"{config.copies.rstrip('/')}/{source.name}" if config.copies else "")
@@ -119,8 +137,7 @@ def _place(source: SourceConfig, config: IngestConfig) -> SourceConfig:
             remedy = "give it a path, or copies=FOLDER, or from_hub=true" if source.hub.dataset else "give it a path"
             raise ConfigError(f"source {source.name!r} has no path; {remedy}")
         return source
-    filesystem, root = filesystem_of(path)
-    if source.hub.files and filesystem.isdir(root):
+    if source.hub.files and is_folder(path):
         path = _pattern_below(path.rstrip("/"), source.hub.files)
     return source.model_copy(update={"path": path})
 
@@ -131,17 +148,16 @@ def _pattern_below(folder: str, files: str) -> str:
     ends = [parts[start:] for start in range(len(parts))]
     patterns = [f"{folder}/{'/'.join(end)}" for end in ends if end == parts or not end[0].startswith("*") or len(end) > 1]
     for pattern in patterns:
-        filesystem, root = filesystem_of(pattern)
-        if filesystem.glob(root):
+        if find_files(pattern).files:
             return pattern
     return patterns[0]
 
 
 def _data_folder(data: str) -> str:
     """Return the folder that source names are relative to, as the file system itself writes it (absolute, `~` resolved)."""
-    filesystem, root = filesystem_of(data)
-    if not filesystem.isfile(root):
-        if filesystem.isdir(root):
+    _, root = filesystem_of(data)
+    if not is_file(data):
+        if is_folder(data):
             return str(root)
         while glob.has_magic(posixpath.dirname(root)):
             root = posixpath.dirname(root)
@@ -163,7 +179,7 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
     files = [(number, file) for number, source in enumerate(sources) for file in _files_of(source)]
     started = time.monotonic()
     inline = _are_small([file if sources[number].path else "" for number, file in files])
-    digests = run_tasks(_digest, None, [(sources[number], file) for number, file in files], inline=inline)
+    digests = run_tasks(_digest, None, [(sources[number], file) for number, file in files], inline=inline, title="digests")
     phases = {"digest": time.monotonic() - started}
     settings = config.model_dump(mode="json", include={"max_pairs_per_shard", "max_bytes_per_shard"})
     settings["sources"] = [_result_settings(source) for source in sources]
@@ -183,7 +199,7 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
                 run.metrics["phase_seconds"] = {phase: round(seconds, 3) for phase, seconds in phases.items()}
     summary = storage.read_json(record)
     run.metrics.update(summary)
-    return _closing_table(summary)
+    return "\n".join([_closing_table(summary), *passed_over_hint(config)])
 
 
 def _files_of(source: SourceConfig) -> tuple[str, ...]:
@@ -194,8 +210,7 @@ def _are_small(files: Sequence[str]) -> bool:
     """Whether files are so few and small that the driver reads them itself; an empty name stands for a data set of the hub."""
     if len(files) > INLINE_FILES or not all(files):
         return False
-    sizes = (filesystem.size(path) for filesystem, path in map(filesystem_of, files))
-    return sum(size or 0 for size in sizes) <= INLINE_BYTES
+    return sum(file_size(file) for file in files) <= INLINE_BYTES
 
 
 def _digest(_: None, source: SourceConfig, file: str) -> str:
@@ -243,7 +258,7 @@ def _ingest(
     stager = _Stager(storage, config.decontaminate, _benchmarks_digest(config.decontaminate), config.max_rejected_fraction)
     arguments = [(f"{staging}/file-{i:05d}", sources[n], n, file) for i, (n, file) in enumerate(files)]
     with timed(phases, "read"):
-        staged = [StagedFile.model_validate(entry) for entry in run_tasks(_stage_file, stager, arguments, inline=inline)]
+        staged = [StagedFile.model_validate(entry) for entry in run_tasks(_stage_file, stager, arguments, inline=inline, title="read files")]
     _refuse_pairless_sources(storage, name, sources, staged)
     layout = Layout.of(
         PairFile(sources[entry.source].route, sources[entry.source].name, entry.file, folder, entry.pieces)
@@ -328,7 +343,7 @@ def _stage_file(stager: _Stager, folder: str, source: SourceConfig, number: int,
         rows += chunk.num_rows_read
         records += chunk.num_records
     ids.flush()
-    unexpected = rejected.total() - sum(rejected[reason.value] for reason in _EXPECTED_REASONS)
+    unexpected = rejected.total() - sum(rejected[reason.value] for reason in EXPECTED_REASONS)
     if records and unexpected > stager.max_rejected_fraction * records:
         raise InputError(
             f"{file}: {unexpected} of {records} rows refused ({dict(rejected)}), more than {stager.max_rejected_fraction:.0%}; "

@@ -7,10 +7,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from typing import TypeVar
 
-from synpref_ray.config import Settings, describe_settings, load_config
+from synpref_ray.config import Settings, load_config
 from synpref_ray.errors import ConfigError, InputError, SynprefError, WaitingError
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
+from synpref_ray.pipeline.settings_help import help_lines
 from synpref_ray.reporting.run import Run
+from synpref_ray.tables.garbage import RUN_LEASE
+from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.storage import OBJECT_STORAGE_ERRORS, STORAGE_ERRORS, Storage
 
 EXIT_DONE = 0
@@ -24,6 +27,7 @@ class JobConfig(Settings):
     """Settings every job has."""
 
     workspace: str = "workspace"  # ours: a folder beside the user's data, or an s3:// prefix
+    """Where all tables, models and records of the pipeline lie."""
     ray: RayConfig = RayConfig()
 
     @property
@@ -91,6 +95,7 @@ def run_job(
     body: Callable[[ConfigT, Run], str],
     *,
     check: Callable[[ConfigT], None] | None = None,
+    preview: Callable[[ConfigT], str] | None = None,
     plan: Callable[[ConfigT], str] | None = None,
     usage: str | None = None,
 ) -> int:
@@ -100,11 +105,14 @@ def run_job(
 
     Args:
         body: does the work and returns the closing table; `run.metrics` becomes metrics.json.
-        check: validates inputs without a GPU; all that `--dry-run` does after the config and the plan.
+        check: validates inputs without a GPU; what `--dry-run` does after the config and the plan.
         plan: says what would be done, without a GPU and whether or not the inputs are there yet; printed by `--dry-run`.
+        preview: a closer look at the inputs, for `--dry-run` alone, and what it found.
         usage: printed for `--help`.
     """
-    return _run(name, argv, config_class, {"": body}, check, usage, plan=plan, session=lambda config: ray_session(config.ray, config.storage))
+    return _run(
+        name, argv, config_class, {"": body}, check, usage, plan=plan, preview=preview, session=lambda config: ray_session(config.ray, config.storage)
+    )
 
 
 def run_verb(
@@ -125,10 +133,10 @@ def run_reader(
 ) -> int:
     """Run a job that only reads the workspace (no Ray, no run folder, nothing written) and return its exit code: 0, 2 or 1 as `run_job`'s."""
     if any(word in ("-h", "--help") for word in argv):
-        _print_help(name, config_class, [*bodies], usage)
+        _print_help(name, config_class, [verb for verb in bodies if verb], usage)
         return EXIT_DONE
     try:
-        arguments = parse_arguments(argv, [*bodies])
+        arguments = parse_arguments(argv, [verb for verb in bodies if verb])
         config = load_config(config_class, arguments.config, arguments.overrides)
         print(bodies[arguments.verb or ""](config))  # noqa: T201  # the job's summary
     except (SynprefError, *OBJECT_STORAGE_ERRORS) as error:
@@ -139,8 +147,9 @@ def run_reader(
 
 def _print_help(name: str, config_class: type[JobConfig], verbs: Sequence[str], usage: str | None) -> None:
     print(usage or "")  # noqa: T201  # asked for
-    print(f"usage: python jobs/{name}.py {'VERB ' if verbs else ''}[--config FILE] [key=value ...] [--dry-run]\n\nsettings and their defaults:")  # noqa: T201
-    print("\n".join(f"  {line}" for line in describe_settings(config_class)))  # noqa: T201
+    print(f"usage: python jobs/{name}.py {'VERB ' if verbs else ''}[--config FILE] [key=value ...] [--dry-run]\n")  # noqa: T201
+    print("settings, their defaults and meanings:")  # noqa: T201
+    print("\n".join(help_lines(config_class)))  # noqa: T201
 
 
 def _print_error(name: str, error: BaseException) -> None:
@@ -170,6 +179,7 @@ def _run(
     usage: str | None,
     *,
     session: Callable[[ConfigT], AbstractContextManager[None]],
+    preview: Callable[[ConfigT], str] | None = None,
     plan: Callable[[ConfigT], str] | None = None,
 ) -> int:
     verbs = [verb for verb in bodies if verb]
@@ -187,16 +197,25 @@ def _run(
         if check is not None:
             check(config)
         if arguments.dry_run:
+            if preview is not None:
+                print(preview(config))  # noqa: T201  # the job's summary
             print(f"{name}: config and inputs are valid")  # noqa: T201  # the job's summary
             return EXIT_DONE
         storage = config.storage
         run = _start_run(storage, name, config)
         code = EXIT_DONE
-        with _recorded(run), session(config), _recorded(run):  # within too: `ray job stop` leaves three seconds, and leaving a cluster may take them
+        alive = Lease(storage, f"{run.folder}/{RUN_LEASE}")  # jobs/clean.py removes nothing while another job runs
+        with (
+            alive,
+            _recorded(run),
+            session(config),
+            _recorded(run),
+        ):  # within too: `ray job stop` leaves three seconds, and leaving a cluster may take them
             try:
                 summary = bodies[arguments.verb or ""](config, run)
             except WaitingError as waiting:
                 summary, code = f"{name} waits: {waiting}", EXIT_WAITING
+                run.event("wait", message=str(waiting))
             run.finish()
     except (SynprefError, *OBJECT_STORAGE_ERRORS) as error:
         _print_error(name, error)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Annotated, Any
 
 import pyarrow as pa
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from synpref_ray.errors import ConfigError
 from synpref_ray.ingest.decontamination import FULL_NGRAM, MIN_NGRAM, DecontaminateConfig, MatchKind, read_benchmark_texts
@@ -20,7 +20,7 @@ from synpref_ray.llm.leak_judge import LEAK_PROMPT_VERSION, LEAK_VOTES_SCHEMA, L
 from synpref_ray.llm.spending import Budget
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_proposals import PROPOSAL_NAMES, PROPOSALS_SCHEMA, gather_proposals
-from synpref_ray.pipeline.llm_steps import EngineMeter, LLMStepConfig, journal_counters, open_journal, run_llm_step
+from synpref_ray.pipeline.llm_steps import EngineMeter, LLMStepConfig, journal_counters, names_differ, open_journal, run_llm_step
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
@@ -40,14 +40,7 @@ class LeakJudgeStepConfig(LLMStepConfig):
     judge: LeakJudgeConfig
 
 
-def _names_differ(judges: tuple[LeakJudgeStepConfig, ...]) -> tuple[LeakJudgeStepConfig, ...]:
-    names = [step.judge.judge for step in judges]
-    if len(set(names)) != len(names):
-        raise ValueError(f"every judge needs a name of its own, found {', '.join(names)}")
-    return judges
-
-
-LeakJudges = Annotated[tuple[LeakJudgeStepConfig, ...], Field(min_length=1), AfterValidator(_names_differ)]
+LeakJudges = Annotated[tuple[LeakJudgeStepConfig, ...], Field(min_length=1), names_differ("judge", lambda step: step.judge.judge)]
 
 
 class LeaksConfig(JobConfig):
@@ -60,6 +53,7 @@ class LeaksConfig(JobConfig):
     """Names of pools that ingest made; none means those of seed, unverified and wild that there are."""
     min_words: int = Field(default=MIN_NGRAM, ge=MIN_NGRAM, le=FULL_NGRAM)  # App. C (v3); higher asks about fewer pairs
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
 
 def check_leaks(config: LeaksConfig) -> None:

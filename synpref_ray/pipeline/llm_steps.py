@@ -4,9 +4,9 @@ Paper: Sec. 3.1 (attributes) and Sec. 3.2, Step 3 (preference-aware labelling wi
 """
 
 import threading
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,7 +48,12 @@ class LLMStepConfig(Settings):
 
     engine: AnyEngineConfig
     num_workers: int = Field(default=1, ge=1)  # ours: engines; one per GPU (or per tensor-parallel group), or one client of an endpoint each
+    min_workers: int = Field(default=0, ge=0)  # ours: 0 starts all engines at once; a cluster that grows with its load begins with fewer
+    """Workers that a pool begins with and falls back to; 0: all of them from the start."""
     num_gpus_per_worker: float = 0.0
+    """GPUs that Ray sets aside for each engine."""
+    max_shard_seconds: float = Field(default=6 * 3600.0, ge=0)  # ours: what takes longer hangs; its finished requests are in the journal
+    """Seconds after which a worker that is still at one shard is ended and the shard run again; 0: never (docs/faults.md)."""
     concurrent_shards: int = 2  # ours: while one shard's last replies come in, the next one keeps the engine full
     max_failed_fraction: float = 0.5  # ours: more failures than replies means a wrong model or prompt
 
@@ -56,7 +61,9 @@ class LLMStepConfig(Settings):
     def resources(self) -> Resources:
         """What Ray is asked for."""
         environment = () if isinstance(self.engine, EndpointConfig) else tuple(sorted(engine_environment(self.engine).items()))
-        return Resources(self.num_workers, 1.0, self.num_gpus_per_worker, self.concurrent_shards, environment)
+        return Resources(
+            self.num_workers, 1.0, self.num_gpus_per_worker, self.concurrent_shards, environment, self.min_workers, self.max_shard_seconds
+        )
 
     @property
     def settings(self) -> dict[str, object]:
@@ -95,14 +102,22 @@ class TagStepConfig(LLMStepConfig):
     tagger: TaggerConfig = TaggerConfig()
 
 
-def _names_differ(taggers: tuple[TagStepConfig, ...]) -> tuple[TagStepConfig, ...]:
-    names = [step.tagger.name for step in taggers]
-    if len(set(names)) != len(names):
-        raise ValueError(f"every tagger needs a name of its own, found {', '.join(names)}")
-    return taggers
+Models = TypeVar("Models", bound=tuple[LLMStepConfig, ...])
 
 
-Taggers = Annotated[tuple[TagStepConfig, ...], Field(min_length=1), AfterValidator(_names_differ)]
+def names_differ(kind: str, name: Callable[[Any], str]) -> AfterValidator:
+    """Return the check that every model of a list has a name of its own: tables and reports go by it."""
+
+    def check(models: Models) -> Models:
+        names = [name(model) for model in models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"every {kind} needs a name of its own, found {', '.join(names)}")
+        return models
+
+    return AfterValidator(check)
+
+
+Taggers = Annotated[tuple[TagStepConfig, ...], Field(min_length=1), names_differ("tagger", lambda step: step.tagger.name)]
 """The taggers of a job, the best first: ties go to it (`rules/tags.py`)."""
 
 
@@ -112,14 +127,7 @@ class JudgeStepConfig(LLMStepConfig):
     judge: JudgeConfig
 
 
-def _judge_names_differ(judges: tuple[JudgeStepConfig, ...]) -> tuple[JudgeStepConfig, ...]:
-    names = [step.judge.judge for step in judges]
-    if len(set(names)) != len(names):
-        raise ValueError(f"every judge needs a name of its own, found {', '.join(names)}")
-    return judges
-
-
-Judges = Annotated[tuple[JudgeStepConfig, ...], Field(min_length=1), AfterValidator(_judge_names_differ)]
+Judges = Annotated[tuple[JudgeStepConfig, ...], Field(min_length=1), names_differ("judge", lambda step: step.judge.judge)]
 """The judges of a job."""
 
 
@@ -332,7 +340,11 @@ def _tag_pools(run: Run, name: str, pools: Sequence[Pool], config: TagStepConfig
 
 
 def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTables, config: JudgeStepConfig) -> list[Sidecar]:
-    """Make the sidecar `votes.<judge>` of every pool; gold pairs are judged leave-one-out, since no exemplar shares their prompt."""
+    """Make the sidecar `votes.<judge>` of every pool; gold pairs are judged leave-one-out, since no exemplar shares their prompt.
+
+    Our choice: gold is part of the fingerprint also where a judge is shown no exemplars, since it decides which pairs are asked about (none of a gold
+    prompt), and what is judged follows from it anyway: the selected pairs and the mismatches are other ones when gold is.
+    """
     exemplars = content_digest([gold.pool.digest, gold.attributes.fingerprint, gold.human.fingerprint])
     step = Step(
         name="judge",

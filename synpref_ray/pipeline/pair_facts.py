@@ -30,6 +30,7 @@ class PiiConfig(Settings):
     """How personal data is looked for."""
 
     scan: bool = True
+    """Whether pairs are scanned for personal data."""
     phone_regions: tuple[str, ...] = Field(default=PHONE_REGIONS)  # ours: where a number without a country code may be from
 
     @field_validator("phone_regions")

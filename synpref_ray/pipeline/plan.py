@@ -28,10 +28,14 @@ class CurveConfig(Settings):
     """Where the scaling curve comes from: its points, or the metrics.json of a finished `jobs/ablate.py` (curve.file)."""
 
     points: tuple[CurvePoint, ...] = ()
+    """The points themselves: pairs and score of each training."""
     file: str = ""
+    """The metrics.json of a finished `jobs/ablate.py`, in place of `points`."""
     num_resamples: NonNegativeInt = 1000
+    """Resamples of the bootstrap behind the interval."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
     seed: NonNegativeInt = 0
+    """Seed of the resamples."""
 
 
 class MeasuredConfig(Settings):
@@ -49,11 +53,13 @@ class PlanConfig(JobConfig):
     sizes: Sizes = Sizes()
     """Given sizes: their cost; all 0: the budget is split, or the target's size is taken."""
     budget: NonNegativeFloat = 0.0
+    """What may be spent, in the currency of the prices; 0: none given."""
     target: float = 0.0
     """The score wanted, on the curve's scale; 0: none."""
     like: Literal["", "demo"] = ""
     """demo: how long a run of `demo_config` takes, by the paces of the measured runs."""
     demo_config: str = "jobs/configs/demo.yaml"
+    """The config of that run."""
     demo_data: str = ""
     """The data of that run; empty: the config's own."""
     prices: Prices = Prices()

@@ -35,9 +35,9 @@ def make_pools(
     layout = comparison.layout
     inline = layout.num_pairs <= INLINE_PAIRS
     with timed(phases, "compare"):
-        run_tasks(_decide_part, comparison, [(part,) for part in range(comparison.num_parts)], inline=inline)
+        run_tasks(_decide_part, comparison, [(part,) for part in range(comparison.num_parts)], inline=inline, title="compare")
     with timed(phases, "gather"):
-        gathered = run_tasks(_gather_piece, comparison, [(piece,) for piece in range(len(layout.pieces))], inline=inline)
+        gathered = run_tasks(_gather_piece, comparison, [(piece,) for piece in range(len(layout.pieces))], inline=inline, title="gather")
     with timed(phases, "cut"):
         plan = make_plan(comparison, gathered, max_pairs_per_shard=max_pairs_per_shard, max_bytes_per_shard=max_bytes_per_shard)
     with timed(phases, "write"):
@@ -65,7 +65,7 @@ def _make_pool(comparison: Comparison, name: str, route: Route, plan: IngestPlan
     storage = comparison.storage
     is_there = pool_exists(storage, route.value)
     tasks = [(name[:8], replace(task, parts=()) if is_there else task) for task in plan.tasks if task.route is route]
-    shards = [shard for written in run_tasks(_write_shards, comparison, tasks, inline=inline) for shard in written]
+    shards = [shard for written in run_tasks(_write_shards, comparison, tasks, inline=inline, title=f"write {route.value}") for shard in written]
     if is_there:
         return open_pool(storage, route.value)
     return commit_pool(storage, route.value, name, shards, {"step": "ingest"}) if shards else None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import pyarrow as pa
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from synpref_ray.llm.noter import NOTES_SCHEMA, NoterConfig, note_pairs
 from synpref_ray.llm.prompts import NOTE_PROMPT_VERSION
@@ -16,7 +16,7 @@ from synpref_ray.llm.spending import Budget
 from synpref_ray.pipeline.annotation import open_attributes, plan_queue
 from synpref_ray.pipeline.gathering import gather_pool
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import PAIR_COLUMNS, EngineMeter, LLMStepConfig, journal_counters, open_journal, run_llm_step
+from synpref_ray.pipeline.llm_steps import PAIR_COLUMNS, EngineMeter, LLMStepConfig, journal_counters, names_differ, open_journal, run_llm_step
 from synpref_ray.pipeline.retrieval import pieces_of
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput
 from synpref_ray.pipeline.verification import notes_path
@@ -38,22 +38,17 @@ class NoteStepConfig(LLMStepConfig):
     noter: NoterConfig = NoterConfig()
 
 
-def _names_differ(noters: tuple[NoteStepConfig, ...]) -> tuple[NoteStepConfig, ...]:
-    names = [step.noter.name for step in noters]
-    if len(set(names)) != len(names):
-        raise ValueError(f"every noter needs a name of its own, found {', '.join(names)}")
-    return noters
-
-
 class PreverifyConfig(JobConfig):
     """Everything pre-verification needs."""
 
-    noters: Annotated[tuple[NoteStepConfig, ...], Field(min_length=1), AfterValidator(_names_differ)]
+    noters: Annotated[tuple[NoteStepConfig, ...], Field(min_length=1), names_differ("noter", lambda step: step.noter.name)]
     pool: str = "seed"
+    """The pool whose pairs get notes."""
     attributes: str = ""  # fingerprint of the pool's attributes; empty: the only finished ones
     queue: QueueConfig = QueueConfig()  # as jobs/annotate.py queue will have it: which pairs people are asked about
     objective_only: bool = True  # Sec. 3.2: of a matter of taste there is no correct and incorrect
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
 
 class NoteWorker:

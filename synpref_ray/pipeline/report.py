@@ -1,12 +1,15 @@
-"""What `jobs/report.py` does: the status of a workspace as tables of text, and its report as a page with the same numbers as JSON and CSV."""
+"""What `jobs/report.py` does: status, the report as a page with its numbers as JSON and CSV, a pair's story, labels against a known truth."""
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from pydantic import Field
 
 from synpref_ray.ingest.source import Route
+from synpref_ray.pipeline.explain import explain_pair
 from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.label_report import report_labels
 from synpref_ray.reporting.status import PoolStatus, RunStatus, TableStatus, WorkspaceStatus, count_rejects, read_status
 from synpref_ray.reporting.table import format_table
 from synpref_ray.tables.storage import Storage
@@ -19,11 +22,18 @@ class ReportConfig(JobConfig):
 
     max_runs: int = Field(default=10, ge=1)  # ours
     gpu_hour_price: float = Field(default=0.0, ge=0.0)
+    """What an hour of one GPU costs, for the cost in the status; 0: unknown."""
     out: str = "report.html"
     """Where `html` writes its page, on disk or on s3://; the numbers go beside it as .json and .csv."""
     num_examples: int = Field(default=3, ge=0)
     """Pairs of each decision on the page; 0 for a page without any text of the pairs."""
     max_report_runs: int = Field(default=200, ge=1)  # ours: a request or three each
+    pair: str = ""
+    """explain: a pair_id, or the first 8 digits of one or more."""
+    format: Literal["text", "json"] = "text"
+    """explain, labels: json holds all of it; of a pair every table and the whole texts."""
+    truth: str = ""
+    """labels: a Parquet file with pair_id and verdict of pairs as ingested, where the truth is known."""
 
 
 def show_status(config: ReportConfig) -> str:
@@ -42,7 +52,17 @@ def write_html(config: ReportConfig) -> str:
     return "\n".join(f"report: {file}" for file in files)
 
 
-VERBS: Mapping[str, Callable[[ReportConfig], str]] = {"status": show_status, "html": write_html}
+def show_pair(config: ReportConfig) -> str:
+    """Return one pair's story."""
+    return explain_pair(Storage(config.workspace), config.pair, as_json=config.format == "json")
+
+
+def show_labels(config: ReportConfig) -> str:
+    """Return how many labels are right, before and after, where the truth is known."""
+    return report_labels(Storage(config.workspace), config.truth, as_json=config.format == "json")
+
+
+VERBS: Mapping[str, Callable[[ReportConfig], str]] = {"status": show_status, "html": write_html, "explain": show_pair, "labels": show_labels}
 
 
 def describe_status(status: WorkspaceStatus, url: str, *, now: float, gpu_hour_price: float) -> str:

@@ -3,21 +3,25 @@
 Paper: Sec. 3.2, Step 2 (similar unverified pairs for the errors on gold) and Step 3 (gold exemplars for the judge).
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.config import Settings
 from synpref_ray.pipeline.llm_steps import ATTRIBUTE_COLUMNS, GoldTables
+from synpref_ray.pipeline.pool_index import build_pool_index
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.retrieval.embedder import Embedder, EmbedderConfig, add_embeddings, embeddings_schema
 from synpref_ray.retrieval.exemplars import EXEMPLARS_SCHEMA, ExemplarConfig, add_exemplars
 from synpref_ray.retrieval.index import IndexConfig, PairIndex
+from synpref_ray.retrieval.neighbours import JoinedSearch, NeighbourSearch
 from synpref_ray.retrieval.select import RetrievalConfig, retrieve_pairs
 from synpref_ray.rules.gold import GoldSplit
 from synpref_ray.tables.pools import Pool
@@ -34,9 +38,15 @@ class EmbedStepConfig(Settings):
     """The embedder and its workers."""
 
     embedder: EmbedderConfig = EmbedderConfig()
-    dimension: int = 384  # of all-MiniLM-L6-v2; 1024 for jina-embeddings-v3
+    dimension: int = 384  # of all-MiniLM-L6-v2; 1024 for Qwen3-Embedding-0.6B and jina-embeddings-v3
     num_workers: int = 1
+    """Processes that embed."""
+    min_workers: int = Field(default=0, ge=0)  # ours: as of the scorer
+    """Workers that a pool begins with and falls back to; 0: all of them from the start."""
     num_gpus_per_worker: float = 0.0
+    """GPUs that Ray sets aside for each worker."""
+    max_shard_seconds: float = Field(default=6 * 3600.0, ge=0)  # ours: as of the scorer
+    """Seconds after which a worker that is still at one shard is ended and the shard run again; 0: never (docs/faults.md)."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -62,10 +72,16 @@ def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], conf
         version=EMBED_VERSION,
         worker=EmbedWorker,
         outputs=(Output("embeddings", config.schema),),
-        settings={**config.embedder.model_dump(mode="json", include={"max_window_tokens"}), "versions": versions_of("torch", "transformers")},
+        settings={
+            "max_window_tokens": config.embedder.max_window_tokens,
+            **config.embedder.model_dump(mode="json", include={"prefix", "task", "dtype"}, exclude_defaults=True),
+            "versions": versions_of("torch", "transformers"),
+        },
         digests={"model": digest_folder(resolve_model(config.embedder.model))},
         worker_arguments=lambda _: {"config": config.embedder},
-        resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),
+        resources=Resources(
+            config.num_workers, num_gpus=config.num_gpus_per_worker, min_workers=config.min_workers, max_shard_seconds=config.max_shard_seconds
+        ),
         model=config.embedder.model,
         max_failed_fraction=1.0,  # what has no attributes was counted by the tagger
     )
@@ -75,11 +91,12 @@ def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], conf
 
 
 class ExemplarWorker:
-    """Holds an exact index over working gold, and nothing else."""
+    """Holds an exact index over working gold, and nothing else; on a CPU, since gold is small and these workers ask for no GPU."""
 
     def __init__(self, gold: GoldTables, config: ExemplarConfig, index: IndexConfig):
         table = read_embedded(gold.pool, gold.embeddings, {"gold_split": "gold_split"}, gold.human)
-        self._index = PairIndex.build(table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value)), index)
+        on_cpu = index.model_copy(update={"use_gpu": False})
+        self._index = PairIndex.build(table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value)), on_cpu)
         self._config = config
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
@@ -128,8 +145,7 @@ class RetrievedPairs:
 def select_for_errors(
     gold: GoldTables,
     rewards: Sidecar,
-    unverified: Pool,
-    embeddings: Sidecar,
+    candidates: Sequence[tuple[Pool, Sidecar]],
     already_selected: Set[str],
     config: RetrievalConfig,
     index: IndexConfig,
@@ -139,26 +155,52 @@ def select_for_errors(
 
     Our choice: pairs of gold prompts are left out, since they can become neither silver nor gold of the other part; above `max_pairs` the most wrong
     gold pairs' calls are served first.
+
+    Args:
+        candidates: the parts of the unverified pool, each with its embeddings.
     """
+    with open_neighbours(candidates, frozenset(gold.prompt_groups()), index) as neighbours:
+        record = retrieve_pairs(read_scored_gold(gold, rewards), neighbours, already_selected, config).slice(0, max_pairs)
+    ids = set(record["pair_id"].to_pylist())
+    return RetrievedPairs([piece for pool, _ in candidates for piece in pieces_of(pool, ids)], record)
+
+
+def read_scored_gold(gold: GoldTables, rewards: Sidecar) -> pa.Table:
+    """Return working gold with what retrieval for its errors needs: pair_id, prompt_group, embedding, human_verdict, gold_split, p_chosen."""
     beside: list[tuple[Sidecar, Mapping[str, str]]] = [
         (gold.embeddings, EMBEDDING),
         (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
         (rewards, {"p_chosen": "p_chosen"}),
     ]
     table = pa.concat_tables([zip_shard(gold.pool, shard.number, ["prompt_group"], beside) for shard in gold.pool.shards])
-    working = table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value))
-    candidates = read_embedded(unverified, embeddings)
-    free = pc.invert(pc.is_in(candidates["prompt_group"], value_set=table["prompt_group"].combine_chunks()))
-    record = retrieve_pairs(working, PairIndex.build(candidates.filter(free), index), already_selected, config).slice(0, max_pairs)
-    return RetrievedPairs(pieces_of(unverified, set(record["pair_id"].to_pylist())), record)
+    return table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value))
+
+
+@contextmanager
+def open_neighbours(candidates: Sequence[tuple[Pool, Sidecar]], left_out: Set[str], index: IndexConfig) -> Iterator[NeighbourSearch]:
+    """Search the embedded pairs of some pools, none of the prompt groups `left_out`: each pool exactly in this process, or by a `PoolIndex`.
+
+    Which it is goes by `IndexConfig.kind` and the pool's size.
+    """
+    with ExitStack() as opened:
+        searches: list[NeighbourSearch] = []
+        for pool, embeddings in candidates:
+            if index.is_exact(pool.num_rows):
+                pairs = read_embedded(pool, embeddings)
+                free = pc.invert(pc.is_in(pairs["prompt_group"], value_set=pa.array(sorted(left_out), pa.string())))
+                searches.append(PairIndex.build(pairs.filter(free), index))
+            else:
+                searches.append(opened.enter_context(build_pool_index(pool, embeddings, index).opened(left_out)))
+        yield searches[0] if len(searches) == 1 else JoinedSearch(searches)
 
 
 def pieces_of(pool: Pool, pair_ids: Set[str]) -> list[Piece]:
     """Return where the named pairs stand in the pool, in pool order."""
+    wanted = pa.array(sorted(pair_ids), pa.string())
     pieces = []
     for shard in pool.shards:
-        ids: list[Any] = pool.read(shard.number, ["pair_id"])["pair_id"].to_pylist()
-        rows = tuple(row for row, pair_id in enumerate(ids) if pair_id in pair_ids)
-        if rows:
-            pieces.append(Piece(pool, shard.number, rows))
+        found = pc.is_in(pool.read(shard.number, ["pair_id"])["pair_id"], value_set=wanted)
+        rows = np.flatnonzero(np.asarray(found))
+        if len(rows):
+            pieces.append(Piece(pool, shard.number, tuple(rows.tolist())))
     return pieces

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from synpref_ray.bundled import digest_folder
 from synpref_ray.pipeline.scoring import RESULT_SETTINGS, ScoreConfig
-from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.model import load_tokenizer
 from synpref_ray.reward.render import RENDER_VERSION, template_digest
@@ -100,7 +100,7 @@ class ScoreCache:
             outputs=(Output(f"rewards.{self.key}", SCORES_SCHEMA),),
             settings=self._settings,
             worker_arguments=lambda _: {"model": self.model, "config": self.config},
-            resources=Resources(self.config.num_workers, num_gpus=self.config.num_gpus_per_worker),
+            resources=self.config.resources,
             max_failed_fraction=1.0,  # a reply without a reward is an answer here: it is counted, and wrong
         )
 

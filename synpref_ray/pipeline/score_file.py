@@ -64,6 +64,7 @@ class FileScoring(Settings):
 
     columns: PairColumns = PairColumns()
     pairs_per_shard: int = 2048
+    """Pairs that are scored between two writes."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
+import torch
+from pydantic import Field
 
 from synpref_ray.bundled import digest_folder
+from synpref_ray.llm.engine import EngineDied
 from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, run_step
 from synpref_ray.reporting.run import Run
@@ -23,6 +26,8 @@ from synpref_ray.versions import versions_of
 
 SCORE_VERSION = 2
 RESULT_SETTINGS = {"dtype", "max_length_tokens", "over_long"}
+FAULT_COUNTERS = ("halved_batches", "worker_crashes", "crashed_pairs")
+"""Counters of shards that a run's events tell of where there is something to tell (docs/faults.md)."""
 SCORE_COLUMNS = ("prompt", "chosen", "rejected")
 
 
@@ -30,8 +35,18 @@ class ScoreConfig(ScorerConfig):
     """How pools are scored; which model is the caller's business."""
 
     num_workers: int = 1  # ours: one per GPU; on a laptop one process with all its threads
+    min_workers: int = Field(default=0, ge=0)  # ours: 0 asks for all workers at once; a cluster that grows with its load begins with fewer
+    """Workers that a pool begins with and falls back to; 0: all of them from the start."""
     num_gpus_per_worker: float = 0.0
+    """GPUs that Ray sets aside for each worker."""
+    max_shard_seconds: float = Field(default=6 * 3600.0, ge=0)  # ours: a shard takes minutes; what takes hours hangs, and is run again elsewhere
+    """Seconds after which a worker that is still at one shard is ended and the shard run again; 0: never (docs/faults.md)."""
     max_failed_fraction: float = 0.5  # ours: more than half unscorable means the wrong data or length limit
+
+    @property
+    def resources(self) -> Resources:
+        """What Ray is asked for."""
+        return Resources(self.num_workers, num_gpus=self.num_gpus_per_worker, min_workers=self.min_workers, max_shard_seconds=self.max_shard_seconds)
 
 
 def parity_for(config: ScorerConfig, parity: ParityConfig) -> ParityConfig:
@@ -49,7 +64,11 @@ class ScoreWorker:
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         result = shard.select(["pair_id"])
-        for prefix, rewards in zip(self._prefixes, add_rewards_of_all(shard, self._scorers), strict=True):
+        try:
+            scored = add_rewards_of_all(shard, self._scorers)
+        except torch.AcceleratorError as error:  # a kernel failed, and with it the process's hold of the device: nothing works in it any more
+            raise EngineDied(f"{type(error).__name__}: {error}") from error
+        for prefix, rewards in zip(self._prefixes, scored, strict=True):
             for field in REWARDS_SCHEMA:
                 if field.name != "pair_id":
                     result = result.append_column(prefix + field.name, rewards[field.name])
@@ -91,12 +110,13 @@ def score_pools(
         settings={**config.model_dump(mode="json", include=RESULT_SETTINGS), "render_version": RENDER_VERSION, "versions": versions},
         digests=digests,
         worker_arguments=lambda _: {"models": prefixes, "config": config},
-        resources=Resources(config.num_workers, num_gpus=config.num_gpus_per_worker),
+        resources=config.resources,
         model=", ".join(models),
         max_failed_fraction=config.max_failed_fraction,
     )
     result = run_step(step, [StepInput(pool, SCORE_COLUMNS) for pool in pools])
-    more = {"shortened": int(shortened)} if (shortened := result.counters.get("shortened_pairs")) else {}
+    told = {"shortened_pairs": "shortened", **{name: name for name in FAULT_COUNTERS}}
+    more = {told[name]: int(result.counters[name]) for name in told if result.counters.get(name)}
     num_models = len(models)
     run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds, models=num_models, **more)
     return result

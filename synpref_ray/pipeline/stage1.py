@@ -7,19 +7,18 @@ best. Every step is resumable by itself; running the job again goes on where it 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+import time
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+from typing import Any
 
-import pyarrow as pa
 from pydantic import Field
 
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import InputError
-from synpref_ray.evaluation.accuracy import bootstrap_accuracy, is_correct
 from synpref_ray.evaluation.tag_report import read_tag_edits
 from synpref_ray.human.verdict_file import import_verdicts
-from synpref_ray.pipeline.clusters import AUTO, choose_clusters, read_by_clusters
+from synpref_ray.pipeline.clusters import AUTO
 from synpref_ray.pipeline.edited_tags import human_tags_file, use_edited_tags
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
 from synpref_ray.pipeline.gold import (
@@ -32,11 +31,23 @@ from synpref_ray.pipeline.gold import (
     report_judges,
     save_label_sets,
 )
+from synpref_ray.pipeline.growth import (
+    UNVERIFIED,
+    RoundInputs,
+    choose_round_clusters,
+    leaked_so_far,
+    open_seed,
+    peek_inputs,
+    pin_inputs,
+    unverified_parts,
+)
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import leaked_pairs, open_leaks
 from synpref_ray.pipeline.licences import with_source_licences
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, Judges, Taggers, judge_pools, tag_pools
-from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars, select_for_errors
+from synpref_ray.pipeline.llm_steps import JudgedPool, Judges, TaggedPools, Taggers, judge_pools, tag_pools
+from synpref_ray.pipeline.query_selection import Candidates, Selected, report_selection, select_pairs
+from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
+from synpref_ray.pipeline.round_record import ROUND_FILE, Labels, Training, accuracy_on, closing_table, gold_margins, make_record, selected_path
 from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
 from synpref_ray.pipeline.step_plan import (
     PoolSize,
@@ -54,23 +65,24 @@ from synpref_ray.pipeline.step_plan import (
 from synpref_ray.pipeline.tag_reports import report_taggers
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
+from synpref_ray.reporting.pair_story import SELECTED_FILE
 from synpref_ray.reporting.run import Run
-from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.retrieval.select import RetrievalConfig
 from synpref_ray.reward.model_card import CardConfig
 from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.reward.training_config import TrainConfig
-from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_best_rm_training, check_gold_rm_training, check_silver
-from synpref_ray.rules.judges import JudgeTrust, TrustConfig, describe_trust
-from synpref_ray.rules.stop import StopConfig, stop_reason
+from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_best_rm_training, check_gold_rm_training, check_silver, describe_small_gold
+from synpref_ray.rules.judges import TrustConfig
+from synpref_ray.rules.query_selection import SelectionConfig, SelectionKind
+from synpref_ray.rules.stop import StopConfig, StopReason, stop_reason
 from synpref_ray.rules.verdicts import MergeConfig
-from synpref_ray.schema import ATTRIBUTES_SCHEMA, Verdict
+from synpref_ray.schema import ATTRIBUTES_SCHEMA
 from synpref_ray.tables.models import StoredModel
-from synpref_ray.tables.pools import Pool, open_pool
+from synpref_ray.tables.parts import PartedSidecar, join_parts
+from synpref_ray.tables.pools import Pool, content_digest, open_pool
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
-from synpref_ray.tables.sets import PairSet
-from synpref_ray.tables.sidecars import Sidecar, zip_shard
+from synpref_ray.tables.sidecars import Sidecar
 
 STAGE1_RECORD = "rounds/stage1.json"
 logger = logging.getLogger(__name__)
@@ -95,11 +107,19 @@ class Stage1Config(JobConfig):
     trust: TrustConfig = TrustConfig()
     merge: MergeConfig = MergeConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+    selection: SelectionConfig = SelectionConfig()
     near_duplicates: str = AUTO  # ours: prompts go by the clusters of jobs/hygiene.py where it was run; off, or the head of a comparison's name
     decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are left out where it was run; off, or the head of a fingerprint
     stop: StopConfig = StopConfig()
     max_pairs_per_round: int = Field(default=250_000, ge=1)  # ours: about a million pairs in eight rounds would be 125,000 each
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
+
+    @property
+    def simulated(self) -> bool:
+        """Whether gold comes from an annotator that reads known truth."""
+        return self.annotator.kind == "simulated"
+
     plan: StagePlan = StagePlan()
     """What the plan of `--dry-run` supposes."""
 
@@ -116,7 +136,7 @@ class Stage1Config(JobConfig):
 
 def check_stage1(config: Stage1Config) -> None:
     """Check pools, models and the verdict file, without loading a model."""
-    _open_pools(config)
+    choose_round_clusters(config.storage, config.near_duplicates, peek_inputs(config.storage, 0))
     for model in (config.train.backbone, config.gold_train.backbone, config.embed.embedder.model):
         resolve_model(model)
     for step in (*config.taggers, *config.judges):
@@ -167,13 +187,6 @@ def _planned_gold(config: Stage1Config, number: int) -> int:
     return round(config.plan.gold_pairs * (number + 1) / (config.stop.max_rounds + 1))
 
 
-def _open_pools(config: Stage1Config) -> list[Pool]:
-    """Return the seed and the unverified pool, their prompts grouped by near-duplicate clusters if there are any."""
-    pools = [open_pool(config.storage, name) for name in ("seed", "unverified")]
-    clusters = choose_clusters(pools, config.near_duplicates)
-    return [read_by_clusters(pool, clusters) for pool in pools]
-
-
 def _check_annotator(config: Stage1Config) -> None:
     """Refuse verdicts that no pool can use, or that leave nothing of the seed to train on (an annotation queue is checked round by round)."""
     if config.annotator.kind == "queue":
@@ -185,34 +198,6 @@ def _check_annotator(config: Stage1Config) -> None:
         raise InputError(f"{path} has no verdict on any pair of the pools seed and unverified; are its pair_ids those of this workspace?")
     if config.annotator.kind == "file" and seed <= known:
         raise InputError(f"{path} has a verdict on every seed pair: that leaves none for judges to label and the first RM to train on")
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """What labelling a round's pairs gave: all gold, the labelled pools, the round's sets, the judges' measure and their report by gold split."""
-
-    gold: GoldTables
-    pools: list[LabelledPool]
-    sets: dict[str, PairSet]
-    trust: Mapping[str, JudgeTrust]
-    audit: Mapping[str, JudgeTrust]
-    judge_report: Mapping[str, Any]
-
-
-class _GoldMargin(NamedTuple):
-    split: str
-    prompt_group: str
-    margin: float
-
-
-@dataclass(frozen=True)
-class _Training:
-    """What a round did with the labels that it found: the RM's summary, its margins on all gold, what its errors retrieved; empty for the seed."""
-
-    summary: Mapping[str, Any] | None = None
-    margins: Sequence[_GoldMargin] = ()
-    retrieved: pa.Table | None = None
-    pool: Pool | None = None
 
 
 def report_verdict_file(config: AnnotatorConfig, run: Run, pools: Sequence[Pool]) -> None:
@@ -233,39 +218,143 @@ def report_verdict_file(config: AnnotatorConfig, run: Run, pools: Sequence[Pool]
 def run_stage1(config: Stage1Config, run: Run) -> str:
     """Run Stage 1 to its end; return the closing table."""
     storage = config.storage
-    seed, unverified = _open_pools(config)
-    report_verdict_file(config.annotator, run, [seed, unverified])
-    tagged = tag_pools(run, "tag", [seed, unverified], config.taggers)
-    run.metrics["tag_report"] = report_taggers([seed, unverified], tagged, human_tags_file(storage, config.human_tags))
-    attributes = tagged.merged
-    embeddings = embed_pools(run, "embed", [(seed, attributes[0]), (unverified, attributes[1])], config.embed)
-    leaks = [open_leaks(pool, config.decontamination) for pool in (seed, unverified)]
-    labels = _label(config, run, 0, [], seed, attributes[0], embeddings[0], config.annotator.seed_pairs, leaks[0])
-    rounds: list[dict[str, Any]] = [_record(config, run, 0, None, labels, _Training())]
-    selected = set(leaked_pairs(leaks[1]))  # never retrieved
-    num_new = unverified.num_rows
-    while stop_reason([entry["working_gold_accuracy"] for entry in rounds[1:]], num_new_pairs=num_new, config=config.stop) is None:
+    inputs = pin_inputs(storage, 0)
+    clusters = choose_round_clusters(storage, config.near_duplicates, inputs)
+    seed = replace(open_seed(storage, inputs), clusters=clusters)
+    report_verdict_file(config.annotator, run, [seed, open_pool(storage, UNVERIFIED)])
+    unverified = _Unverified(config, run, clusters)
+    attributes, embeddings = unverified.begin(seed, inputs)
+    labels = _label(config, run, 0, [], seed, attributes, embeddings, config.annotator.seed_pairs, open_leaks(seed, config.decontamination))
+    if small := describe_small_gold(labels.gold_sizes):
+        logger.warning("%s", small)
+    then = _then(config, [], unverified.num_rows, inputs)
+    rounds: list[dict[str, Any]] = [make_record(config.storage, run, 0, inputs, None, labels, Training(), then, simulated=config.simulated)]
+    selected: set[str] = set()
+    while then is None:
         number = len(rounds)
+        inputs = pin_inputs(storage, number)
+        unverified.extend(number, inputs)
         best, trained = _train_best(config, run, number, labels, config.round_parity)
         models = {f"best.r{number:02d}": best}
         rewards = score_pools(run, f"score gold, round {number}", [labels.gold.pool], models, config.score, config.round_parity).sidecars[0][0]
-        retrieved = select_for_errors(
-            labels.gold, rewards, unverified, embeddings[1], selected, config.retrieval, config.index, config.max_pairs_per_round
-        )
-        inputs = {"gold": labels.gold.pool.digest, "rewards": rewards.fingerprint, "embeddings": embeddings[1].fingerprint}
-        pool = gather_pool(storage, f"round-{number:02d}-selected", retrieved.pieces, inputs=inputs, max_pairs=config.gathered_shard_pairs)
-        run.step(f"retrieve, round {number}", rows=unverified.num_rows, computed=0, rejected={}, seconds=0.0, selected=pool.num_rows)
-        selected |= set(retrieved.record["pair_id"].to_pylist())
-        num_new = pool.num_rows
-        before, training = labels, _Training(trained, _gold_accuracies(labels.gold, rewards), retrieved.record, pool)
-        if num_new:
+        chosen = _select(config, run, number, labels, rewards, models, unverified, selected | unverified.leaked(inputs))
+        pool = _gather(config, number, labels, rewards, chosen, unverified)
+        selected |= set(chosen.record["pair_id"].to_pylist())
+        before, training = labels, Training(trained, rewards, gold_margins(labels.gold, rewards), chosen, pool)
+        if pool.num_rows:
+            sources = {UNVERIFIED: unverified.attributes}, {UNVERIFIED: unverified.embeddings}
             tags, vectors = (
-                gather_sidecars(sidecar.name, schema, [(pool, {unverified.name: sidecar})])[0]
-                for sidecar, schema in ((attributes[1], ATTRIBUTES_SCHEMA), (embeddings[1], config.embed.schema))
+                gather_sidecars(name, schema, [(pool, source)])[0]
+                for name, schema, source in zip(("attributes", "embeddings"), (ATTRIBUTES_SCHEMA, config.embed.schema), sources, strict=True)
             )
             labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs)
-        rounds.append(_record(config, run, number, before, labels, training))
+        then = _then(config, [*(entry["working_gold_accuracy"] for entry in rounds[1:]), training.working_accuracy], pool.num_rows, inputs)
+        rounds.append(make_record(config.storage, run, number, inputs, before, labels, training, then, simulated=config.simulated))
     return _finish(config, run, labels, rounds)
+
+
+class _Unverified:
+    """The unverified pool with what is known about it, part by part as rounds come to read them."""
+
+    def __init__(self, config: Stage1Config, run: Run, clusters: str):
+        self._config = config
+        self._run = run
+        self._clusters = clusters
+        self.parts: list[Pool] = []
+        self._attributes: list[Sidecar] = []
+        self._embeddings: list[Sidecar] = []
+
+    @property
+    def attributes(self) -> Sidecar | PartedSidecar:
+        """The attributes of all parts."""
+        return join_parts(self._attributes)
+
+    @property
+    def embeddings(self) -> Sidecar | PartedSidecar:
+        """The embeddings of all parts."""
+        return join_parts(self._embeddings)
+
+    @property
+    def candidates(self) -> Candidates:
+        """What a round selects from."""
+        return Candidates(self.parts, self._embeddings)
+
+    @property
+    def num_rows(self) -> int:
+        """Pairs in all parts."""
+        return sum(part.num_rows for part in self.parts)
+
+    def begin(self, seed: Pool, inputs: RoundInputs) -> tuple[Sidecar, Sidecar]:
+        """Tag and embed the seed and what there is of the unverified pool; return the seed's attributes and embeddings."""
+        tagged, embeddings = self._read("", inputs, [seed])
+        pools = [seed, *self.parts]
+        self._run.metrics["tag_report"] = report_taggers(pools, tagged, human_tags_file(self._config.storage, self._config.human_tags))
+        return tagged.merged[0], embeddings[0]
+
+    def extend(self, number: int, inputs: RoundInputs) -> None:
+        """Tag and embed what has joined the pool before this round."""
+        self._read(f", round {number}", inputs, [])
+
+    def leaked(self, inputs: RoundInputs) -> frozenset[str]:
+        """Return the pairs that give benchmark items away, never to be selected."""
+        return leaked_so_far(self.parts, inputs.unverified, self._config.decontamination)
+
+    def _read(self, suffix: str, inputs: RoundInputs, first: list[Pool]) -> tuple[TaggedPools, list[Sidecar]]:
+        parts = [replace(part, clusters=self._clusters) for part in unverified_parts(self._config.storage, inputs)]
+        new = parts[len(self.parts) :]
+        if not new and not first:
+            return TaggedPools([], {}), []
+        tagged = tag_pools(self._run, f"tag{suffix}", [*first, *new], self._config.taggers)
+        embeddings = embed_pools(self._run, f"embed{suffix}", list(zip([*first, *new], tagged.merged, strict=True)), self._config.embed)
+        self.parts += new
+        self._attributes += tagged.merged[len(first) :]
+        self._embeddings += embeddings[len(first) :]
+        return tagged, embeddings
+
+
+def _then(config: Stage1Config, accuracies: Sequence[float], num_new: int, read: RoundInputs) -> StopReason | None:
+    """Return why no further round is run, None to go on; a pool that has run dry and then grown has new pairs."""
+    has_grown = peek_inputs(config.storage, len(accuracies) + 1).unverified > read.unverified
+    return stop_reason(accuracies, num_new_pairs=max(num_new, int(has_grown)), config=config.stop)
+
+
+def _select(
+    config: Stage1Config,
+    run: Run,
+    number: int,
+    labels: Labels,
+    rewards: Sidecar,
+    models: Mapping[str, StoredModel],
+    unverified: _Unverified,
+    already: Set[str],
+) -> Selected:
+    """Select the round's pairs and keep the record; the unverified pool is scored only where the rule asks for it."""
+    started, candidates = time.monotonic(), unverified.candidates
+    if config.selection.kind is SelectionKind.UNCERTAINTY:
+        if config.selection.gold_rm:
+            models = {**models, f"gold.r{number:02d}": _train_gold(config, run, f"gold-r{number:02d}", labels, config.round_parity)}
+        scored = score_pools(run, f"score unverified, round {number}", unverified.parts, models, config.score, config.round_parity)
+        candidates = replace(candidates, rewards=scored.sidecars)
+    chosen = select_pairs(
+        labels.gold,
+        rewards,
+        candidates,
+        already,
+        config=config.selection,
+        retrieval=config.retrieval,
+        index=config.index,
+        max_pairs=config.max_pairs_per_round,
+    )
+    config.storage.write_table(selected_path(number), chosen.record)
+    report_selection(run, number, chosen, unverified.num_rows, started)
+    return chosen
+
+
+def _gather(config: Stage1Config, number: int, labels: Labels, rewards: Sidecar, chosen: Selected, unverified: _Unverified) -> Pool:
+    inputs = {"gold": labels.gold.pool.digest, "rewards": rewards.fingerprint, "embeddings": unverified.embeddings.fingerprint}
+    if config.selection != SelectionConfig():
+        inputs["selection"] = content_digest(config.selection.model_dump(mode="json"))
+    return gather_pool(config.storage, f"round-{number:02d}-selected", chosen.pieces, inputs=inputs, max_pairs=config.gathered_shard_pairs)
 
 
 def _label(
@@ -278,7 +367,7 @@ def _label(
     embeddings: Sidecar,
     budget: int,
     leaks: Sidecar | None = None,
-) -> _Labels:
+) -> Labels:
     """Verify part of a new pool, judge the rest with all gold as exemplars, and label every pool of Stage 1 anew under the grown gold."""
     suffix = f"r{number:02d}"
     verified = verify_pool(run, f"verify, round {number}", pool, attributes, budget, config.annotator, config.gold, leaked_pairs(leaks))
@@ -299,10 +388,10 @@ def _label(
     pools = [*earlier, new.judged(new_votes)]
     labels = [label_pool(p, merge_pool_votes(p.pool, p.attributes, p.votes, trust, config.merge), gold) for p in pools]
     sets = save_label_sets(config.storage, suffix, labels)
-    return _Labels(gold, pools, sets, trust, audit, report_judges(gold, gold_votes))
+    return Labels(gold, pools, labels, gold_votes, sets, trust, audit, report_judges(gold, gold_votes))
 
 
-def _train_best(config: Stage1Config, run: Run, number: int, labels: _Labels, parity: ParityConfig) -> tuple[StoredModel, dict[str, Any]]:
+def _train_best(config: Stage1Config, run: Run, number: int, labels: Labels, parity: ParityConfig) -> tuple[StoredModel, dict[str, Any]]:
     """Train on silver, pick the checkpoint on working gold (Sec. 3.2, Step 1), with the checks that keep gold clean."""
     silver, working, gold = labels.sets["silver"].read(), labels.sets["gold-working"].read(), labels.gold.read()
     check_silver(silver, gold)
@@ -322,115 +411,49 @@ def _train_best(config: Stage1Config, run: Run, number: int, labels: _Labels, pa
     return model, {"model": model.name, "silver_pairs": silver.num_rows, **_training_summary(record.model_dump(mode="json"))}
 
 
+def _train_gold(config: Stage1Config, run: Run, name: str, labels: Labels, parity: ParityConfig) -> StoredModel:
+    """Train on working gold alone (Sec. 3.3)."""
+    working = labels.sets["gold-working"]
+    pairs = working.read()
+    check_gold_rm_training(pairs, labels.gold.read())
+    model, _ = train_model(
+        run,
+        config.storage,
+        name,
+        train=(pairs, working.digest),
+        gold=None,
+        config=config.gold_train,
+        parity=parity,
+        card=with_source_licences(config.card, config.storage),
+        data_name=working.name,
+    )
+    return model
+
+
 def _training_summary(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if isinstance(value, int | float | str)}
 
 
-def _gold_accuracies(gold: GoldTables, rewards: Sidecar) -> list[_GoldMargin]:
-    """Return the margin in favour of the human verdict for every scored gold pair."""
-    beside: list[tuple[Sidecar, Mapping[str, str]]] = [
-        (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
-        (rewards, {"p_chosen": "p_chosen", "margin": "margin"}),
-    ]
-    found = []
-    for shard in gold.pool.shards:
-        for row in zip_shard(gold.pool, shard.number, ["prompt_group"], beside).to_pylist():
-            if row["margin"] is not None:
-                margin = row["margin"] if row["human_verdict"] == Verdict.CHOSEN else -row["margin"]
-                found.append(_GoldMargin(row["gold_split"], row["prompt_group"], margin))
-    return found
-
-
-def _accuracy(found: Sequence[_GoldMargin], split: GoldSplit) -> dict[str, Any]:
-    of_split = [entry for entry in found if entry.split == split]
-    correct = is_correct([entry.margin for entry in of_split])
-    return asdict(bootstrap_accuracy(correct, groups=[entry.prompt_group for entry in of_split])) if of_split else {}
-
-
-def _record(config: Stage1Config, run: Run, number: int, before: _Labels | None, labels: _Labels, training: _Training) -> dict[str, Any]:
-    """Write a round's record: what its RM read (`read`, measured on that round's gold), and what the round made of it (`wrote`, `set_sizes`)."""
-    working, audit = _accuracy(training.margins, GoldSplit.WORKING), _accuracy(training.margins, GoldSplit.AUDIT)
-    retrieved, pool = training.retrieved, training.pool
-    record: dict[str, Any] = {
-        "round": number,
-        "read": _digests(before) if before else {},
-        "wrote": _digests(labels),
-        "selected_pairs": pool.num_rows if pool else 0,
-        "selected_pool": pool.name if pool else None,
-        "calling_gold_pairs": len(set(retrieved["gold_pair_id"].to_pylist())) if retrieved is not None else 0,
-        "set_sizes": {name: pairs.read().num_rows for name, pairs in labels.sets.items()},
-        "simulated_gold": config.annotator.kind == "simulated",
-        "judges_on_working_gold": {judge: trust.report() for judge, trust in labels.trust.items()},
-        "judges_on_audit_gold": {judge: trust.report() for judge, trust in labels.audit.items()},
-        "judge_report": dict(labels.judge_report),
-        "training": dict(training.summary) if training.summary else None,
-        "working_gold_accuracy": working.get("accuracy", 0.0),
-        "best_rm_on_working_gold": working,
-        "best_rm_on_audit_gold": audit,
-    }
-    config.storage.write_json(f"rounds/{number:02d}/round.json", record)
-    run.event("round", round=number, sets=record["set_sizes"], selected=record["selected_pairs"])
-    return record
-
-
-def _digests(labels: _Labels) -> dict[str, str]:
-    return {name: pairs.digest for name, pairs in labels.sets.items()} | {"gold_pool": labels.gold.pool.name}
-
-
-def _finish(config: Stage1Config, run: Run, labels: _Labels, rounds: list[dict[str, Any]]) -> str:
+def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[str, Any]]) -> str:
     best, _ = _train_best(config, run, len(rounds), labels, config.final_parity)
-    working, gold = labels.sets["gold-working"].read(), labels.gold.read()
-    check_gold_rm_training(working, gold)
-    gold_rm, _ = train_model(
-        run,
-        config.storage,
-        "gold",
-        train=(working, labels.sets["gold-working"].digest),
-        gold=None,
-        config=config.gold_train,
-        parity=config.final_parity,
-        card=with_source_licences(config.card, config.storage),
-        data_name=labels.sets["gold-working"].name,
-    )
+    gold_rm = _train_gold(config, run, "gold", labels, config.final_parity)
     both = {"best": best, "gold": gold_rm}
     scored = score_pools(run, "score gold, final", [labels.gold.pool], both, config.score, config.final_parity).sidecars[0]
-    final = {name: _accuracy(_gold_accuracies(labels.gold, rewards), GoldSplit.AUDIT) for name, rewards in zip(("best", "gold"), scored, strict=True)}
+    final = {name: accuracy_on(gold_margins(labels.gold, rewards), GoldSplit.AUDIT) for name, rewards in zip(("best", "gold"), scored, strict=True)}
     record = {
         "best_rm": {"name": best.name, "digest": best.digest},
         "gold_rm": {"name": gold_rm.name, "digest": gold_rm.digest},
         "gold": gold_record(labels.gold),
         "sets": {name: {"name": pairs.name, "digest": pairs.digest} for name, pairs in labels.sets.items()},
-        "simulated_gold": config.annotator.kind == "simulated",
+        "simulated_gold": config.simulated,
         "audit_gold_accuracy": final,
         "rounds": len(rounds) - 1,
+        "stop_reason": rounds[-1]["decided"]["then"],
         **({"near_duplicates": clusters} if (clusters := labels.pools[0].pool.clusters) else {}),
     }
     for path in config.storage.list_files("rounds"):  # of an earlier run with other settings and more rounds
-        if path.endswith("/round.json") and int(path.split("/")[1]) >= len(rounds):
+        if path.endswith((f"/{ROUND_FILE}", f"/{SELECTED_FILE}")) and int(path.split("/")[1]) >= len(rounds):
             config.storage.delete(path)
     config.storage.write_json(STAGE1_RECORD, record)
     run.metrics.update({"stage1": record, "rounds": rounds})
-    return _closing_table(rounds, final, config.annotator.kind == "simulated")
-
-
-def _closing_table(rounds: Sequence[Mapping[str, Any]], final: Mapping[str, Mapping[str, Any]], simulated: bool) -> str:
-    rows = []
-    for entry in rounds:
-        sizes, summary = entry["set_sizes"], entry["training"]
-        name = "seed" if entry["round"] == 0 else f"round {entry['round']}"
-        measured = [_share_of(entry[f"best_rm_on_{split}_gold"]) for split in ("working", "audit")]
-        trained = str(summary["silver_pairs"]) if summary else "-"
-        rows.append(
-            (name, trained, *measured, str(entry["selected_pairs"] or "-"), *(str(sizes[n]) for n in ("silver", "gold-working", "gold-audit")))
-        )
-    header = ("", "RM trained on", "right, working gold", "right, audit gold", "then selected", "silver", "working gold", "audit gold")
-    lines = [format_table(header, rows)]
-    lines += [f"final {name} RM on audit gold: {_share_of(accuracy)}" for name, accuracy in final.items()]
-    lines += [describe_trust(judge, report) for judge, report in sorted(rounds[-1]["judges_on_working_gold"].items())]
-    if simulated:
-        lines.append("gold is SIMULATED: an annotator that reads known truth for the budgeted pairs")
-    return "\n".join(lines)
-
-
-def _share_of(accuracy: Mapping[str, Any]) -> str:
-    return f"{format_share(accuracy['accuracy'], 1)} of {accuracy['num_pairs']}" if accuracy else "-"
+    return closing_table(rounds, final, labels.gold_sizes, simulated=config.simulated)

@@ -1,21 +1,24 @@
 """Stage 2: two reward models score the wild pool, judges see only what the best RM disagrees with, one table decides: keep, flip or drop.
 
 Paper: Sec. 3.3 and App. H.4. Both curated datasets (kept pairs: the 26M kind; kept and flipped: the 40M kind) are filters over the decision sidecar.
-A new judge bar is applied to stored votes and rewards without running a model; a band that asks about other pairs has them tagged and judged.
+A new judge bar or flip bar is applied to stored votes and rewards without running a model; a band that asks about more pairs has them judged.
 """
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import AUTO, read_by_clusters
-from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars, scatter_sidecar
+from synpref_ray.pipeline.gathering import find_covering_pool, gather_pool, gather_sidecars, scatter_sidecar
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, open_gold, report_judges
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import open_leaks
@@ -49,7 +52,7 @@ from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece
 from synpref_ray.tables.sets import Member, save_set
-from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.sidecars import Sidecar, list_sidecars
 
 GATE_VERSION = 2
 STAGE2_RECORD = "rounds/stage2.json"
@@ -60,6 +63,7 @@ class Stage2Config(JobConfig):
     """Everything Stage 2 needs; reward models and gold come from Stage 1's record in the workspace."""
 
     pool: str = "wild"
+    """The pool that is curated."""
     taggers: Taggers
     judges: Judges
     tag_scope: Literal["mismatches", "all"] = "mismatches"  # Sec. 3.3: attributes only for what a judge sees
@@ -72,6 +76,7 @@ class Stage2Config(JobConfig):
     gate: GateConfig = GateConfig()
     decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are dropped where it was run; off, or the head of a fingerprint
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
+    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
     plan: StagePlan = StagePlan()
     """What the plan of `--dry-run` supposes."""
 
@@ -111,6 +116,15 @@ class _Judges:
     report: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class _Mismatches:
+    """Which pairs of the pool a judge is asked about (a sidecar of flags), how many, and a gathered pool that holds them, and perhaps more."""
+
+    flags: Sidecar
+    num_pairs: int
+    pool: Pool
+
+
 def check_stage2(config: Stage2Config) -> None:
     """Check the pool, Stage 1's record and the models' names, without loading a model."""
     pool, before = open_pool(config.storage, config.pool), load_stage1(config)
@@ -144,18 +158,20 @@ class SelectWorker:
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         asked = select_for_judge(shard, self._gate)
-        return pa.table([shard["pair_id"], asked], schema=SELECTED_SCHEMA), {"asked": float(sum(asked.to_pylist()))}
+        return pa.table([shard["pair_id"], asked], schema=SELECTED_SCHEMA), {"asked": float(asked.true_count)}
 
 
 class DecideWorker:
-    """Applies the truth table."""
+    """Applies the truth table; verdicts on pairs that these settings would not ask about do not count, though an earlier run may have asked."""
 
     def __init__(self, gate: GateConfig, gold_groups: frozenset[str]):
         self._gate = gate
         self._gold_groups = gold_groups
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        return decide_shard(shard, self._gate, self._gold_groups), {}
+        place = shard.schema.get_field_index("judge_verdict")
+        verdicts = pc.if_else(shard["ask_judge"], shard["judge_verdict"], pa.scalar(None, pa.string()))
+        return decide_shard(shard.set_column(place, "judge_verdict", verdicts), self._gate, self._gold_groups), {}
 
 
 def run_stage2(config: Stage2Config, run: Run) -> str:
@@ -168,7 +184,8 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     models = {"best": before.best, "gold": before.gold_rm}
     rewards = score_pools(run, "score, both RMs", [pool], models, config.score, config.parity).sidecars[0]
     margins: list[tuple[Sidecar, Mapping[str, str]]] = [(rewards[0], {"margin": "margin_best"}), (rewards[1], {"margin": "margin_gold"})]
-    mismatches = _gather_mismatches(config, run, pool, [*margins, *left_out])
+    asked = _gather_mismatches(config, run, pool, [*margins, *left_out])
+    mismatches = asked.pool
     judges = _Judges({}, {}, {})
     if mismatches.num_rows:
         verdict, judges = _judge(config, run, pool, mismatches, before.gold)
@@ -185,14 +202,19 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
         digests={"gold": before.gold.pool.digest},
         worker_arguments=lambda _: {"gate": config.gate, "gold_groups": gold_groups},
     )
-    beside = (*margins, (verdicts, {"judge_verdict": "judge_verdict"}), *left_out)
+    beside = (*margins, (asked.flags, {"ask_judge": "ask_judge"}), (verdicts, {"judge_verdict": "judge_verdict"}), *left_out)
     result = run_step(step, [StepInput(pool, ("prompt_group",), beside)])
     run.step("decide", rows=result.rows, computed=result.rows_computed, rejected={}, seconds=result.seconds)
     decision = result.sidecars[0][0]
-    return _finish(config, run, pool, decision, mismatches, judges, before)
+    return _finish(config, run, pool, decision, asked.num_pairs, judges, before)
 
 
-def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> Pool:
+def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> _Mismatches:
+    """Return which pairs a judge is asked about, how many, and a gathered pool that holds them.
+
+    Our choice: where other settings asked about these pairs and more, and all judges have answered, that pool is taken: new thresholds ask no model.
+    """
+    started = time.monotonic()
     step = Step(
         name="select for judge",
         version=GATE_VERSION,
@@ -204,16 +226,16 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list
     selected = run_step(step, [StepInput(pool, (), tuple(margins))]).sidecars[0][0]
     pieces = []
     for shard in pool.shards:
-        flags = selected.read(shard.number, ["ask_judge"])["ask_judge"].to_pylist()
-        rows = tuple(row for row, flag in enumerate(flags) if flag)
-        if rows:
-            pieces.append(Piece(pool, shard.number, rows))
-    name = f"{pool.name}-mismatches"
-    gathered = gather_pool(
-        config.storage, name, pieces, inputs={}, max_pairs=config.gathered_shard_pairs
-    )  # named by its rows: same pairs, same votes
-    run.step("gather mismatches", rows=pool.num_rows, computed=0, rejected={}, seconds=0.0, selected=gathered.num_rows)
-    return gathered
+        rows = np.flatnonzero(np.asarray(selected.read(shard.number, ["ask_judge"])["ask_judge"]))
+        if len(rows):
+            pieces.append(Piece(pool, shard.number, rows.tolist()))
+    name, votes = f"{pool.name}-mismatches", [f"votes.{judge.judge.judge}" for judge in config.judges]
+    gathered = find_covering_pool(config.storage, name, pieces, lambda other: all(list_sidecars(other, table) for table in votes))
+    if gathered is None:  # named by its rows: same pairs, same votes
+        gathered = gather_pool(config.storage, name, pieces, inputs={}, max_pairs=config.gathered_shard_pairs)
+    num_asked = sum(len(piece.rows) for piece in pieces)
+    run.step("gather mismatches", rows=pool.num_rows, computed=0, rejected={}, seconds=time.monotonic() - started, selected=num_asked)
+    return _Mismatches(selected, num_asked, gathered)
 
 
 def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: GoldTables) -> tuple[Sidecar, _Judges]:
@@ -238,8 +260,9 @@ def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: G
 
 class _NothingAsked:
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        rows = [{"pair_id": i, "verdict_reason": "not_asked", "num_votes": 0, "drop_reason": "not_selected"} for i in shard["pair_id"].to_pylist()]
-        return pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA), {}
+        same = {"verdict_reason": "not_asked", "num_votes": 0, "drop_reason": "not_selected"}
+        columns = [pa.repeat(pa.scalar(same.get(field.name), field.type), shard.num_rows) for field in VERDICT_SCHEMA.remove(0)]
+        return pa.table([shard["pair_id"], *columns], schema=VERDICT_SCHEMA), {}
 
 
 def _no_verdicts(pool: Pool) -> Sidecar:
@@ -252,14 +275,14 @@ def _finish(
     run: Run,
     pool: Pool,
     decision: Sidecar,
-    mismatches: Pool,
+    num_asked: int,
     judges: _Judges,
     before: Stage1Result,
 ) -> str:
-    reasons: Counter[tuple[str, str]] = Counter()
+    names, reasons = ["decision", "decision_reason"], Counter[tuple[str, str]]()
     for shard in pool.shards:
-        table = decision.read(shard.number, ["decision", "decision_reason"])
-        reasons.update(zip(table["decision"].to_pylist(), table["decision_reason"].to_pylist(), strict=True))
+        counted = decision.read(shard.number, names).group_by(names).aggregate([([], "count_all")])
+        reasons.update({(row["decision"], row["decision_reason"]): row["count_all"] for row in counted.to_pylist()})
     kept = (("decision", (Decision.KEEP.value,)),)
     both = (("decision", (Decision.KEEP.value, Decision.FLIP.value)),)
     save_set(config.storage, f"curated-{pool.name}-kept", [Member(decision, kept)])
@@ -272,7 +295,7 @@ def _finish(
         "best_rm": before.best.name,
         "gold_rm": before.gold_rm.name,
         "pairs": pool.num_rows,
-        "judged_pairs": mismatches.num_rows,
+        "judged_pairs": num_asked,
         "decisions": counts,
         "reasons": {f"{what}/{why}": count for (what, why), count in sorted(reasons.items())},
         "judges_on_working_gold": {judge: measured.report() for judge, measured in judges.working.items()},
@@ -286,7 +309,7 @@ def _finish(
     rows = [(what, why, str(count), format_share(count, pool.num_rows)) for (what, why), count in sorted(reasons.items())]
     rows.append(("all", "", str(pool.num_rows), format_share(pool.num_rows, pool.num_rows)))
     lines = [format_table(("decision", "reason", "pairs", "share"), rows)]
-    lines.append(f"asked a judge about {mismatches.num_rows} pairs; where no judge decides, both reward models alone do")
+    lines.append(f"asked a judge about {num_asked} pairs; where no judge decides, both reward models alone do")
     lines += [describe_trust(judge, measured.report()) for judge, measured in sorted(judges.working.items())]
     if before.simulated_gold:
         lines.append("gold is SIMULATED: an annotator that reads known truth for the budgeted pairs")

@@ -6,12 +6,14 @@ the sidecar with its manifest last. Killing anything at any moment loses the sha
 
 import json
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -20,6 +22,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink, ReadTask, WriteResult
 
 from synpref_ray.errors import SchemaError, SynprefError
+from synpref_ray.llm.engine import EngineDied
+from synpref_ray.pipeline.crashes import MAX_RESTARTS, MAX_TASK_RETRIES, CrashJournal, ShardGuard, end_process
 from synpref_ray.pipeline.metrics import export
 from synpref_ray.pipeline.progress import Progress
 from synpref_ray.reporting.metrics import ShardWork, shard_samples
@@ -32,6 +36,8 @@ _TABLE = "_table"
 _SHARD = "_shard"
 _ROWS = "_rows"
 _COUNTERS = "_counters"
+CRASHES = "crashes"
+"""Folder of a table in the making where its workers write down what they have in hand (`pipeline/crashes.py`)."""
 RAW_COLUMNS = ("raw", "votes")
 """What a step's worker got back for a row; kept with the row where it was refused."""
 INLINE_ROWS = 20_000  # ours: a rule over so few rows takes well under a second, and starting a Ray Data plan several
@@ -71,13 +77,19 @@ class StepInput:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the workers of a step take: `num_workers` 0 means stateless tasks instead of actors; `environment` is set before they import anything."""
+    """What the workers of a step take: `num_workers` 0 means stateless tasks instead of actors; `environment` is set before they import anything.
+
+    `min_workers` is where a pool of actors begins, and what it falls back to when shards run out; 0: at `num_workers`. A worker that takes longer
+    than `max_shard_seconds` over a shard is ended, and the shard is run again (`pipeline/crashes.py`); 0: it may take for ever.
+    """
 
     num_workers: int = 0
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     concurrent_shards: int = 1
     environment: tuple[tuple[str, str], ...] = ()
+    min_workers: int = 0
+    max_shard_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,15 +160,21 @@ def run_step(step: Step, inputs: Sequence[StepInput]) -> StepResult:
         held = {index: leases.enter_context(Lease(inputs[index].pool.storage, f"{tables[index][0].folder}/lease.json")) for index in open_tables}
         pending = [key for index in open_tables for key in _pending(index, inputs[index].pool, step.outputs, tables[index])]
         inline = step.resources.num_workers == 0 and sum(rows for _, rows in _with_rows(inputs, pending)) <= INLINE_ROWS
+        reasons: dict[ShardKey, list[Mapping[str, int]]] = {}
         for result in (_run_inline if inline else _run_on_ray)(step, inputs, tables, pending):
             counters.update(result["counters"])
+            reasons[ShardKey(*result["key"])] = result["reasons"]
             shards_computed += 1
             rows_computed += result["rows"]
         seconds = time.monotonic() - started
         done = _LastRun(counters, seconds, seconds * step.resources.num_gpus * min(step.resources.num_workers, shards_computed))
         for index in open_tables:
             held[index].check()
-            _seal(step, inputs[index], tables[index], done, sum(key.table == index for key in pending) / max(1, len(pending)))
+            for sidecar in tables[index]:
+                sidecar.pool.storage.delete_folder(f"{sidecar.folder}/{CRASHES}")
+            share = sum(key.table == index for key in pending) / max(1, len(pending))
+            of_table = {key.number: found for key, found in reasons.items() if key.table == index}
+            _seal(step, inputs[index], tables[index], replace(done, share=share, reasons=of_table))
     rejected: Counter[str] = Counter()
     for outputs in tables:
         rejected.update(outputs[0].manifest["rejected"])
@@ -177,20 +195,26 @@ def _pending(index: int, pool: Pool, outputs: Sequence[Output], sidecars: list[S
 
 @dataclass(frozen=True)
 class _LastRun:
-    """What the run that seals a step's tables did for all of them; seconds are of the wall clock, GPU seconds those of all workers."""
+    """What the run that seals a step's tables did for all of them; seconds are of the wall clock, GPU seconds those of all workers.
+
+    Of one table: its share of the shards, and the drop reasons in each of its shards that this run made, by output.
+    """
 
     counters: Mapping[str, float]
     seconds: float
     gpu_seconds: float
+    share: float = 0.0
+    reasons: Mapping[int, Sequence[Mapping[str, int]]] = field(default_factory=dict)
 
 
-def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun, share: float) -> None:
-    for output, sidecar in zip(step.outputs, outputs, strict=True):
+def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun) -> None:
+    for place, (output, sidecar) in enumerate(zip(step.outputs, outputs, strict=True)):
         rejected: Counter[str] = Counter()
-        if "drop_reason" in output.schema.names:
-            for shard in source.pool.shards:
-                reasons = pc.value_counts(sidecar.read(shard.number, ["drop_reason"])["drop_reason"]).to_pylist()
-                rejected.update({entry["values"]: entry["counts"] for entry in reasons if entry["values"] is not None})
+        for shard in source.pool.shards:
+            if shard.number in done.reasons:
+                rejected.update(done.reasons[shard.number][place])
+            elif shard.rows and "drop_reason" in output.schema.names:  # made by an earlier run
+                rejected.update(_count(sidecar.read(shard.number, ["drop_reason"])["drop_reason"]))
         failed = sum(count for reason, count in rejected.items() if reason in REJECT_REASONS)
         if failed > step.max_failed_fraction * source.pool.num_rows:
             raise SynprefError(
@@ -215,9 +239,14 @@ def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun,
                 "counters_of_last_run": dict(done.counters),
                 "seconds_of_last_run": round(done.seconds, 3),
                 "gpu_seconds_of_last_run": round(done.gpu_seconds, 3),
-                "share_of_last_run": round(share / len(outputs), 6),  # of that run's shards: what costs of several tables add up by
+                "share_of_last_run": round(done.share / len(outputs), 6),  # of that run's shards: what costs of several tables add up by
             },
         )
+
+
+def _count(reasons: pa.ChunkedArray) -> dict[str, int]:
+    """Return how often each value comes, nulls left out."""
+    return {entry["values"]: entry["counts"] for entry in pc.value_counts(reasons).to_pylist() if entry["values"] is not None}
 
 
 def _run_inline(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidecar]], pending: Sequence[ShardKey]) -> list[dict[str, Any]]:
@@ -235,28 +264,35 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
     tables = [[replace(sidecar, pool=_without_shards(sidecar.pool)) for sidecar in outputs] for outputs in tables]
     resources = step.resources
     sink = _ShardSink(_ShardWriter(step.name, step.outputs, tables))
-    dataset = ray.data.read_datasource(_ShardSource(light, _with_rows(inputs, pending)), override_num_blocks=len(pending))
+    # The same bound for reading, stateless work and writing, so that Ray Data still fuses them into one task a shard.
+    retries = {"max_retries": MAX_TASK_RETRIES}
+    source = _ShardSource(light, _with_rows(inputs, pending))
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=retries)
     arguments: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "num_cpus": resources.num_cpus}
     if resources.num_gpus:
         arguments["num_gpus"] = resources.num_gpus
     if resources.environment:
         arguments["runtime_env"] = {"env_vars": dict(resources.environment)}
     if resources.num_workers == 0:
-        dataset = dataset.map_batches(_StatelessTask(step, tables), **arguments)
+        dataset = dataset.map_batches(_StatelessTask(step, tables), **arguments, **retries)
     else:
+        most = min(resources.num_workers, len(pending))
         compute = ActorPoolStrategy(
-            size=min(resources.num_workers, len(pending)),
+            min_size=min(resources.min_workers or most, most),
+            max_size=most,
             max_tasks_in_flight_per_actor=max(2, 2 * resources.concurrent_shards),
             max_concurrent_calls_per_actor=resources.concurrent_shards,
             enable_true_multi_threading=resources.concurrent_shards > 1,
         )
         named = type(step.label, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
-        dataset = dataset.map_batches(named, fn_constructor_args=(step, tables), compute=compute, **arguments)
+        bounded = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+        made_of = (step, tables, uuid.uuid4().hex[:8], pending[0].table)
+        dataset = dataset.map_batches(named, fn_constructor_args=made_of, compute=compute, **arguments, **bounded)
     rows = _with_rows(inputs, pending)
     of_table = [(outputs[-1], {key.number: count for key, count in rows if key.table == index}) for index, outputs in enumerate(tables)]
     try:
         with Progress(step.label, [(sidecar, shards) for sidecar, shards in of_table if shards]):
-            dataset.write_datasink(sink)
+            dataset.write_datasink(sink, ray_remote_args=retries)
     except ray.exceptions.RayError as error:
         raise unwrap(error) from error
     return sink.results
@@ -276,7 +312,7 @@ def _read_shard(source: StepInput, key: ShardKey, rows: int) -> pa.Table:
     if shard.num_rows != rows:
         raise SchemaError(f"shard {key.number} of pool {source.pool.name!r} has {shard.num_rows} rows where its manifest says {rows}")
     for name, value in ((_TABLE, key.table), (_SHARD, key.number), (_ROWS, rows)):
-        shard = shard.append_column(name, pa.array([value] * rows, pa.int32()))
+        shard = shard.append_column(name, pa.array(np.full(rows, value, dtype=np.int32)))
     return shard
 
 
@@ -290,18 +326,20 @@ class _ShardWriter:
 
     def write(self, block: pa.Table) -> dict[str, Any]:
         """Write the one whole shard that a block must be, its rejects first."""
-        keys = set(zip(*(block[name].to_pylist() for name in (_TABLE, _SHARD, _ROWS)), strict=True))
+        keys = block.select([_TABLE, _SHARD, _ROWS]).group_by([_TABLE, _SHARD, _ROWS]).aggregate([]).to_pylist()
         if len(keys) != 1:
             raise SchemaError(f"step {self.step!r}: a block reached the sink with rows of {len(keys)} shards; blocks must be whole shards")
-        table_index, number, rows = keys.pop()
+        table_index, number, rows = (keys[0][name] for name in (_TABLE, _SHARD, _ROWS))
         if block.num_rows != rows:
             raise SchemaError(f"step {self.step!r}: {block.num_rows} of {rows} rows of shard {number} reached the sink together")
+        reasons: list[dict[str, int]] = []
         for output, sidecar in zip(self.outputs, self.tables[table_index], strict=True):
             names = [name if name == "pair_id" else output.prefix + name for name in output.schema.names]
             table = block.select(names).rename_columns(output.schema.names).cast(output.schema)
             self._write_rejects(number, sidecar, table)
             sidecar.write(number, table)
-        return {"counters": json.loads(block[_COUNTERS][0].as_py()), "rows": block.num_rows}
+            reasons.append(_count(table["drop_reason"]) if "drop_reason" in table.column_names else {})
+        return {"key": (table_index, number), "counters": json.loads(block[_COUNTERS][0].as_py()), "rows": block.num_rows, "reasons": reasons}
 
     def _write_rejects(self, number: int, sidecar: Sidecar, table: pa.Table) -> None:
         if "drop_reason" not in table.column_names:
@@ -318,11 +356,33 @@ class _ShardWriter:
 
 
 class _ShardTask:
-    """A worker on the cluster: made once per actor, checks the contract of every shard that it returns."""
+    """A worker on the cluster: made once per actor, checks the contract of every shard that it returns.
 
-    def __init__(self, step: Step, tables: list[list[Sidecar]]):
+    Args:
+        run: names this run of the step, and makes the worker one that writes down what it has in hand (`pipeline/crashes.py`); empty: it does not.
+        first: the number of a table that this run writes.
+    """
+
+    def __init__(self, step: Step, tables: list[list[Sidecar]], run: str = "", first: int = 0):
         self._step = step
-        self._worker = step.worker(**step.worker_arguments([outputs[0] for outputs in tables]))
+        self._journals: list[CrashJournal] = []
+        arguments = step.worker_arguments([outputs[0] for outputs in tables])
+        if not run:
+            self._worker = step.worker(**arguments)
+            return
+        self._journals = [CrashJournal(outputs[0].pool.storage, f"{outputs[0].folder}/{CRASHES}", run) for outputs in tables]
+        self._guard = ShardGuard(step.name, [(output.prefix, output.schema) for output in step.outputs], step.resources.max_shard_seconds)
+        with self._journals[first].starting(ray.get_runtime_context().get_actor_id() or "driver"):
+            self._worker = step.worker(**arguments)
+
+    def _run(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        if not self._journals:
+            return self._worker(shard, key)
+        try:
+            return self._guard(shard, key.number, self._journals[key.table], lambda rows: self._worker(rows, key))
+        except EngineDied as error:
+            end_process(f"step {self._step.name}: {error}")
+            raise
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if block.num_rows == 0:
@@ -330,20 +390,20 @@ class _ShardTask:
         places = block.select([_TABLE, _SHARD, _ROWS])
         key = ShardKey(places[_TABLE][0].as_py(), places[_SHARD][0].as_py())
         started = time.perf_counter()
-        result, counters = self._worker(block.drop_columns(places.column_names).combine_chunks(), key)
+        result, counters = self._run(block.drop_columns(places.column_names).combine_chunks(), key)
         if not result["pair_id"].combine_chunks().equals(block["pair_id"].combine_chunks()):
             raise SchemaError(f"step {self._step.name!r} changed the rows or the order of shard {key.number}")
         self._export(result, counters, time.perf_counter() - started)
         for name in places.column_names:
             result = result.append_column(name, places[name])
-        note = [json.dumps(dict(counters))] + [None] * (block.num_rows - 1)
-        return result.append_column(_COUNTERS, pa.array(note, pa.string()))
+        note = pa.chunked_array([pa.array([json.dumps(dict(counters))]), pa.nulls(block.num_rows - 1, pa.string())])
+        return result.append_column(_COUNTERS, note.combine_chunks())
 
     def _export(self, result: pa.Table, counters: Mapping[str, float], seconds: float) -> None:
         step, resources = self._step, self._step.resources
         rejected: Counter[str] = Counter()
         for column in {output.prefix + "drop_reason" for output in step.outputs} & {*result.column_names}:
-            rejected.update(reason for reason in result[column].to_pylist() if reason in REJECT_REASONS)
+            rejected.update({reason: count for reason, count in _count(result[column]).items() if reason in REJECT_REASONS})
         shares = resources.concurrent_shards
         cpus, gpus = resources.num_cpus / shares, resources.num_gpus / shares
         export(shard_samples(ShardWork(step.label, step.model, result.num_rows, rejected, seconds, counters, cpus, gpus)))

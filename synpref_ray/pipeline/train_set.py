@@ -31,10 +31,15 @@ class TrainJobConfig(JobConfig):
     """What to train on what. `set` and `gold_set` are names under sets/; `pairs` and `gold_pairs` are files."""
 
     name: str = Field(default="reward-model", pattern=r"^[A-Za-z0-9._-]+$")
+    """The beginning of the model's name under models/."""
     set: str = ""
+    """The training set, a name under sets/; or give `pairs`."""
     pairs: str = ""
+    """A file of training pairs, in place of `set`."""
     gold_set: str = ""
+    """The set that picks the checkpoint, a name under sets/; or give `gold_pairs`."""
     gold_pairs: str = ""
+    """A file of pairs that pick the checkpoint."""
     train: TrainConfig
     parity: ParityConfig = ParityConfig()
     card: CardConfig = CardConfig()

@@ -19,6 +19,7 @@ import ray
 
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import SchemaError
+from synpref_ray.pipeline.crashes import MAX_TASK_RETRIES
 from synpref_ray.pipeline.steps import INLINE_ROWS, Output, Resources, ShardKey, Step, StepInput, run_step, unwrap
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.batch_store import write_window, written_windows
@@ -210,7 +211,7 @@ def _map(function: Any, rows: Sequence[dict[str, Any]], num_pairs: int, memory: 
     if not rows:
         return []
     shared = ray.put(function)  # its list of shards is large; every task reads this one copy
-    arguments: dict[str, Any] = {"memory": memory} if memory else {}
+    arguments: dict[str, Any] = {"max_retries": MAX_TASK_RETRIES, **({"memory": memory} if memory else {})}
     named = type(type(function).__name__.strip("_"), (_Call,), {})  # the operator's name in progress bars and on the dashboard
     dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(named(shared), **arguments)
     try:

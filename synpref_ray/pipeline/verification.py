@@ -51,7 +51,9 @@ class AnnotatorConfig(Settings):
     """
 
     kind: Literal["simulated", "file", "queue"] = "file"
+    """Where verdicts come from: a file, the queue of the pages, or known truth looked up (simulated)."""
     path: str = ""
+    """The file of verdicts, or of truth."""
     wait: bool = True  # queue only: stop until every queued pair is settled; false takes what is there, unsettled pairs as undecidable
     seed_pairs: int = Field(default=0, ge=0)  # simulated only: budget for the seed pool
     round_pairs: int = Field(default=0, ge=0)  # simulated only: budget for each round's selection

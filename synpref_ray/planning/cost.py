@@ -31,18 +31,24 @@ class Throughputs(Settings):
     """Pairs per GPU hour, as measured; 0: not known."""
 
     tag: NonNegativeFloat = 0.0
+    """Of tagging."""
     score: NonNegativeFloat = 0.0
     """Of one pass of one reward model."""
     judge: NonNegativeFloat = 0.0
+    """Of judging."""
     train: NonNegativeFloat = 0.0
+    """Of training."""
 
 
 class Sizes(Settings):
     """How many pairs people label, judges label in Stage 1, and Stage 2 goes through."""
 
     gold: NonNegativeInt = 0
+    """Pairs that people label."""
     silver: NonNegativeInt = 0
+    """Pairs that judges label in Stage 1."""
     stage2: NonNegativeInt = 0
+    """Pairs that Stage 2 goes through."""
 
     def as_mapping(self) -> Mapping[SizeName, int]:
         """Return the sizes by name."""

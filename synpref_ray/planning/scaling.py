@@ -30,7 +30,9 @@ class CurvePoint(Settings):
     """One training run: so many pairs, such a score (any scale, bigger is better)."""
 
     pairs: PositiveFloat
+    """Pairs of the training."""
     score: float
+    """Its score."""
 
 
 class StopRule(Settings):

@@ -40,6 +40,17 @@ def dataset_card(facts: CardFacts) -> str:
     ]
     if record["simulated_gold"]:
         parts.append("**The human labels behind this set are SIMULATED** (an annotator that reads known truth): it is a trial, not data to train on.")
+    filters = [
+        *(f"`{name}` is {' or '.join(values)}" for name, values in record.get("where", {}).items()),
+        *(f"`{name}` is at least {bound:g}" for name, bound in record.get("at_least", {}).items()),
+        *(f"`{name}` is at most {bound:g}" for name, bound in record.get("at_most", {}).items()),
+    ]
+    if filters:
+        parts.append(f"Of that set, the pairs of which {', and '.join(filters)}.")
+    parts.append(
+        "`datasets.load_dataset` reads this folder; TRL's `RewardTrainer` takes it as it is, and OpenRLHF's `train_rm` with `--prompt_key prompt "
+        "--chosen_key chosen --rejected_key rejected --apply_chat_template`."
+    )
     for title, counts in (
         ("Licences", "licences"),
         ("Sources", "sources"),
@@ -87,6 +98,7 @@ def _left_out(record: Mapping[str, Any]) -> str:
 
 
 _REASONS = {
+    "filter": "the filters of this export leave them out",
     "licence": "the licence of the source is unknown, or not among those asked for",
     "contaminated": "judges say that the pair gives a benchmark item away",
     "personal_data": "the scan for personal data gave a higher score than this export allows",

@@ -49,7 +49,7 @@ class Run:
         self.steps.append(fields)
         self.event("step", **fields)
         rate = f"{computed / seconds:.1f} pairs/s" if computed and seconds > 0 else "nothing to compute"
-        refused = f", {dict(rejected)}" if rejected else ""
+        refused = f"; refused: {', '.join(f'{count} {reason}' for reason, count in rejected.items())}" if rejected else ""
         extra = "".join(f", {key} {value}" for key, value in more.items())
         logger.info("%s: %d pairs, %d computed in %.1f s (%s)%s%s", name, rows, computed, seconds, rate, refused, extra)
 

@@ -112,7 +112,7 @@ def read_status(storage: Storage, *, max_runs: int) -> WorkspaceStatus:
         runs=tuple(runs),
         models=models,
         trainings=tuple(_trainings(storage)),
-        num_rounds=sum(name.isdigit() for name in rounds),
+        num_rounds=sum(name.isdigit() and storage.exists(f"rounds/{name}/round.json") for name in rounds),  # else it has begun and is not done
         finished_stages=tuple(stage for stage in ("stage1", "stage2") if f"{stage}.json" in rounds),
         cost=sum(spent.values()) + sum(table.cost for table in tables if table.name not in spent),
         gpu_seconds=model_seconds + sum(table.gpu_seconds for table in tables),

@@ -4,10 +4,12 @@ jina-embeddings-v3.
 Shapes: P pairs or texts, W windows, T tokens, E embedding size.
 """
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, Self
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +29,18 @@ EMBEDDING_REQUIRES = ("pair_id", "prompt", *ATTRIBUTES)
 
 
 class EmbedderConfig(Settings):
-    """The embedding model and how it runs."""
+    """The embedding model and how it runs. Pooling and normalising are the model's own (its modules.json), whatever the model.
 
-    model: str = "sentence-transformers/all-MiniLM-L6-v2"  # ours: bundled, runs anywhere; the paper's is jinaai/jina-embeddings-v3
-    trust_remote_code: bool = False  # jina-embeddings-v3 brings its own modelling code
+    Both sides of a retrieval are (x, a), so both are embedded alike: a model that tells queries from passages gets one `prefix`, or one `task`.
+    """
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"  # ours: bundled, runs anywhere; Paper: Sec. 3.2 takes jinaai/jina-embeddings-v3
+    trust_remote_code: bool = False  # jina-embeddings-v3 brings its own modelling code, which is run only if this says so
+    prefix: str = ""  # ours: written before every text, for models that want an instruction; a long text's later windows go without
+    task: str = ""  # the adapter of a model that has several: text-matching for jina-embeddings-v3
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # ours: exact on CPUs; bfloat16 on GPUs
     device: str = "cpu"
+    """Where the model runs, as torch names it."""
     batch_windows: int = Field(default=32, ge=1)  # ours: 32 windows of 256 tokens keep two cores busy and fit any GPU
     max_window_tokens: int = Field(default=256, ge=8)  # what all-MiniLM-L6-v2 was trained for; 8192 for jina-embeddings-v3
     num_threads: int = Field(default=2, ge=1)  # ours: torch's threads on CPU, set by hand because Ray's CPUs are logical
@@ -76,20 +85,23 @@ class Embedder:
 
     @classmethod
     def load(cls, config: EmbedderConfig) -> Self:
-        """Load the model in float32.
+        """Load the model.
 
         Raises:
             InputError: the model is missing.
-            ConfigError: `max_window_tokens` exceeds the positions that the model has.
+            ConfigError: `max_window_tokens` exceeds the positions that the model has, or it brings code that is not trusted.
         """
         import torch
         from sentence_transformers import SentenceTransformer
 
         started = time.monotonic()
         folder = resolve_model(config.model)
+        if not config.trust_remote_code and (code := _own_code(Path(folder))):
+            raise ConfigError(f"{config.model} brings its own code ({code}): read it, and set embedder.trust_remote_code=true to run it")
         torch.set_num_threads(config.num_threads)
-        model = SentenceTransformer(folder, device=config.device, trust_remote_code=config.trust_remote_code, model_kwargs={"dtype": torch.float32})
-        positions = model.tokenizer.model_max_length
+        kwargs = {"dtype": getattr(torch, config.dtype)}
+        model = SentenceTransformer(folder, device=config.device, trust_remote_code=config.trust_remote_code, model_kwargs=kwargs)
+        positions = min(model.tokenizer.model_max_length, _num_positions(Path(folder)))
         if config.max_window_tokens > positions:
             raise ConfigError(f"max_window_tokens is {config.max_window_tokens}, but {config.model} reads at most {positions} tokens")
         logger.info("embedder %s from %s on %s in %.1f s", config.model, folder, model.device, time.monotonic() - started)
@@ -109,13 +121,14 @@ class Embedder:
         import torch
 
         sums = np.zeros((len(texts), self.dimension), dtype=np.float64)
-        windows, owners = self._windows(texts)
+        windows, owners = self._windows([self._config.prefix + text for text in texts])
+        task = {"task": self._config.task} if self._config.task else {}
         by_length = sorted(range(len(windows)), key=lambda window: (len(windows[window]), window))
         for start in range(0, len(by_length), self._config.batch_windows):
             batch = by_length[start : start + self._config.batch_windows]
             features = self._model.tokenizer.pad({"input_ids": [windows[window] for window in batch]}, return_tensors="pt")
             with torch.inference_mode():
-                vectors = self._model({name: value.to(self._model.device) for name, value in features.items()})["sentence_embedding"]
+                vectors = self._model({name: value.to(self._model.device) for name, value in features.items()}, **task)["sentence_embedding"]
             for window, vector in zip(batch, vectors.float().cpu().numpy(), strict=True):
                 sums[owners[window]] += vector.astype(np.float64) * len(windows[window])
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
@@ -129,6 +142,20 @@ class Embedder:
             list(texts), truncation=True, max_length=self._config.max_window_tokens, return_overflowing_tokens=True, verbose=False
         )
         return encoded["input_ids"], encoded["overflow_to_sample_mapping"]
+
+
+def _own_code(folder: Path) -> str:
+    """Return the name of a class that a model folder defines in code of its own; empty where it has none."""
+    classes = []
+    if (folder / "modules.json").is_file():
+        classes = [module["type"] for module in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+    classes += json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {}).values()
+    return next((str(name) for name in classes if not str(name).startswith("sentence_transformers.")), "")
+
+
+def _num_positions(folder: Path) -> int:
+    """Return how many tokens a model's config allows; models that say nothing have no such bound."""
+    return int(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings", 1 << 30))
 
 
 def add_embeddings(shard: pa.Table, embedder: TextEmbedder) -> pa.Table:

@@ -4,16 +4,19 @@ and 3).
 FAISS finds candidates; their scores are then computed again one by one in float64 and rounded to float32, and equal scores are ordered by
 pair_id. So a result depends on the vectors alone, not on how FAISS batches queries, on threads, or on the order in which pairs were added.
 
-Our choice: exact search. The paper names no index; its largest, about a million pairs of 1,024 floats, is 4 GB, which one node holds.
+Our choice: exact search wherever one node holds the vectors, exemplars above all. The paper names no index. Over larger pools `quantised.py` searches
+codes; `IndexConfig.kind` says where which is used.
 
 Shapes: P pairs, Q queries, E embedding size, K neighbours.
 """
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import faiss
 import numpy as np
@@ -24,7 +27,7 @@ from pydantic import Field
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, RunConflictError, SchemaError
 from synpref_ray.retrieval.embedder import embedding_matrix
-from synpref_ray.retrieval.neighbours import Matrix, Neighbours
+from synpref_ray.retrieval.neighbours import Matrix, Neighbours, check_queries
 from synpref_ray.tables.pools import require_columns
 from synpref_ray.tables.storage import Storage
 
@@ -37,10 +40,58 @@ _MAX_CANDIDATES = 1 << 22  # per FAISS call: 4 M scores and row numbers are 48 M
 
 
 class IndexConfig(Settings):
-    """Where the index searches."""
+    """Which index is built over a pool, and where it searches. Exemplars are always searched exactly; zeros stand for the rules of `shape`."""
 
+    kind: Literal["auto", "exact", "ivf_pq"] = "auto"
+    exact_below: int = Field(default=300_000, ge=1)  # ours: auto is exact below so many pairs: 0.5 GB of 384 floats, 1.2 GB of 1,024
+    nlist: int = Field(default=0, ge=0)  # inverted lists; 0: the power of two nearest to 4 √P, as FAISS's guide has it
+    nprobe: int = Field(default=0, ge=0)  # lists searched for a query; 0: a 32nd of them, at least 8
+    m: int = Field(default=48, ge=1)  # ours: bytes of a code; with its row number 56 a vector, with lists and rotation of a million pairs 63
+    candidates_per_neighbour: int = Field(default=16, ge=1)  # ours: scored exactly for every neighbour wanted; benchmarks/retrieval.py
+    train_per_list: int = Field(default=64, ge=1)  # ours: vectors of the training sample for every list; FAISS warns below 39
+    shards_per_part: int = Field(default=32, ge=1)  # ours: 262,144 pairs are minutes of work, lost where a node is
+    seed: int = 0
+    """Seed of the training sample."""
     use_gpu: bool = False  # ours: exact search over a million pairs is seconds on a CPU
     num_threads: int = Field(default=2, ge=1)
+    """Threads of a search."""
+
+    def is_exact(self, num_pairs: int) -> bool:
+        """Whether a pool of this size is searched exactly."""
+        return self.kind == "exact" or (self.kind == "auto" and num_pairs < self.exact_below)
+
+    def shape(self, num_pairs: int, dimension: int) -> "IndexShape":
+        """Return the shape of an index over so many pairs.
+
+        Codes are of at most 8 dimensions a byte: embeddings of more than 8 `m` dimensions are reduced by the rotation, and exact scores make
+        up for it.
+
+        Raises:
+            ConfigError: embeddings are smaller than codes.
+        """
+        if dimension < self.m:
+            raise ConfigError(f"index.m is {self.m}, but embeddings have {dimension} dimensions: set index.m to a divisor of these")
+        nlist = self.nlist or 2 ** max(0, round(math.log2(4 * math.sqrt(max(1, num_pairs)))))
+        nprobe = self.nprobe or max(8, nlist // 32)
+        reduced = min(dimension, 8 * self.m) // self.m * self.m
+        return IndexShape(dimension, reduced, nlist, min(nprobe, nlist), self.m, self.candidates_per_neighbour)
+
+
+@dataclass(frozen=True)
+class IndexShape:
+    """What a quantised index is made of: `reduced` dimensions after the rotation, in `m` bytes; lists, and how a search goes through them."""
+
+    dimension: int
+    reduced: int
+    nlist: int
+    nprobe: int
+    m: int
+    candidates_per_neighbour: int
+
+    @property
+    def factory(self) -> str:
+        """FAISS's name of it."""
+        return f"OPQ{self.m}_{self.reduced},IVF{self.nlist},PQ{self.m}x8np"  # np: polysemous codes take minutes to train, and are not searched
 
 
 class PairIndex:
@@ -99,11 +150,7 @@ class PairIndex:
             queries: (Q, E), finite.
             exclude_groups: one prompt group per query, none of whose pairs may be returned.
         """
-        if queries.ndim != 2 or queries.shape[1] != self._cpu.d or not np.isfinite(queries).all():
-            raise SchemaError(f"expected finite queries of shape (Q, {self._cpu.d}), found {queries.shape}")
-        excluded: list[str | None] = list(exclude_groups) if exclude_groups is not None else [None] * len(queries)
-        if len(excluded) != len(queries):
-            raise SchemaError(f"expected one prompt group for each of {len(queries)} queries, found {len(excluded)}")
+        excluded = check_queries(queries, self._cpu.d, exclude_groups)
         found: dict[int, tuple[list[str], Matrix]] = {}
         pending = list(range(len(queries))) if k > 0 and len(self) else []
         depth = k + _SLACK + max((self._group_sizes.get(excluded[row] or "", 0) for row in pending), default=0)
@@ -166,7 +213,12 @@ def _view(index: Any) -> Matrix:
     return vectors
 
 
-def _on_gpu(index: Any) -> Any:
+def check_gpu() -> None:
+    """Refuse `use_gpu` where FAISS sees no GPU."""
     if faiss.get_num_gpus() == 0:
         raise ConfigError("use_gpu is set, but this FAISS sees no GPU: install faiss-gpu, or set use_gpu=false")
+
+
+def _on_gpu(index: Any) -> Any:
+    check_gpu()
     return faiss.index_cpu_to_all_gpus(index)

@@ -25,6 +25,7 @@ class ParityConfig(Settings):
     num_pairs: PositiveInt = 8
     """Pairs drawn from those that the model trained on; a few fixed ones are added. Ours: about 26 conversations, a few seconds on a laptop."""
     seed: NonNegativeInt = 0
+    """Seed of the sample."""
     float32_tolerance: PositiveFloat = 1e-4
     """Largest |difference| / max(1, |reward|) in float32. Ours: 48 sequences of a 135M model stayed within 1.6e-5."""
     checkpoint_tolerance: PositiveFloat = 0.2
@@ -37,6 +38,7 @@ class ParityConfig(Settings):
     compile_layers: bool = False
     """Whether our engine runs compiled norms and MLPs, as it does when it scores with `compile_layers`; the stages set it by their scorer's."""
     num_threads: PositiveInt = 2
+    """Threads on a CPU."""
     max_tokens_per_batch: PositiveInt = 2048
     """Tokens of our engine's micro-batches, padding included."""
     kv_cache_bytes: PositiveInt = 1 << 29  # ours, vLLM on a CPU only

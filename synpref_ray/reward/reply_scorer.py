@@ -30,7 +30,7 @@ def add_reply_rewards(shard: pa.Table, scorer: PairScorer) -> pa.Table:
     usable = {i: np.asarray(ids, dtype=np.int32) for i, ids in enumerate(sequences) if reasons[i] is None}
     groups = group_replies(usable, prompt_keys(shard["prompt"]), scorer.module.row_layout(config.max_tokens_per_batch))
     rewards = np.full(shard.num_rows, np.nan, dtype=np.float32)
-    scored = score_groups(scorer.module, [group for _, group in groups], config.max_tokens_per_batch)
+    scored = score_groups(scorer.module, [group for _, group in groups], config.max_tokens_per_batch, None, scorer.memory)
     for (members, _), values in zip(groups, scored, strict=True):
         rewards[members] = values
     finite = np.isfinite(rewards)

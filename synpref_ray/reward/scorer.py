@@ -21,8 +21,9 @@ from synpref_ray.bundled import resolve_model
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.reward.attention import AttentionWay
+from synpref_ray.reward.memory import MemoryLimit
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer
-from synpref_ray.reward.packing import Group, PackingStats, pack, packing_stats, plan_batches, split_replies
+from synpref_ray.reward.packing import Group, PackingStats, batch_tokens, pack, packing_stats, plan_batches, split_replies
 from synpref_ray.reward.pair_groups import group_pairs, prompt_keys
 from synpref_ray.reward.render import OverLong, RenderedPairs, render_pairs, render_replies, template_digest
 from synpref_ray.schema import REWARDS_SCHEMA, DropReason, Message, Role, pair_id
@@ -45,6 +46,7 @@ class ScorerConfig(Settings):
     over_long: OverLong = "reject"
     """What becomes of those: `reject`, or `drop_oldest_turns` of both sides until the longer one fits. Ours: the paper does not say."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model runs."""
     num_threads: PositiveInt = 2
     """CPU threads of this process. Ours: the laptop of the demo."""
     attention: AttentionWay = "auto"
@@ -64,6 +66,7 @@ class PairScorer:
         self.tokenizer = tokenizer
         self.config = config
         self.template_digest = template_digest(tokenizer)
+        self.memory = MemoryLimit()
         self._counted: Counter[str] = Counter()
 
     @classmethod
@@ -91,8 +94,12 @@ class PairScorer:
         return scorer
 
     def take_counters(self) -> dict[str, float]:
-        """Return what was counted since the last call: shortened pairs, and tokens as `PackingStats.counters` names them."""
+        """Return what was counted since the last call: shortened pairs, micro-batches that did not fit in memory (`halved_batches`, if any), and
+        tokens as `PackingStats.counters` names them.
+        """
         counted, self._counted = self._counted, Counter()
+        if self.memory.num_halved:
+            counted["halved_batches"], self.memory.num_halved = self.memory.num_halved, 0
         return dict(counted)
 
     def render(self, shard: pa.Table) -> RenderedPairs:
@@ -111,7 +118,7 @@ class PairScorer:
         rewards = np.full((len(rendered), 2), np.nan, dtype=np.float32)
         pairs = {i: rendered.sequences(i) for i in rendered.usable()}
         groups = group_pairs(pairs, keys, self.module.row_layout(self.config.max_tokens_per_batch))
-        scored = score_groups(self.module, [group.group for group in groups], self.config.max_tokens_per_batch, self._count)
+        scored = score_groups(self.module, [group.group for group in groups], self.config.max_tokens_per_batch, self._count, self.memory)
         for group, values in zip(groups, scored, strict=True):
             rewards[list(group.pairs)] = np.stack([values[list(group.chosen)], values[list(group.rejected)]], axis=1)
         return rewards
@@ -129,7 +136,7 @@ class PairScorer:
         places = {sequence: place for place, sequence in enumerate(different)}
         budget = self.config.max_tokens_per_batch
         groups = split_replies([np.asarray(sequence, dtype=np.int32) for sequence in different], self.module.row_layout(budget))
-        rewards = np.concatenate([np.zeros(0, dtype=np.float32), *score_groups(self.module, groups, budget)])
+        rewards = np.concatenate([np.zeros(0, dtype=np.float32), *score_groups(self.module, groups, budget, None, self.memory)])
         of_replies: Rewards = rewards[np.asarray([places[tuple(sequence)] for sequence in rendered], dtype=np.int64)]
         return of_replies
 
@@ -138,20 +145,32 @@ class PairScorer:
 
 
 def score_groups(
-    module: RewardModule, groups: Sequence[Group], max_tokens_per_batch: int, count: Callable[[PackingStats], None] | None = None
+    module: RewardModule,
+    groups: Sequence[Group],
+    max_tokens_per_batch: int,
+    count: Callable[[PackingStats], None] | None = None,
+    memory: MemoryLimit | None = None,
 ) -> list[Rewards]:
-    """Return for each group the rewards of its sequences, in order; `count` is told how the tokens were packed."""
+    """Return for each group the rewards of its sequences, in order; `count` is told how the tokens were packed.
+
+    A micro-batch that does not fit in memory is halved; `memory` remembers from call to call what did not fit.
+    """
     rewards: list[Rewards] = [np.zeros(0, dtype=np.float32)] * len(groups)
     device = next(module.parameters()).device
     plan = plan_batches(groups, max_tokens_per_batch)
     start = time.perf_counter()
+
+    def forward(batch: Sequence[int]) -> torch.Tensor:
+        rewards_of_batch: torch.Tensor = module(pack([groups[i] for i in batch]).to(device))
+        return rewards_of_batch
+
     with torch.inference_mode():
-        outputs = [module(pack([groups[i] for i in batch]).to(device)) for batch in plan]
-    for batch, output in zip(plan, outputs, strict=True):
+        outputs = list((memory or MemoryLimit()).run(plan, lambda batch: batch_tokens(groups[i] for i in batch), forward))
+    for batch, output in outputs:
         values = iter(output.cpu().numpy())
         for i in batch:
             rewards[i] = np.fromiter(values, dtype=np.float32, count=len(groups[i].sequences))
-    stats = packing_stats(groups, plan)
+    stats = packing_stats(groups, [batch for batch, _ in outputs])
     _log_speed(stats, len(groups), time.perf_counter() - start)
     if count is not None:
         count(stats)

@@ -25,6 +25,7 @@ from synpref_ray.reward.batch_store import Microbatch
 from synpref_ray.reward.checkpoints import TrainingFolder
 from synpref_ray.reward.engine import WEIGHT, PlainEngine, TrainingEngine
 from synpref_ray.reward.loss import bradley_terry_loss
+from synpref_ray.reward.memory import explain_training
 from synpref_ray.reward.metrics_log import MetricsLog
 from synpref_ray.reward.model import RewardModule, load_backbone_with_head, load_tokenizer, read_row_layout, save_reward_model
 from synpref_ray.reward.packing import PackingStats, batch_tokens, pack, to_device
@@ -115,7 +116,8 @@ class TrainingRun:
         stalled_before = 0.0
         for step, batches in enumerate(loader, start=done + 1):
             factor = learning_rate_factor(step, num_steps, schedule=config.schedule, warmup_fraction=config.warmup_fraction)
-            self._train_step(step, factor, batches, loader.stalled_seconds - stalled_before)
+            with explain_training(config.max_tokens_per_microbatch):
+                self._train_step(step, factor, batches, loader.stalled_seconds - stalled_before)
             stalled_before = loader.stalled_seconds
             if self.data.gold is not None and step in evaluate_after:
                 self._evaluate_and_keep(step)

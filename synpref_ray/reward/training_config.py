@@ -42,6 +42,7 @@ class TrainConfig(Settings):
     weight_decay: NonNegativeFloat = 0.0  # ours: not stated; never on norms, biases and the head
     max_grad_norm: PositiveFloat = 1.0  # ours: not stated
     seed: NonNegativeInt = 0
+    """Seed of the order of pairs and of the reward head."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """What the backbone computes in. Weights, optimizer, head and loss are float32 in both: bfloat16 means autocast, and a bfloat16 residual
     stream, as the stored model has."""
@@ -52,6 +53,7 @@ class TrainConfig(Settings):
     evaluate_every_steps: NonNegativeInt = 0
     """The same in optimizer steps, for epochs of thousands of them; 0 where `evaluations_per_epoch` says it. The last step is always evaluated."""
     gradient_checkpointing: bool = False
+    """Whether activations are computed again in the backward pass, to save memory."""
     gradient_checkpointing_min_tokens: NonNegativeInt = 0
     """Smaller micro-batches (tokens, padding included) keep their activations. Ours: recomputing them costs a third and saves nothing."""
     attention: AttentionWay = "auto"
@@ -62,9 +64,11 @@ class TrainConfig(Settings):
     """Keep only the backbone's first layers: a smaller reward model for a CPU. Ours; the paper keeps all."""
     zero_stage: Literal[0, 1, 2, 3] = 1  # App. E
     num_workers: PositiveInt = 1
+    """Processes that train together."""
     num_threads: PositiveInt = 2
     """CPU threads of each worker."""
     use_gpu: bool = False
+    """Whether each worker has a GPU."""
     shuffle_window_pairs: PositiveInt = 131_072
     """Pairs that are shuffled together. Ours: a dozen of the paper's global batches, about 1 GB of token ids; less data is shuffled as a whole."""
     prefetch_steps: PositiveInt = 8

@@ -28,6 +28,7 @@ class QueueConfig(Settings):
     """Which part of a pool people verify."""
 
     seed: int = 0
+    """Seed of the draws."""
     max_pairs: int = Field(default=2_000, ge=1)  # ours: about a week of the paper's team (2,000 to 3,000 annotations)
     max_fraction: float = Field(default=0.5, gt=0.0, lt=1.0)  # ours: the rest of a pool becomes silver
     audit_share: float = Field(default=0.1, ge=0.0, le=1.0)  # ours: drawn by chance

@@ -6,6 +6,7 @@ which nothing is tuned and every reported figure is measured. A check counts all
 pairs.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from pydantic import Field
 from synpref_ray.config import Settings
 from synpref_ray.errors import CleanGoldError
 from synpref_ray.rules.columns import require_columns
+from synpref_ray.rules.intervals import wilson_interval
 from synpref_ray.schema import stable_uniform
 
 
@@ -25,10 +27,15 @@ class GoldSplit(StrEnum):
     AUDIT = "audit"
 
 
+MAX_HALF_WIDTH = 0.1
+"""Ours: where a 95 % interval around one half reaches farther than ten points to either side, rounds, judges and models cannot be told apart."""
+
+
 class GoldConfig(Settings):
     """How gold is split."""
 
     seed: int = 0
+    """Seed of the split."""
     audit_fraction: float = Field(default=0.3, gt=0.0, lt=1.0)  # ours: enough to report on, most is left to work with
 
 
@@ -47,6 +54,15 @@ def split_gold(prompt_groups: pa.Array | pa.ChunkedArray, config: GoldConfig) ->
     encoded = groups.dictionary_encode()
     splits = pa.array([gold_split(group, config).value for group in encoded.dictionary.to_pylist()], pa.string())
     return splits.take(encoded.indices)
+
+
+def describe_small_gold(num_pairs: Mapping[GoldSplit, int]) -> str:
+    """Return one line that warns where gold is too small to judge anything by, else ""; `num_pairs` counts each part of gold."""
+    reach = {split: (high - low) / 2 for split, count in num_pairs.items() for low, high in [wilson_interval(count / 2, count)]}
+    if not any(half > MAX_HALF_WIDTH for half in reach.values()):
+        return ""
+    parts = " and ".join(f"{num_pairs[split]} {split.value} (±{100 * half:.0f} points)" for split, half in reach.items())
+    return f"gold is too small to judge by: {parts} pairs; what differs by less is not told apart, so have people judge more"
 
 
 def check_split(gold: pa.Table, config: GoldConfig) -> None:

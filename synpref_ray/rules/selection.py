@@ -22,7 +22,9 @@ class VerificationConfig(Settings):
     """How many pairs to verify, and how many of them regardless of priority."""
 
     seed: int = 0
+    """Seed of the draws."""
     max_pairs: int = Field(ge=0)
+    """How many pairs in all."""
     random_fraction: float = Field(default=0.25, ge=0.0, le=1.0)  # ours: see select_for_verification
 
 

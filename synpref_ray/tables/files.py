@@ -1,5 +1,6 @@
 """Files of a local folder, or of any file system that fsspec knows (memory:// in tests), with what tables rely on; and files that users name."""
 
+import glob
 import io
 import os
 import shutil
@@ -7,12 +8,12 @@ import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from synpref_ray.tables.objects import Entry, ObjectFile, is_s3
+from synpref_ray.tables.objects import Entry, ObjectFile, S3Objects, find_objects, is_s3
 from synpref_ray.tables.s3_requests import PART_BYTES, s3_requests
 
 
@@ -29,6 +30,56 @@ def open_file(url: str) -> IO[bytes]:
     if is_s3(url):
         return io.BufferedReader(ObjectFile(url), buffer_size=PART_BYTES // 2)
     return cast(IO[bytes], fsspec.open(url, "rb").open())
+
+
+def is_file(url: str) -> bool:
+    """Whether a local path or URL is that of a file. On S3 an answer that does not come is an error (s3fs's own `isfile` would say no)."""
+    if is_s3(url):
+        return S3Objects.at(url).is_object("")
+    fs, path = filesystem_of(url)
+    return bool(fs.isfile(path))
+
+
+def is_folder(url: str) -> bool:
+    """Whether a local path or URL is that of a folder; on S3, whether anything lies below it. Errors are errors, as with `is_file`."""
+    if is_s3(url):
+        return S3Objects.at(url).is_folder("")
+    fs, path = filesystem_of(url)
+    return bool(fs.isdir(path))
+
+
+def file_size(url: str) -> int:
+    """Return the bytes of a file, 0 where its file system does not say; FileNotFoundError where there is none."""
+    if is_s3(url):
+        return S3Objects.at(url).size("")
+    fs, path = filesystem_of(url)
+    return int(fs.size(path) or 0)
+
+
+class FoundFiles(NamedTuple):
+    """What a path or URL means: the files' own paths or URLs; whether it names one file itself; the folder that they are all below, if it is one."""
+
+    files: list[str]
+    is_one: bool
+    folder: str = ""
+
+
+def find_files(url: str) -> FoundFiles:
+    """Find the files that a path, folder (with all below it) or glob pattern means."""
+    if is_s3(url):
+        objects, is_one = find_objects(url)
+        return FoundFiles(objects, is_one, "" if is_one or glob.has_magic(url) else url.rstrip("/"))
+    fs, path = filesystem_of(url)
+    if fs.isfile(path):
+        return FoundFiles([_address(fs, path)], True)
+    if fs.isdir(path):
+        return FoundFiles([_address(fs, file) for file in fs.find(path)], False, _address(fs, path))
+    return FoundFiles([_address(fs, file) for file in fs.glob(path) if fs.isfile(file)] if glob.has_magic(path) else [], False)
+
+
+def _address(fs: fsspec.AbstractFileSystem, file: str) -> str:
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+    return file if "file" in protocols else str(fs.unstrip_protocol(file))
 
 
 @dataclass(frozen=True)
@@ -57,6 +108,14 @@ class Files:
             return []
         start = len(self.root.rstrip("/")) + 1
         return [name[start:] for name in self.fs.find(self.full(folder), maxdepth=None if deep else 1)]
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the bytes of every file under a folder, by path; none where there is no such folder."""
+        self.fs.invalidate_cache()
+        if not self.exists(folder):
+            return {}
+        start = len(self.root.rstrip("/")) + 1
+        return {name[start:]: int(info["size"] or 0) for name, info in self.fs.find(self.full(folder), detail=True).items()}
 
     def list_folders(self, folder: str) -> list[str]:
         """Return the names of the folders directly in a folder; none where there is no such folder."""

@@ -73,9 +73,17 @@ class S3Objects:
         """Whether there is an object of that very name."""
         return bool(self._key(path)) and self._head(path) is not None
 
+    def is_folder(self, path: str) -> bool:
+        """Whether there is an object below that name."""
+        return bool(next(self._pages(path, "", max_keys=1)).get("Contents"))
+
     def exists(self, path: str) -> bool:
         """Whether there is an object of that name, or one below it."""
-        return self.is_object(path) or bool(next(self._pages(path, "", max_keys=1)).get("Contents"))
+        return self.is_object(path) or self.is_folder(path)
+
+    def size(self, path: str) -> int:
+        """Return the bytes of an object; FileNotFoundError where there is none."""
+        return int(self._requests.call_s3("head_object", **self._place(path))["ContentLength"])
 
     def _pages(self, folder: str, delimiter: str, max_keys: int = 0) -> Iterator[dict[str, Any]]:
         key = self._key(folder)
@@ -97,6 +105,10 @@ class S3Objects:
         entries = (entry for page in self._pages(folder, "" if deep else "/") for entry in page.get("Contents", ()))
         found = [(entry["Key"][start:], int(entry["Size"]), str(entry["ETag"])) for entry in entries]
         return [entry for entry in found if not entry[0].endswith("/")]  # consoles make "folder/" objects
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the bytes of every object under a folder, by path."""
+        return {path: size for path, size, _ in self.contents(folder)}
 
     def list_folders(self, folder: str) -> list[str]:
         """Return the names of the folders directly in a folder, by listings of that level alone."""

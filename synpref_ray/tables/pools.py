@@ -6,6 +6,7 @@ exist. Shard numbers are also kept in the Parquet schema's metadata, so a shard 
 
 import hashlib
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -49,10 +50,15 @@ class Pool:
         """Pairs in this version."""
         return sum(shard.rows for shard in self.shards)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """32 hex digits over the shards in order: two versions with this digest hold the same bytes."""
         return content_digest([[shard.number, shard.digest] for shard in self.shards])
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what was kept with this version about how it was made."""
+        found: dict[str, Any] = self.storage.read_json(f"pools/{self.name}/versions/{self.version}.json")["provenance"]
+        return found
 
     def read(self, number: int, columns: list[str] | None = None) -> pa.Table:
         """Return shard `number`, rows in their fixed order."""

@@ -4,7 +4,9 @@ A gathered row remembers `source_pool, source_shard, source_row`. The plan is co
 an independent task. Paper: Sec. 3.2 and 3.3 select few pairs of many (retrieved neighbours; mismatches of the best RM); how is ours.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import SchemaError
 from synpref_ray.schema import GATHERED_SCHEMA, PAIR_FIELDS, DropReason
+from synpref_ray.tables.parts import PartedSidecar
 from synpref_ray.tables.pools import Pool
 from synpref_ray.tables.sidecars import Sidecar
 
@@ -21,11 +24,20 @@ GATHERED_SHARD_PAIRS = 512  # ours: LLM steps on gathered pools lose at most thi
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of one source shard, ascending."""
+    """Rows of one source shard, ascending; given as any sequence, kept as four bytes each (a selection of 40M pairs is millions of them)."""
 
     pool: Pool
     shard: int
-    rows: tuple[int, ...]
+    rows: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, array):
+            object.__setattr__(self, "rows", array("i", self.rows))
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits over the rows."""
+        return hashlib.blake2b(np.asarray(self.rows, dtype="<i4").tobytes(), digest_size=16).hexdigest()
 
 
 def plan_gather(selected: Iterable[Piece], max_pairs: int = GATHERED_SHARD_PAIRS) -> list[list[Piece]]:
@@ -47,21 +59,32 @@ def plan_gather(selected: Iterable[Piece], max_pairs: int = GATHERED_SHARD_PAIRS
 
 def gather_pairs(pieces: Sequence[Piece]) -> pa.Table:
     """Return one shard of a gathered pool (schema `GATHERED_SCHEMA`)."""
-    tables = []
-    for piece in pieces:
-        rows = piece.pool.read(piece.shard, [field.name for field in PAIR_FIELDS]).take(pa.array(piece.rows, pa.int64()))
-        places = {
-            "source_pool": pa.array([piece.pool.name] * len(piece.rows), pa.string()),
-            "source_shard": pa.array([piece.shard] * len(piece.rows), pa.int32()),
-            "source_row": pa.array(piece.rows, pa.int32()),
-        }
-        for name, values in places.items():
-            rows = rows.append_column(name, values)
-        tables.append(rows.cast(GATHERED_SCHEMA))
-    return pa.concat_tables(tables) if tables else GATHERED_SCHEMA.empty_table()
+    return next(gather_shards([pieces]))
 
 
-def gather_sidecar(gathered: pa.Table, sidecars: Mapping[str, Sidecar], schema: pa.Schema) -> pa.Table:
+def gather_shards(plan: Iterable[Sequence[Piece]]) -> Iterator[pa.Table]:
+    """Yield shards of a gathered pool; a source shard from which several of them take rows in a row is read once."""
+    last: tuple[Pool, int] | None = None
+    source = GATHERED_SCHEMA.empty_table()
+    for pieces in plan:
+        tables = []
+        for piece in pieces:
+            if last != (piece.pool, piece.shard):
+                source = piece.pool.read(piece.shard, [field.name for field in PAIR_FIELDS])
+                last = (piece.pool, piece.shard)
+            rows = source.take(pa.array(np.asarray(piece.rows, dtype=np.int64)))
+            places = {
+                "source_pool": pa.array([piece.pool.name] * len(piece.rows), pa.string()),
+                "source_shard": pa.array(np.full(len(piece.rows), piece.shard, dtype=np.int32)),
+                "source_row": pa.array(np.asarray(piece.rows, dtype=np.int32)),
+            }
+            for name, values in places.items():
+                rows = rows.append_column(name, values)
+            tables.append(rows.cast(GATHERED_SCHEMA))
+        yield pa.concat_tables(tables) if tables else GATHERED_SCHEMA.empty_table()
+
+
+def gather_sidecar(gathered: pa.Table, sidecars: Mapping[str, Sidecar | PartedSidecar], schema: pa.Schema) -> pa.Table:
     """Return the rows of source sidecars that belong to a gathered shard, in its order.
 
     Args:
@@ -72,16 +95,16 @@ def gather_sidecar(gathered: pa.Table, sidecars: Mapping[str, Sidecar], schema: 
     Raises:
         SchemaError: a row of the source sidecar names another pair.
     """
-    keys = list(zip(gathered["source_pool"].to_pylist(), gathered["source_shard"].to_pylist(), strict=True))
+    names, places = gathered["source_pool"].to_pylist(), gathered["source_shard"].to_pylist()
     rows = gathered["source_row"].to_numpy()
-    parts, order = [], []
-    for key in dict.fromkeys(keys):
-        where = np.array([index for index, other in enumerate(keys) if other == key])
-        parts.append(sidecars[key[0]].read(key[1], schema.names).take(pa.array(rows[where])))
-        order.append(where)
+    where: dict[tuple[str, int], list[int]] = {}
+    for index, key in enumerate(zip(names, places, strict=True)):
+        where.setdefault(key, []).append(index)
+    parts = [sidecars[name].read(shard, schema.names).take(pa.array(rows[order])) for (name, shard), order in where.items()]
+    order = [index for found in where.values() for index in found]
     if not parts:
         return schema.empty_table()
-    back = np.argsort(np.concatenate(order), kind="stable")
+    back = np.argsort(order, kind="stable")
     table = pa.concat_tables(parts).take(pa.array(back)).cast(schema)
     if not table["pair_id"].equals(gathered["pair_id"]):
         raise SchemaError("a gathered pool and the sidecar of its source pool disagree about pair_ids; was the source pool replaced?")
@@ -94,26 +117,23 @@ def scatter_shard(source: Pool, number: int, gathered: Pool, result: Sidecar, sc
     Unselected rows are null with reason `not_selected`; row order is the source shard's.
     """
     ids = source.read(number, ["pair_id"])["pair_id"]
-    parts = []
+    parts = [(np.zeros(0, dtype=np.int64), schema.empty_table())]
     for shard in gathered.shards:
-        places = gathered.read(shard.number, ["pair_id", "source_pool", "source_shard", "source_row"])
+        places = gathered.read(shard.number, ["source_pool", "source_shard", "source_row"])
         mine = pc.and_(pc.equal(places["source_pool"], source.name), pc.equal(places["source_shard"], number))
         if pc.any(mine).as_py():
-            parts.append((places.filter(mine), result.read(shard.number, schema.names).filter(mine)))
-    found: dict[int, int] = {}
-    if parts:
-        places = pa.concat_tables([place for place, _ in parts])
-        values = pa.concat_tables([value for _, value in parts])
-        found = {row: index for index, row in enumerate(places["source_row"].to_pylist())}
-    indices = pa.array([found.get(row) for row in range(len(ids))], pa.int64())
+            parts.append((places["source_row"].filter(mine).to_numpy(), result.read(shard.number, schema.names).filter(mine).cast(schema)))
+    values = pa.concat_tables([value for _, value in parts])
+    found = np.full(len(ids), -1, dtype=np.int64)
+    found[np.concatenate([rows for rows, _ in parts])] = np.arange(values.num_rows)
+    unselected = found < 0
+    indices = pa.array(found, mask=unselected)
+    reason = pa.scalar(DropReason.NOT_SELECTED.value, pa.string())
     columns = []
     for field in schema:
         if field.name == "pair_id":
             columns.append(ids)
             continue
-        column = values[field.name].take(indices) if found else pa.nulls(len(ids), field.type)
-        if field.name == "drop_reason":
-            missing = pa.array([None if row in found else DropReason.NOT_SELECTED.value for row in range(len(ids))], pa.string())
-            column = pc.coalesce(column, missing)
-        columns.append(column)
+        column = values[field.name].take(indices)
+        columns.append(pc.if_else(pa.array(unselected), reason, column) if field.name == "drop_reason" else column)
     return pa.table(columns, schema=schema)

@@ -1,5 +1,6 @@
 """Sets: named selections of labelled pairs, kept as (pool version, verdict sidecar, filter) and never as copies."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,15 +13,25 @@ from synpref_ray.tables.pools import content_digest, open_pool
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar, zip_shard
 from synpref_ray.tables.storage import Storage
 
+AS_INGESTED = "as ingested"
 SET_COLUMNS = ("comparison_id", "prompt_group", "prompt", "chosen", "rejected", "source")
 
 
 @dataclass(frozen=True)
 class Member:
-    """The rows of one sealed sidecar whose columns have the wanted values; `sidecar` has a boolean column `flipped`."""
+    """The rows of one sealed sidecar whose columns have the wanted values (a boolean's are `true` and `false`).
+
+    `sidecar` has a boolean column `flipped`; with `as_ingested` it is not applied, and every pair keeps the label that it came with.
+    """
 
     sidecar: Sidecar
     where: tuple[tuple[str, tuple[str, ...]], ...]
+    as_ingested: bool = False
+
+    @property
+    def identity(self) -> list[object]:
+        """What names these rows."""
+        return [self.sidecar.pool.digest, self.sidecar.fingerprint, self.where, *(["as ingested"] if self.as_ingested else [])]
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class PairSet:
     @property
     def digest(self) -> str:
         """32 hex digits over the members' identities and filters."""
-        return content_digest([[m.sidecar.pool.digest, m.sidecar.fingerprint, m.where] for m in self.members])
+        return content_digest([member.identity for member in self.members])
 
     def read(self) -> pa.Table:
         """Return all pairs with `chosen` the preferred reply (flips applied): pair_id, SET_COLUMNS, flipped.
@@ -49,6 +60,21 @@ class PairSet:
             first.setdefault(key, row)
         return table if len(first) == table.num_rows else table.take(pa.array(first.values(), pa.int64()))
 
+    def count(self) -> int:
+        """Return how many pairs `read` gives; texts are read only of comparisons that come more than once."""
+        names = [ids for table in iter_shards(self, ["comparison_id"]) for ids in table["comparison_id"].to_pylist()]
+        repeated = {name for name, times in Counter(names).items() if times > 1}
+        if not repeated:
+            return len(names)
+        wanted = pa.array(sorted(repeated), pa.string())
+        kept: set[tuple[str, str]] = set()
+        for member in self.members:
+            for shard in member.sidecar.pool.shards:
+                table = read_member(member, shard.number, ("comparison_id", "chosen", "rejected"))
+                table = table.filter(pc.is_in(table["comparison_id"], value_set=wanted))
+                kept.update(zip(table["comparison_id"].to_pylist(), table["chosen"].to_pylist(), strict=True))
+        return len([name for name in names if name not in repeated]) + len(kept)
+
 
 def iter_shards(pairs: PairSet, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield pair_id and some columns of the set's pairs, shard by shard and as ingested: flips are not applied, repeated comparisons not merged."""
@@ -60,15 +86,16 @@ def iter_shards(pairs: PairSet, columns: Sequence[str]) -> Iterator[pa.Table]:
 def read_member(member: Member, number: int, columns: Sequence[str] = SET_COLUMNS) -> pa.Table:
     """Return the selected pairs of one shard, flips applied: pair_id, `columns` (the replies among them), flipped."""
     table = _selected(member, number, columns)
-    return flip_pairs(table.drop_columns(["flips"]), pc.fill_null(table["flips"], False))
+    flips = pc.fill_null(table["flips"], False)
+    return flip_pairs(table.drop_columns(["flips"]), pc.and_(flips, pa.scalar(False)) if member.as_ingested else flips)
 
 
 def _selected(member: Member, number: int, columns: Sequence[str]) -> pa.Table:
     """Return the selected pairs of one shard as ingested: pair_id, `columns`, and the sidecar's `flipped` as `flips`."""
     filters = {name: f"where.{name}" for name, _ in member.where}
-    table = zip_shard(member.sidecar.pool, number, columns, [(member.sidecar, {"flipped": "flips", **filters})])
+    table = zip_shard(member.sidecar.pool, number, columns, [(member.sidecar, {"flipped": "flips"}), (member.sidecar, filters)])
     for name, values in member.where:
-        table = table.filter(pc.is_in(table[f"where.{name}"], value_set=pa.array(values, pa.string())))
+        table = table.filter(pc.is_in(table[f"where.{name}"].cast(pa.string()), value_set=pa.array(values, pa.string())))
     return table.drop_columns(list(filters.values()))
 
 
@@ -88,6 +115,7 @@ def save_set(storage: Storage, name: str, members: Sequence[Member]) -> PairSet:
                     "fingerprint": m.sidecar.fingerprint,
                     "where": {key: list(values) for key, values in m.where},
                     **({"clusters": m.sidecar.pool.clusters} if m.sidecar.pool.clusters else {}),
+                    **({"labels": AS_INGESTED} if m.as_ingested else {}),
                 }
                 for m in members
             ],
@@ -113,7 +141,7 @@ def load_set(storage: Storage, name: str, digest: str | None = None) -> PairSet:
     for entry in manifest["members"]:
         pool = replace(open_pool(storage, entry["pool"], entry["version"]), clusters=entry.get("clusters", ""))
         where = tuple((key, tuple(values)) for key, values in entry["where"].items())
-        members.append(Member(open_sidecar(pool, entry["sidecar"], entry["fingerprint"]), where))
+        members.append(Member(open_sidecar(pool, entry["sidecar"], entry["fingerprint"]), where, entry.get("labels") == AS_INGESTED))
     pairs = PairSet(name, tuple(members))
     if digest is not None and pairs.digest != digest:
         raise RunConflictError(

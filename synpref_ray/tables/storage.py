@@ -87,6 +87,10 @@ class Storage:
         found = (entry for entry in self._root.list_entries(prefix) if hidden or not entry.name.startswith("."))
         return sorted(found, key=lambda entry: entry.name)
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the bytes of every file under the folder `prefix`, by path, temporary ones included; a missing folder is empty."""
+        return self._root.sizes(prefix)
+
     def list_folders(self, prefix: str) -> list[str]:
         """Return the names of the folders directly under `prefix`, sorted; what is in them is not listed."""
         return sorted(name for name in self._root.list_folders(prefix) if not name.startswith("."))
@@ -157,15 +161,24 @@ class Storage:
         self.write_bytes(path, encode_json(value))
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        """Return a Parquet file (or some of its columns) as one table."""
+        """Return a Parquet file (or some of its columns) as one table; of a local file, only the bytes of these columns are read."""
         try:
-            with pq.ParquetFile(pa.BufferReader(self.read_bytes(path))) as file:
+            with pq.ParquetFile(self._parquet_source(path, columns)) as file:
                 missing = sorted(set(columns or ()) - set(file.schema_arrow.names))
                 if missing:
                     raise SchemaError(f"{self.join(path)} has no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}")
                 return file.read(columns=columns)
         except pa.ArrowInvalid as error:
             raise InputError(f"{self.join(path)} is not a readable Parquet file: {' '.join(str(error).split())}") from None
+
+    def _parquet_source(self, path: str, columns: list[str] | None) -> Any:
+        """Return what a Parquet file is read from: a file is never changed in place, so an open one stays what it was."""
+        if columns is None or not self.is_local:
+            return pa.BufferReader(self.read_bytes(path))
+        try:
+            return pa.OSFile(self.local_path(path))
+        except FileNotFoundError:
+            raise InputError(f"{self.join(path)} does not exist") from None
 
     def write_table(self, path: str, table: pa.Table) -> bytes:
         """Write a table as zstd Parquet, atomically, and return the bytes written; equal tables give equal bytes."""

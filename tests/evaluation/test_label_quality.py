@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synpref_ray.evaluation.label_quality import label_quality
+from synpref_ray.evaluation.label_quality import flip_detection, label_quality
 
 
 def test_by_hand():
@@ -57,3 +57,36 @@ def test_everything_is_counted_once(rows):
     assert counted + quality.num_without_truth == len(rows)
     assert quality.raw.num_pairs == quality.kept.num_pairs + quality.flipped.num_pairs + quality.dropped.num_pairs == counted
     assert quality.kept_and_flipped.num_correct == quality.kept.num_correct + quality.flipped.num_correct
+
+
+def test_flip_detection_by_hand():
+    # wrong labels: two flipped, one dropped, one kept; right ones: one flipped, one dropped, two kept; one pair without truth
+    rows = [("flip", "rejected")] * 2 + [("drop", "rejected"), ("keep", "rejected"), ("flip", "chosen"), ("drop", "chosen")]
+    rows += [("keep", "chosen")] * 2 + [("flip", None), ("flip", "abstain")]
+    found = flip_detection(*zip(*rows, strict=True))
+    assert (found.precision.num_correct, found.precision.num_pairs) == (2, 3)
+    assert (found.recall.num_correct, found.recall.num_pairs) == (2, 4)
+    assert (found.removed.num_correct, found.removed.num_pairs) == (3, 4)
+    assert (found.lost.num_correct, found.lost.num_pairs) == (2, 4)
+    assert math.isnan(flip_detection([], []).precision.accuracy)
+
+
+def test_nothing_found_has_an_interval_all_the_same():
+    """Five wrong labels of five prompts, none flipped: a bootstrap would say 0 to 0; Wilson's interval of 0 of 5 ends at z² / (5 + z²) = 0.434."""
+    found = flip_detection(["keep"] * 5, ["rejected"] * 5, groups=list("abcde"))
+    assert (found.recall.low, found.recall.high) == (0.0, pytest.approx(0.4345, abs=1e-3))
+    of_one_prompt = flip_detection(["flip"] * 5, ["rejected"] * 5, groups=["a"] * 5)
+    assert of_one_prompt.precision.low == pytest.approx(1 / (1 + 1.959964**2), abs=1e-6)  # one prompt is one trial
+
+
+DECISIONS = st.lists(st.tuples(st.sampled_from(["keep", "flip", "drop"]), st.sampled_from(["chosen", "rejected", None])), max_size=30)
+
+
+@given(DECISIONS)
+def test_flips_found_are_flips_found_whichever_way_one_counts(rows):
+    decisions, truth = [row[0] for row in rows], [row[1] for row in rows]
+    found, quality = flip_detection(decisions, truth), label_quality(decisions, truth)
+    assert found.precision.num_correct == found.recall.num_correct == quality.flipped.num_correct
+    assert found.recall.num_pairs == found.removed.num_pairs == quality.raw.num_pairs - quality.raw.num_correct
+    assert found.lost.num_pairs == quality.raw.num_correct
+    assert found.recall.num_correct <= found.removed.num_correct

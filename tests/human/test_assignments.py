@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from synpref_ray.errors import SynprefError
 from synpref_ray.human.assignments import AnnotationQueue
@@ -116,6 +116,13 @@ def test_the_clock_is_read_once_the_item_is_locked(tmp_path: Path) -> None:
     for late in (lambda: queue.answer(ann, second, 0, Given(choice="1")), lambda: queue.skip(ann, second, "x"), lambda: queue.renew(ann, second)):
         with pytest.raises(Refused, match="somebody else has it"):
             late()
+
+
+def test_an_acknowledged_verdict_is_on_disk(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    with site.database.read() as session:
+        found = [session.scalar(text(f"PRAGMA {name}")) for name in ("journal_mode", "synchronous", "foreign_keys")]
+    assert found == ["wal", 2, 1]  # 2: FULL, an fsync for every transaction
 
 
 def test_seconds_are_counted_from_the_lease(tmp_path: Path) -> None:

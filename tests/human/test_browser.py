@@ -147,7 +147,8 @@ def test_a_person_works_through_the_queue_by_keyboard(tmp_path: Path, browser: W
         browser.get(f"{server.url}/admin")
         assert browser.find_element(By.ID, "count-settled").text == "3"
         shoot(browser, "annotation-admin.png")
-        browser.set_window_size(500, 900)
+        browser.set_window_size(360, 900)
+        assert not browser.execute_script("return document.documentElement.scrollWidth > document.documentElement.clientWidth")
         broken = """
             return [...document.querySelectorAll('th, td')].filter(cell => {
               const all = document.createRange();

@@ -64,7 +64,7 @@ def test_bad_truth_files_are_one_line(tmp_path: Path) -> None:
 
 
 TRUTH_MODULE = "human/simulated.py"
-FINAL_REPORT = ("reporting/", "pipeline/demo")  # may call read_truth, never open the file itself
+FINAL_REPORT = ("reporting/", "pipeline/demo", "pipeline/label_report")  # may call read_truth, never open the file itself
 OPENERS = {
     "open",
     "open_binary",

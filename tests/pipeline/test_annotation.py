@@ -16,7 +16,7 @@ from sqlalchemy import select
 
 from jobs import annotate
 from synpref_ray.config import load_config
-from synpref_ray.errors import ConfigError, SynprefError, WaitingError
+from synpref_ray.errors import ConfigError, InputError, SynprefError, WaitingError
 from synpref_ray.human.accounts import Accounts
 from synpref_ray.human.assignments import AnnotationQueue
 from synpref_ray.human.consensus import ConsensusConfig
@@ -328,6 +328,15 @@ def test_other_databases_are_refused_in_one_line(url: str, tmp_path: Path, capsy
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "hidden-word" not in said
+
+
+def test_a_workspace_on_object_storage_needs_a_database_elsewhere(tmp_path: Path) -> None:
+    for make in (True, False):
+        with pytest.raises(InputError, match="name a database"):
+            AnnotateConfig(workspace="s3://bucket/run").open_database(make=make)
+    config = load_config(AnnotateConfig, None, ["workspace=s3://bucket/run", f"database=sqlite:///{tmp_path / 'a.db'}"])
+    config.open_database().close()
+    assert (tmp_path / "a.db").exists()
 
 
 def test_a_file_that_is_no_database_and_a_folder_that_is_not_there(tmp_path: Path) -> None:

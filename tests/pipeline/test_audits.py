@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from synpref_ray.errors import ConfigError
+from synpref_ray.evaluation.benchmarks.core import ReadItems
 from synpref_ray.evaluation.reliability.attacks import KINDS
 from synpref_ray.evaluation.reliability.suffix_search import SearchConfig
 from synpref_ray.pipeline.audits import AuditConfig, printable_tokens
+from synpref_ray.pipeline.benchmark_files import LoadedBenchmark, benchmark_of_file
 from synpref_ray.pipeline.evaluate import EvaluateConfig, check_evaluate, run_evaluate
+from synpref_ray.pipeline.gold_benchmark import gold_items
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.model import load_tokenizer
@@ -108,3 +111,24 @@ def test_a_vocabulary_prints(models: list[str]) -> None:
     assert texts
     assert not set(texts) & set(tokenizer.all_special_tokens)
     assert all(text.strip() and text.isprintable() for text in texts)
+
+
+def test_accuracy_by_attribute(evaluate: Callable[..., tuple[Run, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gold rows as a finished Stage 1 leaves them; only the reading of its record is replaced."""
+    rows = [
+        {"pair_id": f"g{n}", "prompt": [{"role": "user", "content": f"Gold {n}?"}], "chosen": f"one {n}", "rejected": f"two {n}"}
+        | {"human_verdict": "chosen" if n % 2 else "rejected", "gold_split": "audit" if n < 6 else "working"}
+        | {"task_category": "Math" if n < 4 else None, "objectivity": "objective", "controversiality": "low"}
+        for n in range(8)
+    ]
+    items = gold_items(rows)
+    assert [item.replies for item in items[:2]] == [("two 0", "one 0"), ("one 1", "two 1")]
+    assert len(items) == 6
+    loaded = LoadedBenchmark("audit_gold", benchmark_of_file("audit_gold", many=False), ReadItems(items), is_pair_file=True)
+    monkeypatch.setattr("synpref_ray.pipeline.evaluate.audit_gold", lambda _: loaded)
+    run, _ = evaluate(audits=("calibration",), audit_gold=True)
+    prefix = "audit/calibration/audit_gold"
+    assert run.metrics[f"{prefix}/by_task_category/Math/num_pairs"] == 4
+    assert run.metrics[f"{prefix}/by_task_category/unknown/num_pairs"] == 2
+    assert run.metrics[f"{prefix}/by_objectivity/objective/num_pairs"] == 6
+    assert run.metrics["audit_gold/num_pairs"] == 6

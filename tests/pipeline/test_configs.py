@@ -7,6 +7,7 @@ import pytest
 
 from synpref_ray.config import Settings, load_config
 from synpref_ray.errors import ConfigError
+from synpref_ray.pipeline.ablate import AblateConfig
 from synpref_ray.pipeline.annotation import AnnotateConfig
 from synpref_ray.pipeline.attack import AttackConfig
 from synpref_ray.pipeline.demo import DemoConfig
@@ -30,6 +31,7 @@ JOBS: dict[str, type[Settings]] = {
     "preverify": PreverifyConfig,
     "decontaminate": LeaksConfig,
     "plan": PlanConfig,
+    "ablate": AblateConfig,
 }
 
 

@@ -65,9 +65,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     score, load = reply_scorer.score_groups, score_cache.PairScorer.load
 
-    def counting(module: Any, groups: Sequence[Group], max_tokens: int) -> Any:
+    def counting(module: Any, groups: Sequence[Group], *args: Any) -> Any:
         found.append(sum(len(group.sequences) for group in groups))
-        return score(module, groups, max_tokens)
+        return score(module, groups, *args)
 
     def loading(*args: Any) -> Any:
         found.append(0)
@@ -134,10 +134,10 @@ def test_an_interrupted_evaluation_goes_on_from_its_shards_with_whatever_benchma
     with monkeypatch.context() as patch:
         score = reply_scorer.score_groups
 
-        def dying(module: Any, groups: Sequence[Group], max_tokens: int) -> Any:
+        def dying(module: Any, groups: Sequence[Group], *args: Any) -> Any:
             if sum(calls) >= 18:
                 raise KeyboardInterrupt
-            return score(module, groups, max_tokens)
+            return score(module, groups, *args)
 
         patch.setattr(reply_scorer, "score_groups", dying)
         with pytest.raises(KeyboardInterrupt):

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from jobs.export import main
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
 from synpref_ray.pipeline.export import EXPORT_SCHEMA, ExportConfig, check_export, run_export
 from synpref_ray.pipeline.hygiene import HygieneConfig, run_hygiene
@@ -162,6 +164,114 @@ def test_a_trial_with_simulated_people_says_so(tmp_path: Path) -> None:
     (ws / "rounds").mkdir()
     (ws / "rounds" / "stage2.json").write_text('{"simulated_gold": true}')
     assert "SIMULATED" in (Path(export(ws)["folder"]) / "README.md").read_text()
+
+
+def test_any_filter_over_the_decision_table(tmp_path: Path) -> None:
+    ws = workspace(tmp_path, facts=False)
+    pool = open_pool(ExportConfig(workspace=str(ws), set=NAME).storage, "wild")
+    rows = pool.read_all(["pair_id"]).to_pylist()
+    margins = {row["pair_id"]: None if place % 5 == 0 else float(place % 4) for place, row in enumerate(rows)}
+    decided = [
+        {"pair_id": name, "decision": "keep" if place % 2 else "flip", "flipped": not place % 2, "decision_reason": "ab"[place % 3 > 0]}
+        for place, name in enumerate(margins)
+    ]
+    decision = Sidecar(pool, "decision", "e" * 32)
+    seal(decision, [{**row, "margin_gold": margins[row["pair_id"]]} for row in decided], DECISION_SCHEMA)
+    save_set(pool.storage, "all", [Member(decision, (("decision", ("keep", "flip")),))])
+    everything = {"set": "all", "unknown_licences": True}
+    wanted = {row["pair_id"] for row in decided if row["decision_reason"] == "b" and margins[row["pair_id"]] in (1.0, 2.0)}
+    record = export(
+        ws,
+        **everything,
+        where={"decision_reason": ["b", "c"]},
+        at_least={"margin_gold": 1.0},
+        at_most={"margin_gold": 2.0},
+        out=str(tmp_path / "some"),
+    )
+    assert {row["pair_id"] for row in rows_of(record)} == wanted
+    assert record["left_out"] == {"filter": len(rows) - len(wanted)}
+    text = (tmp_path / "some" / "README.md").read_text()
+    assert "`decision_reason` is b or c, and `margin_gold` is at least 1, and `margin_gold` is at most 2" in text
+    assert export(ws, **everything, out=str(tmp_path / "all"))["pairs"] == len(rows)
+    kept = export(ws, **everything, where={"flipped": ["false"]}, out=str(tmp_path / "kept"))
+    assert (kept["pairs"], kept["flipped"]) == (len(rows) // 2, 0)  # the 26M kind out of the 40M kind
+    with pytest.raises(ConfigError, match="all has no column margins to filter by; there are pair_id, decision"):
+        export(ws, **everything, at_least={"margins": 1.0})
+    with pytest.raises(ConfigError, match="at_least and at_most are for numbers, and decision of all is none"):
+        export(ws, **everything, at_most={"decision": 1.0})
+
+
+def test_openrlhf_reads_the_folder(tmp_path: Path) -> None:
+    """Its reward data set, with --prompt_key prompt --apply_chat_template, renders `prompt + chosen` by the tokenizer's template and cuts the
+    rendered prompt off; a column `margin` would go into its loss.
+    """
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+
+    from synpref_ray.bundled import resolve_model
+
+    record = export(workspace(tmp_path, facts=False), licences=["mit", "cc-by-4.0"])
+    loaded = load_dataset("parquet", data_files=f"{record['folder']}/data/*.parquet", split="train", cache_dir=str(tmp_path / "cache"))
+    assert "margin" not in loaded.column_names
+    render = AutoTokenizer.from_pretrained(resolve_model("HuggingFaceTB/SmolLM2-135M-Instruct")).apply_chat_template
+    for row in loaded:
+        prompt = render(row["prompt"], tokenize=False, add_generation_prompt=True)
+        for reply in ("chosen", "rejected"):
+            assert [message["role"] for message in row[reply]] == ["assistant"]
+            whole = render(row["prompt"] + row[reply], tokenize=False)
+            assert whole.startswith(prompt)
+            assert whole[len(prompt) :].startswith(row[reply][0]["content"])
+
+
+class Hub:
+    """Stands where the hub's client does, and keeps what it is asked for."""
+
+    asked: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+
+    def create_repo(self, repo: str, **more: Any) -> None:
+        self.asked.append(("create", {"repo": repo, **more}))
+
+    def upload_folder(self, **more: Any) -> Any:
+        if more["repo_id"] == "me/refused":
+            raise OSError("403: no rights\nhere")
+        self.asked.append(("upload", more))
+        return SimpleNamespace(oid="c0ffee", commit_url="https://hub/commit/c0ffee")
+
+
+def test_pushing_is_a_verb_and_never_a_side_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    ws, out = workspace(tmp_path, facts=False), tmp_path / "out"
+    push = ["push", f"workspace={ws}", f"folder={out}", "repo=me/pairs"]
+    assert main(push) == 2
+    assert "is no finished export" in capsys.readouterr().err
+    assert main([f"workspace={ws}", f"set={NAME}", f"out={out}"]) == 0
+    assert main([*push, "--dry-run"]) == 0
+    assert Hub.asked == []
+    assert main(push) == 0
+    assert "15 pairs in 1 files: https://hub/commit/c0ffee" in capsys.readouterr().out
+    (_, made), (_, sent) = Hub.asked
+    assert made == {"repo": "me/pairs", "repo_type": "dataset", "private": True, "exist_ok": True}
+    assert (sent["folder_path"], sent["revision"], sent["repo_type"]) == (str(out), "main", "dataset")
+    assert main([*push, "repo=me/refused"]) == 2
+    assert "cannot push to me/refused: OSError: 403: no rights here" in capsys.readouterr().err
+    (out / "data" / "train-00000.parquet").unlink()
+    assert main(push) == 2
+    assert "has 0 of its 1 files" in capsys.readouterr().err
+
+
+def test_what_simulated_people_labelled_is_pushed_only_if_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    ws = workspace(tmp_path, facts=False)
+    (ws / "rounds").mkdir()
+    (ws / "rounds" / "stage2.json").write_text('{"simulated_gold": true}')
+    folder = export(ws)["folder"]
+    push = ["push", f"workspace={ws}", f"folder={folder}", "repo=me/pairs"]
+    assert main(push) == 2
+    assert Hub.asked == []
+    assert main([*push, "simulated=true", "private=false"]) == 0
+    assert Hub.asked[0][1]["private"] is False
 
 
 def test_datasets_loads_the_folder(tmp_path: Path) -> None:

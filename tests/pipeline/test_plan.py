@@ -12,7 +12,7 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.schema import POOL_SCHEMA
 from synpref_ray.tables.pools import commit_pool, write_pool_shard
 from synpref_ray.tables.storage import Storage
-from tests.planning.test_timing import DEMO_STEPS
+from tests.planning.test_timing import DEMO_RUN
 
 REPOSITORY = Path(__file__).parents[2]
 PAPER = str(REPOSITORY / "jobs" / "configs" / "plan_paper.yaml")
@@ -66,7 +66,7 @@ def test_a_target_is_read_off_the_curve_of_an_ablation(tmp_path: Path) -> None:
 
 
 def test_the_demo_s_time_comes_from_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace with the recorded steps of a real demo, its last step (judging the mismatches) filled in at the pace of the others."""
+    """A workspace with the recorded events of a real demo: its own time is found again, step by step and with what lies between."""
     monkeypatch.chdir(REPOSITORY)
     storage = Storage(str(tmp_path))
     for name, rows in (("seed", 150), ("unverified", 300)):
@@ -74,28 +74,17 @@ def test_the_demo_s_time_comes_from_a_finished_run(tmp_path: Path, monkeypatch: 
             [pa.nulls(rows, field.type) for field in POOL_SCHEMA], schema=pa.schema([field.with_nullable(True) for field in POOL_SCHEMA])
         )
         commit_pool(storage, name, "made", [write_pool_shard(storage, name, 0, table)], {})
-    parity = [{"event": "parity", "seconds": 7.0}] * 4
-    events = [*DEMO_STEPS, {"event": "step", "step": "judge (smollm2-135m)", "rows": 287, "computed": 145, "judged": 145, "seconds": 40.0}, *parity]
-    seconds = sum(event["seconds"] for event in events) + 30
-    rounds = [
-        {"set_sizes": {}, "selected_pairs": 0},
-        {"set_sizes": {}, "selected_pairs": 175},
-        {"set_sizes": {"silver": 302, "gold-working": 97, "gold-audit": 45}, "selected_pairs": 125},
-    ]
-    stage2 = {"pairs": 500, "judged_pairs": 145, "decisions": {"keep": 248, "flip": 98, "drop": 154}}
-    storage.write_json("runs/demo-1/metrics.json", {"rounds": rounds, "stage2": stage2, "seconds": seconds})
-    lines = [*events, {"event": "finish", "seconds": seconds}]
+    seconds = DEMO_RUN["metrics"]["seconds"]
+    lines = [*DEMO_RUN["events"], {"event": "finish", "seconds": seconds}]
+    storage.write_json("runs/demo-1/metrics.json", DEMO_RUN["metrics"])
     storage.write_bytes("runs/demo-1/events.jsonl", "\n".join(json.dumps(line) for line in lines).encode())
     config = PlanConfig(workspace=str(tmp_path), like="demo", expected_seconds=seconds)
     run = Run(storage, "plan", config)
     table = run_plan(config, run)
     time = run.metrics["time"]
     steps = {step["step"]: step for step in time["steps"]}
-    assert steps["train best RM, final"]["work"] == pytest.approx(302, abs=1)
+    assert steps["train gold RM"]["work"] == pytest.approx(279)
     assert steps["score held-out pairs"]["work"] == 1600
     assert time["seconds"] == pytest.approx(time["overhead"] + sum(step["seconds"] for step in time["steps"]))
-    assert time["ratio"] == pytest.approx(time["seconds"] / seconds)
-    after = {"train curated, seed 0", "train raw, seed 0", "score held-out pairs", "parity of curated, seed 0", "parity of raw, seed 0"}
-    up_to_there = sum(step["seconds"] for name, step in steps.items() if name not in after) + time["overhead"]
-    assert 0.7 <= up_to_there / seconds <= 1.3
+    assert time["ratio"] == pytest.approx(1.0, abs=0.1)  # from its own steps: the check of the arithmetic, not of a forecast
     assert "estimated: " in table

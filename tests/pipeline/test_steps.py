@@ -105,6 +105,18 @@ def test_only_missing_shards_are_computed_after_a_kill(tmp_path: Path) -> None:
     assert pool.storage.read_bytes(shard_path(sidecar.folder, 1)) == before
 
 
+def test_rejects_of_an_earlier_run_are_counted_too(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [3, 0, 3])
+    lengths = sorted(len(text) for text in pool.read_all(["chosen"])["chosen"].to_pylist())
+    step = counting_step(tmp_path / "log", Resources(), fail_above=lengths[3])
+    sidecar = run_step(step, [StepInput(pool, ("chosen",))]).sidecars[0][0]
+    assert sidecar.manifest["rejected"] == {"too_long": 2}
+    for number in (0, 2):
+        pool.storage.delete(f"{sidecar.folder}/manifest.json")
+        pool.storage.delete(shard_path(sidecar.folder, number))
+        assert run_step(step, [StepInput(pool, ("chosen",))]).rejected == {"too_long": 2}
+
+
 def test_rejects_are_written_whole_and_counted(tmp_path: Path) -> None:
     pool = make_pool(tmp_path, "seed", [4])
     longest = max(len(text) for text in pool.read(0)["chosen"].to_pylist())

@@ -17,6 +17,18 @@ def test_in_this_process() -> None:
     assert run_tasks(multiply, 3, []) == []
 
 
+def test_a_long_pass_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    numbers = [(number,) for number in range(3)]
+    with caplog.at_level("INFO"):
+        run_tasks(multiply, 3, numbers, inline=True, title="read files")  # over in less than a minute
+        assert caplog.messages == []
+        monkeypatch.setattr("synpref_ray.pipeline.tasks.PROGRESS_SECONDS", 0.0)
+        run_tasks(multiply, 3, numbers, inline=True)
+        assert caplog.messages == []
+        run_tasks(multiply, 3, numbers, inline=True, title="read files")
+    assert caplog.messages == ["read files: 1 of 3 tasks done", "read files: 2 of 3 tasks done"]
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray")
 def test_on_ray(monkeypatch: pytest.MonkeyPatch) -> None:

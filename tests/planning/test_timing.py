@@ -1,6 +1,8 @@
 """Times: a start and a pace from exact steps, kinds from the names of events, and the demo's own steps estimated from each other.
 
-`demo_steps.json` are the step events of one real run of the demo on two CPU cores (up to Stage 2's judging, where it was cut off), from its log.
+Two real runs of the demo on two shared CPU cores: `demo_steps.json` holds the step events of one that was cut off in Stage 2's judging, from its log;
+`demo_run.json` those of a whole one, with what its metrics say of rounds, Stage 2 and time. `models` and `epochs` were added: events had no such
+fields then. Other work ran beside both, more beside the second, so that the paces of one are not those of the other.
 """
 
 import json
@@ -16,6 +18,7 @@ from synpref_ray.planning.loop import LoopShares, LoopSizes, loop_steps, read_sh
 from synpref_ray.planning.timing import MeasuredRuns, MeasuredStep, PlannedStep, estimate, fit_paces, kind_of, leave_one_out, measured_steps
 
 DEMO_STEPS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "demo_steps.json").read_text())
+DEMO_RUN: dict[str, Any] = json.loads((Path(__file__).parent / "demo_run.json").read_text())
 DEMO = LoopSizes(
     seed=150, unverified=300, wild=500, held_out=400, seed_gold=76, round_gold=33, rounds=2, taggers=("tagger",),
     judges=("smollm2-135m",), gold_epochs=3,
@@ -100,6 +103,29 @@ def test_the_rest_of_the_demo_from_its_first_rounds() -> None:
     after = [step for step in measured_steps(DEMO_STEPS[cut:]) if step.kind in kinds and step.kind.split(" ")[0] in {"train", "judge"}]
     found = estimate([PlannedStep(step.kind, step.work) for step in after], MeasuredRuns(tuple(before), sum(step.seconds for step in before)))
     assert 0.7 <= found.seconds / sum(step.seconds for step in after) <= 1.3
+
+
+def test_the_whole_demo_from_its_first_rounds() -> None:
+    """Paces from the steps up to the second round's training; shares from the end, as a run before would have given them."""
+    events, metrics = DEMO_RUN["events"], DEMO_RUN["metrics"]
+    cut = next(place for place, event in enumerate(events) if event.get("step") == "score gold, round 2")
+    early = measured_steps(events[:cut])
+    planned = loop_steps(DEMO, read_shares(metrics, seed=150, unverified=300))
+    found = estimate(planned, MeasuredRuns(tuple(early), sum(step.seconds for step in early)))
+    assert 0.7 <= found.seconds / metrics["seconds"] <= 1.3
+    left_out = leave_one_out(measured_steps(events))
+    assert 0.7 <= left_out.estimated / left_out.measured <= 1.3
+
+
+def test_every_step_of_the_demo_that_takes_time_is_planned() -> None:
+    """Kinds, their number and their work, against the events of the run whose shares are used."""
+    metrics = DEMO_RUN["metrics"]
+    planned = loop_steps(DEMO, read_shares(metrics, seed=150, unverified=300))
+    ran = [step for step in measured_steps(DEMO_RUN["events"]) if step.kind not in {"verify", "exemplars", "decide"}]
+    for kind in {step.kind for step in ran}:
+        theirs, ours = ([step.work for step in steps if step.kind == kind] for steps in (ran, planned))
+        assert len(ours) == len(theirs), kind
+        assert sum(ours) == pytest.approx(sum(theirs), rel=0.03), kind
 
 
 def test_the_planned_work_is_the_demo_s() -> None:

@@ -153,6 +153,7 @@ def stage2(storage: Storage, pool: Pool, random: Random) -> pa.Table:
             beside = {
                 "margin_best": pa.array(best, pa.float32()),
                 "margin_gold": pa.array(gold, pa.float32()),
+                "ask_judge": pa.array([margin < 0 for margin in best], pa.bool_()),
                 "judge_verdict": pa.array(judged, pa.string()),
             }
             for name, values in beside.items():

@@ -6,6 +6,7 @@ import pytest
 
 from synpref_ray.errors import ConfigError, RunConflictError, SchemaError
 from synpref_ray.retrieval.index import IndexConfig, PairIndex
+from synpref_ray.retrieval.neighbours import JoinedSearch
 from synpref_ray.retrieval.select import RetrievalConfig, retrieve_pairs
 from synpref_ray.tables.storage import Storage
 from tests.retrieval.brute_force import BruteForceSearch
@@ -159,3 +160,12 @@ def test_retrieval_on_faiss_equals_retrieval_on_brute_force():
     found = retrieve_pairs(gold, build(pool), set(), RetrievalConfig())
     assert found.equals(retrieve_pairs(gold, BruteForceSearch(pool), set(), RetrievalConfig()))
     assert found.num_rows > 200
+
+
+def test_indexes_joined_are_one_index():
+    pairs = random_pairs(300, 16, seed=7, num_distinct=40)
+    parts = [build(pairs.slice(0, 100)), build(pairs.slice(100, 1)), build(pairs.slice(101))]
+    queries = np.random.default_rng(8).normal(size=(9, 16)).astype(np.float32)
+    groups = [f"g{i}" for i in range(9)]
+    for k in (1, 20, 400):
+        same(JoinedSearch(parts).search(queries, k, exclude_groups=groups), build(pairs).search(queries, k, exclude_groups=groups))

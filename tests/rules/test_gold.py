@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from synpref_ray.errors import CleanGoldError
 from synpref_ray.rules.gold import (
     GoldConfig,
+    GoldSplit,
     check_best_rm_training,
     check_exemplars,
     check_gold_rm_training,
     check_silver,
     check_split,
+    describe_small_gold,
     gold_split,
     split_gold,
 )
@@ -140,3 +142,11 @@ def test_at_most_three_pairs_are_named():
     assert str(caught.value).startswith("5 silver pairs share a prompt with gold (s0, s1, s2 …): ")
     with pytest.raises(CleanGoldError, match=r"^1 pairs .*\(t\)"):
         check_exemplars(targets(("t", "A", ["w1", "w2"])), GOLD)
+
+
+def test_small_gold_is_told_with_how_far_an_interval_reaches():
+    """The half-width of Wilson's interval at one half is z / 2 / sqrt(n + z²): 0.1 at n = 92.2."""
+    assert describe_small_gold({GoldSplit.WORKING: 93, GoldSplit.AUDIT: 93}) == ""
+    told = describe_small_gold({GoldSplit.WORKING: 200, GoldSplit.AUDIT: 20})
+    assert told.startswith("gold is too small to judge by: 200 working (±7 points) and 20 audit (±20 points) pairs")
+    assert "0 audit (±50 points)" in describe_small_gold({GoldSplit.WORKING: 200, GoldSplit.AUDIT: 0})

@@ -1,12 +1,14 @@
 """One pair's label from everything that is known of it: each rule by itself, and that it stands above all that come after it."""
 
+from typing import Any
+
 import pytest
 
 from synpref_ray.rules.labels import Evidence, Label, LabelReason, label_pair
 from synpref_ray.schema import LabelSource, Verdict
 
 C, R, A = Verdict.CHOSEN, Verdict.REJECTED, Verdict.ABSTAIN
-NOTHING = {"human": None, "judge": None, "shares_gold_prompt": False, "contradicted": False, "leaked": False}
+NOTHING: dict[str, Any] = {"human": None, "judge": None, "shares_gold_prompt": False, "contradicted": False, "leaked": False}
 
 
 @pytest.mark.parametrize(
@@ -26,5 +28,5 @@ NOTHING = {"human": None, "judge": None, "shares_gold_prompt": False, "contradic
         ({}, LabelSource.SILVER, False, LabelReason.SOURCE_LABEL),
     ],
 )
-def test_the_first_rule_that_applies_decides(known: dict[str, object], source: LabelSource, flipped: bool, reason: LabelReason) -> None:
+def test_the_first_rule_that_applies_decides(known: dict[str, Any], source: LabelSource, flipped: bool, reason: LabelReason) -> None:
     assert label_pair(Evidence(**{**NOTHING, **known})) == Label(source, flipped, reason)

@@ -16,8 +16,11 @@ import pytest
 from synpref_ray.errors import ConfigError, InputError, RunConflictError, StorageError
 from synpref_ray.ingest.readers import digest_file, open_binary
 from synpref_ray.ingest.source import SourceConfig, list_source_files
+from synpref_ray.pipeline.benchmark_files import find_benchmark
 from synpref_ray.pipeline.cluster import probe_workspace
+from synpref_ray.pipeline.ingest import IngestConfig, resolve_sources
 from synpref_ray.tables import leases, objects, s3_requests
+from synpref_ray.tables.files import file_size, is_file, is_folder
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.models import model_folder
 from synpref_ray.tables.objects import S3Objects
@@ -326,6 +329,55 @@ def test_sources_are_found_and_read_whole(storage: Storage, proxy: FaultProxy) -
     assert sum(1 for _ in read_rows(storage.join("data/a.jsonl"), what="verdict file", required=["pair_id"])) == 20_000
     with pytest.raises(InputError, match="there is no file"), open_binary(storage.join("data/z.jsonl")):
         pass
+
+
+FLAKY: tuple[Fault, ...] = ("500", "503", "reset", "cut")
+
+
+def place_sources(storage: Storage) -> tuple[IngestConfig, IngestConfig, dict[str, str]]:
+    """Write a folder of data, a copy of a published set and a benchmark; return two configs of ingest, and where the sources should be found."""
+    for name in ("data/seed-a.jsonl", "data/unverified/b.jsonl", "copies/helpsteer3/preference/train.jsonl.gz", "bench/rm_bench/chat_filtered.json"):
+        storage.write_bytes(name, b"{}\n")
+    storage.write_bytes("bench/held_out.jsonl", b"{}\n")
+    part = {"name": "part", "catalogue": "helpsteer3", "path": storage.join("copies/helpsteer3/preference")}
+    copies = {"sources": [{"name": "helpsteer3"}, part], "copies": storage.join("copies")}
+    train = storage.join("copies/helpsteer3/preference/train.jsonl.gz")
+    return IngestConfig(data=storage.join("data")), IngestConfig.model_validate(copies), {"helpsteer3": train, "part": train}
+
+
+@pytest.mark.parametrize("kind", FLAKY)
+def test_where_sources_and_benchmarks_lie_does_not_depend_on_failing_calls(storage: Storage, proxy: FaultProxy, kind: Fault) -> None:
+    data, copies, wanted = place_sources(storage)
+    proxy.reset(first_of_each(kind))
+    found = {source.name: source.path for source in resolve_sources(data)}
+    assert found == {name: storage.join(f"data/{name}") for name in ("seed-a.jsonl", "unverified/b.jsonl")}
+    assert {source.name: list_source_files(source) for source in resolve_sources(copies)} == {name: (file,) for name, file in wanted.items()}
+    assert find_benchmark("rm_bench", storage.join("bench")).files == (storage.join("bench/rm_bench/chat_filtered.json"),)
+    assert find_benchmark("held_out", storage.join("bench")).files == (storage.join("bench/held_out.jsonl"),), "and no other ending is taken unseen"
+    assert proxy.faults[kind] > 10
+
+
+@pytest.mark.parametrize("kind", FLAKY)
+def test_an_outage_is_never_taken_for_a_missing_source(storage: Storage, proxy: FaultProxy, kind: Fault) -> None:
+    data, copies, _ = place_sources(storage)
+    proxy.reset(lambda _: kind)
+    for look in (
+        lambda: resolve_sources(data),
+        lambda: resolve_sources(copies),
+        lambda: is_file(storage.join("data/seed-a.jsonl")),
+        lambda: is_folder(storage.join("data")),
+        lambda: file_size(storage.join("data/seed-a.jsonl")),
+        lambda: find_benchmark("rm_bench", storage.join("bench")),
+        lambda: find_benchmark("held_out", storage.join("bench")),
+    ):
+        with pytest.raises((StorageError, InputError), match=r"failed 10 times in \d+ s, last with"):
+            look()
+    proxy.reset()
+    assert is_file(storage.join("data/seed-a.jsonl"))
+    assert not is_file(storage.join("data"))
+    assert is_folder(storage.join("data/"))
+    assert not is_folder(storage.join("dat"))
+    assert file_size(storage.join("data/seed-a.jsonl")) == 3
 
 
 def test_a_model_folder_is_fetched_once_per_content(storage: Storage, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

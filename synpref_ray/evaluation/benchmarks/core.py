@@ -64,6 +64,8 @@ class Item:
     """The known worth of each reply, for best-of-N; empty: not known."""
     problem: str | None = None
     """Why this row of the file is no item: nothing is scored, and it counts as wrong."""
+    attributes: tuple[tuple[str, str], ...] = ()
+    """What else is known of the prompt, by name (task_category, objectivity …): audits tell accuracy by it."""
 
     @cached_property
     def prompt_key(self) -> str:

@@ -3,8 +3,9 @@
 Shape legend: P comparisons, G prompts, R resamples, S sums.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,17 @@ class Comparisons:
     groups: tuple[str, ...]
     num_unscored: int = 0
     """Comparisons with a reply that has no reward: they are left out."""
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By an attribute's name, every comparison's value (`unknown` where its item has none)."""
+
+
+class _Row(NamedTuple):
+    margin: float
+    better: str
+    worse: str
+    prompt: str
+    group: str
+    attributes: Mapping[str, str]
 
 
 def comparisons_of(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Comparisons:
@@ -44,7 +56,7 @@ def comparisons_of(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Compar
     Raises:
         ValueError: a scorer has no rewards (a judge): its verdicts have no margins.
     """
-    rows: list[tuple[float, str, str, str, str]] = []
+    rows: list[_Row] = []
     unscored = 0
     for item, outcome in zip(items, outcomes, strict=True):
         if outcome.scores is None:
@@ -54,10 +66,18 @@ def comparisons_of(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Compar
             if np.isnan(margin):
                 unscored += 1
             else:
-                rows.append((margin, item.replies[better], item.replies[worse], item.prompt_key, item.subset))
-    margins, *texts = zip(*rows, strict=True) if rows else ((), (), (), (), ())
-    better, worse, prompts, groups = (tuple(str(text) for text in column) for column in texts)
-    return Comparisons(np.asarray(margins, dtype=np.float64), better, worse, prompts, groups, unscored)
+                rows.append(_Row(margin, item.replies[better], item.replies[worse], item.prompt_key, item.subset, dict(item.attributes)))
+    names = sorted({name for row in rows for name in row.attributes})
+    attributes = {name: tuple(row.attributes.get(name, "unknown") for row in rows) for name in names}
+    return Comparisons(
+        margins=np.array([row.margin for row in rows], dtype=np.float64),
+        better=tuple(row.better for row in rows),
+        worse=tuple(row.worse for row in rows),
+        prompts=tuple(row.prompt for row in rows),
+        groups=tuple(row.group for row in rows),
+        num_unscored=unscored,
+        attributes=attributes,
+    )
 
 
 def prompt_sums(values: Floats, prompts: Sequence[str]) -> Floats:

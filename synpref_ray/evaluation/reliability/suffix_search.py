@@ -23,6 +23,7 @@ class SearchConfig(Settings):
     questions: int = Field(default=96, ge=2)  # ours: replies scored for one start, the start itself included
     candidates: PositiveInt = 12  # ours: tokens tried at one place in one batch
     seed: int = 0
+    """Seed of the search."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ SERIES = ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
 """Blue, orange, green, purple, red, grey: by place, so that what belongs together has one colour in all charts."""
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = SERIES
 _VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", PAPER: "--paper", **{color: f"--c{place + 1}" for place, color in enumerate(SERIES)}}
-_SETTINGS: Any = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "synpref_ray",
     "text.parse_math": False,  # names of sources and judges are text, whatever they hold

@@ -35,8 +35,7 @@ class Table:
 
     def is_long(self, place: int) -> bool:
         """Whether the column at `place` holds sentences rather than names."""
-        cells = (row[place] for row in self.rows)
-        return any(isinstance(cell, str) and len(cell) > LONG_TEXT for cell in cells)
+        return any(isinstance(cell, str) and len(cell) > LONG_TEXT for cell in (row[place] for row in self.rows))
 
     def __post_init__(self) -> None:
         widths = {len(row) for row in self.rows} - {len(self.columns)}
@@ -139,8 +138,7 @@ def show(value: Cell, kind: Kind) -> str:
     if isinstance(value, tuple):
         low, high = (100 * end for end in value)
         return f"{low:+.1f} to {high:+.1f}" if kind == "points_interval" else f"{low:.1f} to {high:.1f}"
-    text: str = _NUMBERS[kind](value)
-    return text
+    return str(_NUMBERS[kind](value))
 
 
 def show_count(value: float) -> str:

@@ -1,0 +1,203 @@
+"""What a round of Stage 1 leaves behind: `round.json` (what it read, decided and measured), `selected.parquet`, and the closing table.
+
+Paper: Sec. 3.2 names no record. Our choice: enough that every figure of the closing table and every choice of a pair can be looked up afterwards;
+accuracies carry a 95 % interval, bootstrapped over prompts.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from synpref_ray.evaluation.accuracy import accuracy_over_groups, is_correct
+from synpref_ray.pipeline.gold import LabelledPool, count_labels
+from synpref_ray.pipeline.growth import SEED, UNVERIFIED, RoundInputs
+from synpref_ray.pipeline.llm_steps import GoldTables
+from synpref_ray.pipeline.query_selection import Selected
+from synpref_ray.reporting.pair_story import SELECTED_FILE
+from synpref_ray.reporting.run import Run
+from synpref_ray.reporting.table import format_share, format_table
+from synpref_ray.rules.gold import GoldSplit, describe_small_gold
+from synpref_ray.rules.judges import JudgeTrust, describe_trust
+from synpref_ray.rules.stop import StopReason
+from synpref_ray.schema import Verdict
+from synpref_ray.tables.pools import Pool
+from synpref_ray.tables.sets import PairSet
+from synpref_ray.tables.sidecars import Sidecar, zip_shard
+from synpref_ray.tables.storage import Storage
+
+ROUND_FILE = "round.json"
+
+
+def selected_path(number: int) -> str:
+    """Return where round `number` keeps what it selected and why (SELECTION_SCHEMA)."""
+    return f"rounds/{number:02d}/{SELECTED_FILE}"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What labelling a round's pairs gave: all gold with its votes, pools with their labels, sets, the judges' measure and report by split."""
+
+    gold: GoldTables
+    pools: list[LabelledPool]
+    labels: list[Sidecar]
+    gold_votes: list[Sidecar]
+    sets: dict[str, PairSet]
+    trust: Mapping[str, JudgeTrust]
+    audit: Mapping[str, JudgeTrust]
+    judge_report: Mapping[str, Any]
+
+    @property
+    def gold_sizes(self) -> dict[GoldSplit, int]:
+        """Gold pairs of each part."""
+        counts = Counter(self.gold.human.read_all(["gold_split"])["gold_split"].to_pylist())
+        return {split: counts[split.value] for split in GoldSplit}
+
+
+class GoldMargin(NamedTuple):
+    """A reward model's margin in favour of the human verdict on one gold pair."""
+
+    split: str
+    prompt_group: str
+    margin: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a round did with the labels that it found: the RM's summary, its rewards and margins on all gold, and what was selected; empty for the
+    seed.
+    """
+
+    summary: Mapping[str, Any] | None = None
+    rewards: Sidecar | None = None
+    margins: Sequence[GoldMargin] = ()
+    selected: Selected | None = None
+    pool: Pool | None = None
+
+    @property
+    def working_accuracy(self) -> float:
+        """The best RM's accuracy on working gold, which the stopping rule goes by."""
+        return float(accuracy_on(self.margins, GoldSplit.WORKING).get("accuracy", 0.0))
+
+
+def gold_margins(gold: GoldTables, rewards: Sidecar) -> list[GoldMargin]:
+    """Return the margin in favour of the human verdict for every scored gold pair."""
+    beside: list[tuple[Sidecar, Mapping[str, str]]] = [
+        (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
+        (rewards, {"margin": "margin"}),
+    ]
+    found = []
+    for shard in gold.pool.shards:
+        for row in zip_shard(gold.pool, shard.number, ["prompt_group"], beside).to_pylist():
+            if row["margin"] is not None:
+                margin = row["margin"] if row["human_verdict"] == Verdict.CHOSEN else -row["margin"]
+                found.append(GoldMargin(row["gold_split"], row["prompt_group"], margin))
+    return found
+
+
+def accuracy_on(found: Sequence[GoldMargin], split: GoldSplit) -> dict[str, Any]:
+    """Return the accuracy on one part of gold with its interval, empty where that part has no scored pair."""
+    of_split = [entry for entry in found if entry.split == split]
+    correct = is_correct([entry.margin for entry in of_split])
+    return asdict(accuracy_over_groups(correct, [entry.prompt_group for entry in of_split])) if of_split else {}
+
+
+def make_record(
+    storage: Storage,
+    run: Run,
+    number: int,
+    inputs: RoundInputs,
+    before: Labels | None,
+    labels: Labels,
+    training: Training,
+    then: StopReason | None,
+    *,
+    simulated: bool,
+) -> dict[str, Any]:
+    """Write a round's record: what its RM read (`read`, measured on that round's gold), and what the round made of it (`wrote`, `set_sizes`).
+
+    Args:
+        before: the labels that the round's RM was trained and measured on; None for the seed.
+        labels: those that the round left.
+        then: why no further round follows.
+    """
+    working, audit = accuracy_on(training.margins, GoldSplit.WORKING), accuracy_on(training.margins, GoldSplit.AUDIT)
+    selected, pool = training.selected, training.pool
+    sizes = {name: pairs.count() for name, pairs in labels.sets.items()}
+    earlier = {name: pairs.count() for name, pairs in before.sets.items()} if before else {}
+    callers = {pair_id for pair_id in selected.record["gold_pair_id"].to_pylist() if pair_id is not None} if selected else set()
+    record: dict[str, Any] = {
+        "round": number,
+        "pools": {SEED: inputs.seed, UNVERIFIED: inputs.unverified},
+        "read": _digests(before) if before else {},
+        "wrote": _digests(labels),
+        "selected_pairs": pool.num_rows if pool else 0,
+        "selected_pool": pool.name if pool else None,
+        "calling_gold_pairs": len(callers),
+        "selection": dict(selected.counts) if selected else {},
+        "set_sizes": sizes,
+        "joined": {name: size - earlier.get(name, 0) for name, size in sizes.items()},
+        "decided": {
+            "labels": count_labels(labels.labels),
+            "of_new_pairs": count_labels(labels.labels[-1:] if _is_new(before, labels) else ()),
+            "then": then,
+        },
+        "tables": [[table.pool.name, table.name, table.fingerprint] for table in _tables(labels, training)],
+        "simulated_gold": simulated,
+        "judges_on_working_gold": {judge: trust.report() for judge, trust in labels.trust.items()},
+        "judges_on_audit_gold": {judge: trust.report() for judge, trust in labels.audit.items()},
+        "judge_report": dict(labels.judge_report),
+        "training": dict(training.summary) if training.summary else None,
+        "working_gold_accuracy": working.get("accuracy", 0.0),
+        "best_rm_on_working_gold": working,
+        "best_rm_on_audit_gold": audit,
+    }
+    storage.write_json(f"rounds/{number:02d}/{ROUND_FILE}", record)
+    run.event("round", round=number, sets=record["set_sizes"], selected=record["selected_pairs"])
+    return record
+
+
+def _is_new(before: Labels | None, labels: Labels) -> bool:
+    return before is None or len(labels.pools) > len(before.pools)
+
+
+def _digests(labels: Labels) -> dict[str, str]:
+    return {name: pairs.digest for name, pairs in labels.sets.items()} | {"gold_pool": labels.gold.pool.name}
+
+
+def _tables(labels: Labels, training: Training) -> list[Sidecar]:
+    """Return the tables that nothing else in the record names: what is beside gold, and what selection read."""
+    gold = labels.gold
+    scored = [*([training.rewards] if training.rewards else []), *(training.selected.tables if training.selected else ())]
+    return [gold.attributes, gold.human, *labels.gold_votes, *scored]
+
+
+def closing_table(
+    rounds: Sequence[Mapping[str, Any]], final: Mapping[str, Mapping[str, Any]], gold_sizes: Mapping[GoldSplit, int], *, simulated: bool
+) -> str:
+    """Return the last screen of Stage 1: a line a round, the final models, the judges, and a warning where gold is too small to judge anything by."""
+    rows = []
+    for entry in rounds:
+        sizes, summary = entry["set_sizes"], entry["training"]
+        name = "seed" if entry["round"] == 0 else f"round {entry['round']}"
+        measured = [_share_of(entry[f"best_rm_on_{split}_gold"]) for split in ("working", "audit")]
+        trained = str(summary["silver_pairs"]) if summary else "-"
+        shown = ("silver", "gold-working", "gold-audit", "filtered", "corrected")
+        rows.append((name, trained, *measured, str(entry["selected_pairs"] or "-"), *(str(sizes[n]) for n in shown)))
+    header = ("", "RM trained on", "right, working gold", "right, audit gold", "then selected", "silver", "working gold", "audit gold")
+    lines = [format_table((*header, "filtered", "corrected"), rows)]
+    lines += [f"final {name} RM on audit gold: {_share_of(accuracy)}" for name, accuracy in final.items()]
+    lines += [describe_trust(judge, report) for judge, report in sorted(rounds[-1]["judges_on_working_gold"].items())]
+    lines.append("intervals are 95 %, bootstrapped over prompts; audit gold is what nothing was tuned on")
+    if small := describe_small_gold(gold_sizes):
+        lines.append(f"WARNING: {small}")
+    if simulated:
+        lines.append("gold is SIMULATED: an annotator that reads known truth for the budgeted pairs")
+    return "\n".join(lines)
+
+
+def _share_of(accuracy: Mapping[str, Any]) -> str:
+    if not accuracy:
+        return "-"
+    interval = f"{100 * accuracy['low']:.0f} to {100 * accuracy['high']:.0f}"
+    return f"{format_share(accuracy['accuracy'], 1)} of {accuracy['num_pairs']} ({interval})"

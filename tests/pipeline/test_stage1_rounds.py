@@ -1,0 +1,218 @@
+"""Rounds of Stage 1 over stand-in models: what a round records, growth between rounds, kills within one, and the three rules of selection."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from synpref_ray.pipeline.stage1 import Stage1Config
+from synpref_ray.reporting.pair_story import tell_pair
+from synpref_ray.rules.leaks import LEAKS, LEAKS_SCHEMA
+from synpref_ray.rules.query_selection import SELECTION_SCHEMA
+from synpref_ray.tables.pools import Pool, open_pool
+from synpref_ray.tables.sets import load_set
+from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.storage import Storage
+from tests.pipeline.stand_ins import Killed, Models, add_shards, run_rounds, stage1_config, write_truth
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> Models:
+    found = Models()
+    found.install(monkeypatch)
+    return found
+
+
+def start(root: Path, name: str = "ws", **changes: Any) -> Stage1Config:
+    """Return the config of a workspace with 24 seed and 40 unverified pairs."""
+    storage = Storage(str(root / name))
+    add_shards(storage, "seed", [12, 12])
+    add_shards(storage, "unverified", [16, 16, 8])
+    return stage1_config(root / name, write_truth(root / f"{name}.parquet", storage), **changes)
+
+
+def records(config: Stage1Config) -> list[dict[str, Any]]:
+    paths = [path for path in config.storage.list_files("rounds") if path.endswith("/round.json")]
+    return [config.storage.read_json(path) for path in paths]
+
+
+def picks(config: Stage1Config, number: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = config.storage.read_table(f"rounds/{number:02d}/selected.parquet").to_pylist()
+    return rows
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A Stage 1 that ran once, undisturbed: what others are compared with. Tests leave it as it is."""
+
+    config: Stage1Config
+    table: str
+    num_shards: int
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    with pytest.MonkeyPatch.context() as patch:
+        models = Models()
+        models.install(patch)
+        config = start(tmp_path_factory.mktemp("finished"))
+        yield Finished(config, run_rounds(config)[0], models.num_shards)
+
+
+def test_a_round_says_what_it_read_decided_and_measured(finished: Finished) -> None:
+    config, table = finished.config, finished.table
+    seed, first, second = records(config)
+    assert [entry["decided"]["then"] for entry in (seed, first, second)] == [None, None, "max_rounds"]
+    assert config.storage.read_json("rounds/stage1.json")["stop_reason"] == "max_rounds"
+    assert first["read"] == seed["wrote"]
+    assert first["pools"] == {"seed": 0, "unverified": 0}
+    selection = first["selection"]
+    assert selection["selected"] == first["selected_pairs"] == len(picks(config, 1)) == selection["called_for"]
+    assert sum(int(k) * count for k, count in selection["gold_pairs_by_k"].items()) == selection["called_for"]
+    assert sum(first["decided"]["of_new_pairs"].values()) == first["selected_pairs"]
+    assert sum(second["decided"]["labels"].values()) == 24 + first["selected_pairs"] + second["selected_pairs"]
+    assert first["joined"]["silver"] == first["set_sizes"]["silver"] - seed["set_sizes"]["silver"]
+    assert first["best_rm_on_audit_gold"]["low"] <= first["best_rm_on_audit_gold"]["accuracy"] <= first["best_rm_on_audit_gold"]["high"]
+    ids = [row["pair_id"] for number in (1, 2) for row in picks(config, number)]
+    assert len(ids) == len(set(ids))
+    assert table.count("WARNING: gold is too small to judge by") == 1
+    assert " to " in table.splitlines()[3]  # round 1
+    story = tell_pair(config.storage, ids[0])
+    assert story["retrieved"][0]["round"] == 1
+    assert {"round 1", "round 2"} <= {user for told in story["tables"] for user in told["used_by"]}
+
+
+def test_the_sets_of_a_round_are_those_of_the_paper(finished: Finished) -> None:
+    config = finished.config
+    for number, entry in enumerate(records(config)):
+        rows = {name: load_set(config.storage, f"{name}-r{number:02d}").read().to_pylist() for name in entry["set_sizes"]}
+        assert {name: len(found) for name, found in rows.items()} == entry["set_sizes"]
+        names = {name: {row["pair_id"] for row in found} for name, found in rows.items()}
+        assert (
+            names["filtered"] | names["corrected"] == names["original"] == names["filtered-and-corrected"] == names["silver"] | names["gold-working"]
+        )
+        assert not names["filtered"] & names["corrected"]
+        assert not names["original"] & names["gold-audit"]
+        assert all(row["flipped"] for row in rows["corrected"])
+        assert not any(row["flipped"] for row in rows["original"])
+        original = {row["pair_id"]: row["chosen"] for row in rows["original"]}
+        assert all(row["rejected"] == original[row["pair_id"]] for row in rows["corrected"])
+        assert all(row["chosen"] == original[row["pair_id"]] for row in rows["filtered"])
+    assert rows["corrected"]
+
+
+def test_a_second_run_computes_and_trains_nothing(finished: Finished, models: Models) -> None:
+    before = records(finished.config)
+    run_rounds(finished.config)
+    assert records(finished.config) == before
+    assert (models.num_shards, models.trained) == (0, [])
+
+
+@pytest.mark.parametrize("share", [pytest.param(0.1, marks=pytest.mark.slow), 0.6, pytest.param(0.95, marks=pytest.mark.slow)])
+def test_a_round_that_is_killed_goes_on_within(tmp_path: Path, finished: Finished, models: Models, share: float) -> None:
+    config = start(tmp_path)
+    models.kill_after = int(share * finished.num_shards)
+    with pytest.raises(Killed):
+        run_rounds(config)
+    models.kill_after = 10**9
+    run_rounds(config)
+    assert models.num_shards <= finished.num_shards + 1  # the shard in flight, and no other
+    assert records(config) == records(finished.config)
+    for name in ("silver-r02", "corrected-r02", "gold-working-r02"):
+        assert load_set(config.storage, name).read().equals(load_set(finished.config.storage, name).read())
+
+
+def test_what_joins_between_runs_is_read_by_later_rounds_alone(tmp_path: Path, models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    config = start(tmp_path, stop={"max_rounds": 1})
+    run_rounds(config)
+    before, shards, trained = records(config), models.num_shards, list(models.trained)
+    add_shards(config.storage, "unverified", [30])
+    add_shards(config.storage, "seed", [4])
+    run_rounds(config)  # finished: what has joined since changes nothing
+    assert records(config) == before
+    assert (models.num_shards, models.trained) == (shards, trained)
+    assert "pairs that joined are not read" in caplog.text  # of the seed, by any round
+    more = config.model_copy(update={"stop": config.stop.model_copy(update={"max_rounds": 2})})
+    run_rounds(more)
+    after = records(more)
+    assert [entry["pools"]["unverified"] for entry in after] == [0, 0, 1]
+    assert after[0] == before[0]
+    assert {**after[1], "decided": None} == {**before[1], "decided": None}  # `then` went from stopping to going on
+    joined = set(open_pool(config.storage, "unverified").read(3, ["pair_id"])["pair_id"].to_pylist())
+    assert joined & {row["pair_id"] for row in picks(more, 2)}
+    assert not joined & {row["pair_id"] for row in picks(more, 1)}
+    pool = open_pool(config.storage, after[2]["selected_pool"])
+    assert set(pool.read_all(["source_shard"])["source_shard"].to_pylist()) >= {3}
+
+
+def test_what_joins_while_a_round_is_cut_off_waits_for_the_next(tmp_path: Path, finished: Finished, models: Models) -> None:
+    config, models.kill_after = start(tmp_path), finished.num_shards - 4
+    with pytest.raises(Killed):
+        run_rounds(config)
+    assert config.storage.exists("rounds/02/inputs.json")
+    models.kill_after = 10**9
+    add_shards(config.storage, "unverified", [30])
+    run_rounds(config)
+    assert records(config) == records(finished.config)
+
+
+def test_a_pool_that_ran_dry_and_then_grew_goes_on(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, stop={"max_rounds": 6}, retrieval={"k_max": 8})
+    run_rounds(config)
+    dry = records(config)
+    assert dry[-1]["decided"]["then"] == "no_new_pairs"
+    assert sum(entry["selected_pairs"] for entry in dry) == 40
+    add_shards(config.storage, "unverified", [5])
+    run_rounds(config)
+    assert sum(entry["selected_pairs"] for entry in records(config)) == 45
+
+
+@pytest.mark.parametrize(
+    "selection", [{"kind": "random"}, {"kind": "uncertainty"}, {"kind": "uncertainty", "gold_rm": True, "max_clusters": 3}], ids=str
+)
+def test_every_rule_spends_what_the_errors_call_for(tmp_path: Path, finished: Finished, models: Models, selection: dict[str, Any]) -> None:
+    similar, config = finished.config, start(tmp_path, selection=selection)
+    run_rounds(config)
+    by_errors, by_rule = records(similar)[1], records(config)[1]
+    assert by_rule["selection"] == {**by_errors["selection"], "kind": selection["kind"]}
+    assert {row["pair_id"] for row in picks(config, 1)} != {row["pair_id"] for row in picks(similar, 1)}
+    rows = [row for number in (1, 2) for row in picks(config, number)]
+    assert len(rows) == len({row["pair_id"] for row in rows})
+    assert config.storage.read_table("rounds/01/selected.parquet").schema.equals(SELECTION_SCHEMA)
+    scored = [name for name in config.storage.list_folders("pools/unverified") if name.startswith("rewards")]
+    wanted = {"random": set(), "uncertainty": {"rewards.best.r01", "rewards.best.r02"}}[selection["kind"]]
+    assert set(scored) == wanted | ({"rewards.gold.r01", "rewards.gold.r02"} if selection.get("gold_rm") else set())
+    assert ("gold-r01" in models.trained) == bool(selection.get("gold_rm"))
+    if selection["kind"] == "uncertainty":
+        assert all(0 <= row["uncertainty"] <= 1 for row in rows)
+
+
+def test_a_fixed_budget_holds_and_a_plateau_ends_the_rounds(tmp_path: Path, models: Models) -> None:
+    stop = {"max_rounds": 6, "plateau_rounds": 1, "min_gain": 1.0}
+    config = start(tmp_path, selection={"kind": "random", "num_pairs": 5}, stop=stop)
+    run_rounds(config)
+    assert [entry["selected_pairs"] for entry in records(config)] == [0, 5, 5]
+    assert [entry["decided"]["then"] for entry in records(config)] == [None, None, "plateau"]
+
+
+def test_a_pair_that_was_found_to_leak_stays_out_when_the_pool_has_grown(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, retrieval={"k_max": 8}, stop={"max_rounds": 6})
+    pool = open_pool(config.storage, "unverified")
+    for shard in pool.shards:
+        rows = [{"pair_id": i, "leak_decision": "drop" if row == 0 else None, "num_proposals": 0} for row, i in enumerate(ids_of(pool, shard.number))]
+        Sidecar(pool, LEAKS, "d" * 32).write(shard.number, pa.Table.from_pylist(rows, schema=LEAKS_SCHEMA))
+    sealed = {"pool_digest": pool.digest, "fingerprint": "d" * 32, "rejected": {}}
+    config.storage.write_json(f"pools/unverified/{LEAKS}/dddddddd/manifest.json", sealed)
+    add_shards(config.storage, "unverified", [6])
+    run_rounds(config)
+    selected = {row["pair_id"] for number in range(1, len(records(config))) for row in picks(config, number)}
+    grown = open_pool(config.storage, "unverified")
+    assert selected == {i for shard in grown.shards for i in ids_of(grown, shard.number)} - {ids_of(pool, shard.number)[0] for shard in pool.shards}
+
+
+def ids_of(pool: Pool, number: int) -> list[str]:
+    ids: list[str] = pool.read(number, ["pair_id"])["pair_id"].to_pylist()
+    return ids
