@@ -1,6 +1,6 @@
-"""A step that takes a while, on the cluster of RAY_ADDRESS, for whoever looks at its dashboard; run by `test_ray_dashboard.py`.
+"""A step that takes a while, on a Ray of its own with a dashboard, for whoever looks at that; run by `test_ray_dashboard.py` until it is ended.
 
-Arguments: a folder for the workspace, and how many shards to work through.
+Arguments: a folder for the workspace, one for Ray's files, and the dashboard's port.
 """
 
 import sys
@@ -16,7 +16,7 @@ from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepIn
 from tests.pipeline.test_steps import make_pool
 
 SCHEMA = pa.schema([pa.field("pair_id", pa.string(), nullable=False), ("length", pa.int64())])
-SHARD_SECONDS = 0.5
+SHARD_SECONDS, SHARDS = 0.5, 4000
 
 
 class SlowCounter:
@@ -28,14 +28,14 @@ class SlowCounter:
         return pa.table([shard["pair_id"], lengths], schema=SCHEMA), {"prompt_tokens": 40.0, "output_tokens": 5.0}
 
 
-def main(folder: Path, shards: int) -> None:
+def main(folder: Path, session: str, port: int) -> None:
     """Run the step."""
-    ray.init(logging_level="WARNING")
+    ray.init(address="local", num_cpus=4, object_store_memory=100_000_000, dashboard_port=port, _temp_dir=session, logging_level="WARNING")
     configure_ray_data()
-    pool = make_pool(folder, "seed", [4] * shards)
+    pool = make_pool(folder, "seed", [4] * SHARDS)
     step = Step("tag", 1, SlowCounter, (Output("lengths", SCHEMA),), {}, title="tag (tagger)", model="tagger", resources=Resources(2, num_cpus=1.0))
     run_step(step, [StepInput(pool, ("chosen",))])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
