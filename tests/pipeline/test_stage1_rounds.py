@@ -160,7 +160,7 @@ def test_what_joins_while_a_round_is_cut_off_waits_for_the_next(tmp_path: Path, 
 
 
 def test_a_pool_that_ran_dry_and_then_grew_goes_on(tmp_path: Path, models: Models) -> None:
-    config = start(tmp_path, stop={"max_rounds": 6}, retrieval={"k_max": 8})
+    config = start(tmp_path, stop={"max_rounds": 6}, retrieval={"k_max": 64})
     run_rounds(config)
     dry = records(config)
     assert dry[-1]["decided"]["then"] == "no_new_pairs"
