@@ -34,7 +34,7 @@ from synpref_ray.tables.storage import Storage
 DIMENSION = 384
 BEST_DISAGREES, GOLD_DISAGREES = 0.3, 0.2
 TAG = (
-    '{"task_category":"advice","objectivity":"subjective","controversiality":"low",'
+    '{"task_category":"advice_seeking","objectivity":"subjective","controversiality":"low",'
     '"desired_attributes":"clear and short","annotation_guideline":"Prefer the reply that answers what was asked."}'
 )
 
@@ -209,7 +209,7 @@ def write_stage1(storage: Storage, num_gold: int, seed: int) -> None:
         {"pair_id": name, "human_verdict": "chosen" if place % 4 else "rejected", "annotator": "synthetic", "simulated": True, "gold_split": split}
         for place, (name, split) in enumerate(zip(ids, splits, strict=True))
     ]
-    tags = [{"pair_id": name, "task_category": "advice", "objectivity": "subjective", "controversiality": "low"} for name in ids]
+    tags = [{"pair_id": name, "task_category": "advice_seeking", "objectivity": "subjective", "controversiality": "low"} for name in ids]
     vectors = [{"pair_id": name, "embedding": vector.tolist()} for name, vector in zip(ids, StandInEmbedder().embed(ids), strict=True)]
     schema = embeddings_schema(DIMENSION)
     labelled = LabelledPool(

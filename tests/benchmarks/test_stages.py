@@ -46,7 +46,7 @@ def test_stage_2_with_stand_ins(ray: ModuleType, tmp_path: Path) -> None:
         first = timed_stage2(pool.storage, 1)
         again = timed_stage2(pool.storage, 1, gate={"min_flip_confidence": 0.6})
         assert first["scored"] == 110
-        assert first["requests"] >= first["judged"] * 3  # a tag and two votes each
+        assert first["requests"] >= (first["judged"] - 2) * 3  # a tag and two votes each; what is too long for the model is not asked about
         assert (again["scored"], again["requests"]) == (0, 0)
         assert sum(first["decisions"].values()) == sum(again["decisions"].values()) == 110
         assert again["decisions"]["flip"] < first["decisions"]["flip"]
