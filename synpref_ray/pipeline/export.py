@@ -5,6 +5,7 @@ those asked for, and (where they have been looked at) if it gives no benchmark i
 out is counted. The set is streamed: the driver holds one shard, and the names of contradicted comparisons.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,10 @@ from synpref_ray.tables.storage import Storage
 
 EXPORT_VERSION = 1
 RECORD = "export.json"
+STARTED = "export-started.json"
+"""Stands in the folder while an export is being written: only where it stands are files of an export that was cut off removed."""
 CARD = "README.md"
+_OWN_FILES = re.compile(r"data/train-\d{5}\.parquet|README\.md|export-started\.json")
 EXPORT_SCHEMA = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
@@ -177,14 +181,26 @@ def run_export(config: ExportConfig, run: Run) -> str:
         if record["digest"] != digest:
             raise RunConflictError(f"{target.url} holds another export ({record['set']}); give another folder: out=FOLDER")
     else:
-        there = target.list_files("")
-        if any(not path.startswith("data/train-") and path != CARD for path in there):
-            raise RunConflictError(f"{target.url} holds other files; give another folder: out=FOLDER")
-        for path in there:  # of an export that was cut off
-            target.delete(path)
+        _clear_cut_off(target)
+        target.write_json(STARTED, {"digest": digest})
         record = _export(config, pairs, licences, target, digest)
+    if target.exists(STARTED):
+        target.delete(STARTED)
     run.metrics["export"] = {"folder": target.url, **record}
     return _closing_table(record, target.url)
+
+
+def _clear_cut_off(target: Storage) -> None:
+    """Remove the files of an export that was cut off, its mark last.
+
+    Raises:
+        RunConflictError: there are files, and not both the mark of an export and names that exports give.
+    """
+    there = target.list_files("")
+    if there and (STARTED not in there or not all(_OWN_FILES.fullmatch(path) for path in there)):
+        raise RunConflictError(f"{target.url} holds other files; give another folder: out=FOLDER")
+    for path in sorted(there, key=lambda path: path == STARTED):
+        target.delete(path)
 
 
 def _digest(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str]) -> str:
@@ -209,6 +225,7 @@ def _export(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str], t
         target.write_table(f"data/train-{num_files:05d}.parquet", rest)
         num_files += 1
     if not counts.pairs:
+        target.delete(STARTED)
         raise InputError(
             f"no pair of {config.set} may go out: left out {dict(counts.left_out)}, by licence {dict(counts.left_out_licences)}; name licences "
             "(licence_of.SOURCE=LICENCE where you know them), or say unknown_licences=true"

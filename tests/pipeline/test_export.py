@@ -138,12 +138,26 @@ def test_an_export_is_made_once_and_another_is_not_mixed_in(tmp_path: Path) -> N
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == times
     with pytest.raises(RunConflictError, match="holds another export"):
         export(ws, out=str(out), licences=["mit"])
-    (out / "export.json").unlink()  # cut off before its end
+    assert not (out / "export-started.json").exists()
+    (out / "export.json").rename(out / "export-started.json")  # cut off before its end
+    (out / "data" / "train-00007.parquet").write_text("cut off")
     assert export(ws, out=str(out)) == first
+    assert not (out / "data" / "train-00007.parquet").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(RunConflictError, match="holds other files"):
         export(ws, out=str(tmp_path / "full"))
+
+
+@pytest.mark.parametrize("names", [("README.md", "data/train-00000.parquet"), ("export-started.json", "data/train-00000-of-00001.parquet")])
+def test_a_data_set_of_others_is_never_taken_for_a_cut_off_export(tmp_path: Path, names: tuple[str, ...]) -> None:
+    files = [tmp_path / "clone" / name for name in names]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    with pytest.raises(RunConflictError, match="holds other files; give another folder"):
+        export(workspace(tmp_path, facts=False), out=str(tmp_path / "clone"))
+    assert [file.read_text() for file in files] == ["mine"] * 2
 
 
 def test_the_card_says_it_all(tmp_path: Path) -> None:
