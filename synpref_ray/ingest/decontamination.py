@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from synpref_ray.ingest.readers import read_file_rows
 from synpref_ray.ingest.screen import NgramScreen
 from synpref_ray.ingest.source import FileFormat, SourceConfig, list_source_files
 from synpref_ray.schema import DropReason, Role
+from synpref_ray.tables.pools import content_digest
 
 MATCHER_VERSION = 2
 """Of what counts as an equal word; part of a decontaminated ingest's fingerprint."""
@@ -171,6 +172,14 @@ def count_benchmark_items(config: DecontaminateConfig) -> dict[str, dict[str, in
             entry = counts.setdefault(item if isinstance(item, str) else item.benchmark, {"read": 0, "skipped": 0})
             entry["skipped" if isinstance(item, str) else "read"] += 1
     return counts
+
+
+def comparison_facts(config: DecontaminateConfig) -> dict[str, Any]:
+    """Return, for the record of an ingest, what pairs are compared with: prompts by benchmark, as digests, and whether candidates are looked for."""
+    items: dict[str, list[list[Any]]] = {}
+    for item in read_benchmarks(config):
+        items.setdefault(item.benchmark, []).append([item.item, list(item.words)])
+    return {"benchmarks": {name: content_digest(found) for name, found in sorted(items.items())}, "candidates": config.candidates}
 
 
 def read_benchmark_rows(config: DecontaminateConfig) -> Iterator[list[BenchmarkItem | str]]:

@@ -30,6 +30,7 @@ from synpref_ray.ingest.decontamination import (
     BenchmarkIndex,
     DecontaminateConfig,
     MatchKind,
+    comparison_facts,
     count_benchmark_items,
     drop_contaminated,
     find_matches,
@@ -197,6 +198,8 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
                 lease.check()
                 storage.write_json(record, summary)
                 run.metrics["phase_seconds"] = {phase: round(seconds, 3) for phase, seconds in phases.items()}
+    elif config.decontaminate.benchmarks and "compared" not in storage.read_json(record):  # as earlier versions wrote it
+        storage.write_json(record, {**storage.read_json(record), "compared": comparison_facts(config.decontaminate)})
     summary = storage.read_json(record)
     run.metrics.update(summary)
     return "\n".join([_closing_table(summary), *passed_over_hint(config)])
@@ -269,6 +272,7 @@ def _ingest(
     summary = account(sources, staged, plan, {route: pool.num_rows for route, pool in pools.items()})
     if config.decontaminate.benchmarks:
         summary["benchmark_items"] = count_benchmark_items(config.decontaminate)
+        summary["compared"] = comparison_facts(config.decontaminate)
     with timed(phases, "clean up"):
         _clear(storage, staging)
     rejected = {reason: count for reason, count in summary["rejected"].items() if count}
