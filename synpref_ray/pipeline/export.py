@@ -54,10 +54,11 @@ EXPORT_SCHEMA = pa.schema(
     ]
 )
 """TRL's conversational preference format (prompt, chosen and rejected as messages) and what is known of each pair; null where nobody has looked."""
+_HIGHEST_PII = 3
 _BESIDE: Mapping[str, tuple[str, ...]] = {
     "attributes": ("task_category",),
     "hygiene": ("language",),
-    PII: ("pii_score",),
+    PII: ("pii_score", "pii_scanned_whole"),
     TOKEN_LENGTHS: ("prompt_tokens", "chosen_tokens", "rejected_tokens"),
 }
 
@@ -80,7 +81,8 @@ class ExportConfig(JobConfig):
     unknown_licences: bool = False  # ours: what nobody has licensed cannot be passed on
     licence_of: dict[str, str] = Field(default={})
     """Licences by source, where you know better than the record of ingest."""
-    max_pii_score: int = Field(default=3, ge=-1, le=3)  # ours: 3 leaves nothing out; -1 all that the scan found anything in
+    max_pii_score: int = Field(default=_HIGHEST_PII, ge=-1, le=_HIGHEST_PII)  # ours: 3 leaves nothing out; -1 all that the scan found anything in
+    """Below 3, pairs that were not scanned whole stay here too (`not_scanned_whole`)."""
     decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops stay here where it was run; off, or the head of a fingerprint
     sidecars: dict[str, str] = Field(default={})
     """Heads of fingerprints by name (attributes, hygiene, pii, token_lengths), where a pool has several of one."""
@@ -160,7 +162,7 @@ def _beside(pool: Pool, config: ExportConfig) -> dict[str, Sidecar]:
             heads = ", ".join(sidecar.fingerprint[:8] for sidecar in there)
             raise ConfigError(f"pool {pool.name!r} has {len(there)} sidecars {name!r} ({heads}): say sidecars.{name}=HEAD")
         found |= {name: there[0]} if there else {}
-    if config.max_pii_score < 3 and PII not in found:
+    if config.max_pii_score < _HIGHEST_PII and PII not in found:
         raise ConfigError(f"max_pii_score={config.max_pii_score}: pool {pool.name!r} was not scanned for personal data; run jobs/hygiene.py first")
     leaks = open_leaks(pool, config.decontamination)
     return found | ({"leaks": leaks} if leaks else {})
@@ -206,6 +208,7 @@ def _clear_cut_off(target: Storage) -> None:
 def _digest(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str]) -> str:
     settings = config.model_dump(mode="json", include={"licences", "unknown_licences", "max_pii_score", "max_pairs_per_file", "title"})
     settings |= config.model_dump(mode="json", include={"where", "at_least", "at_most"}, exclude_defaults=True)
+    settings |= {"scanned_whole": True} if config.max_pii_score < _HIGHEST_PII else {}  # earlier versions let others out
     beside = [{name: sidecar.fingerprint for name, sidecar in _beside(member.sidecar.pool, config).items()} for member in pairs.members]
     return content_digest([EXPORT_VERSION, pairs.name, pairs.digest, settings, dict(sorted(licences.items())), beside])
 
@@ -321,6 +324,8 @@ def _left_out(row: Mapping[str, Any], licences: Mapping[str, str], config: Expor
         return "contaminated"
     if row.get("pii_score") is not None and row["pii_score"] > config.max_pii_score:
         return "personal_data"
+    if config.max_pii_score < _HIGHEST_PII and not row["pii_scanned_whole"]:
+        return "not_scanned_whole"
     if row["contradicted"]:
         key = (row["comparison_id"], row["chosen"])
         if key in settled:

@@ -12,6 +12,7 @@ import yaml
 
 from jobs.export import main
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
+from synpref_ray.ingest.pii import PII_SCHEMA
 from synpref_ray.pipeline.export import EXPORT_SCHEMA, ExportConfig, check_export, run_export
 from synpref_ray.pipeline.hygiene import HygieneConfig, run_hygiene
 from synpref_ray.pipeline.ingest import IngestConfig, run_ingest
@@ -107,6 +108,26 @@ def test_what_goes_out_is_counted_and_so_is_what_does_not(tmp_path: Path) -> Non
     assert [row["chosen"] for row in flipped] == [[{"role": "assistant", "content": "Wrong 4."}]] * 2
     assert [(row["chosen_tokens"], row["rejected_tokens"]) for row in flipped] == [(2, 3)] * 2
     assert {row["licence"] for row in rows} == {"mit", "cc-by-4.0"}
+
+
+def test_what_was_not_scanned_whole_stays_here_where_scores_count(tmp_path: Path) -> None:
+    ws = workspace(tmp_path, facts=False)
+    pool = open_pool(ExportConfig(workspace=str(ws), set=NAME).storage, "wild")
+    rows = pool.read_all(["pair_id", "source", "prompt"]).to_pylist()
+    scans = [
+        {
+            "pair_id": row["pair_id"],
+            "pii_score": None,
+            "pii": [],
+            "pii_scanned_whole": row["source"] != "open" or "0?" not in row["prompt"][0]["content"],
+        }
+        for row in rows
+    ]
+    seal(Sidecar(pool, "pii", "f" * 32), scans, PII_SCHEMA)
+    some = export(ws, licences=["mit"], max_pii_score=2)
+    assert (some["pairs"], some["left_out"]) == (4, {"licence": 15, "not_scanned_whole": 1})
+    assert "- 1: the scan for personal data did not read" in (Path(some["folder"]) / "README.md").read_text()
+    assert export(ws, licences=["mit"])["pairs"] == 5
 
 
 def test_licences_that_nobody_knows_stay_here_unless_told(tmp_path: Path) -> None:
