@@ -13,9 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
+from synpref_ray.ingest.accounts import normalise_licence
 from synpref_ray.pipeline.clusters import AUTO
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import open_leaks
@@ -90,6 +91,16 @@ class ExportConfig(JobConfig):
     """The heading of the dataset card; empty: the set's name."""
     max_pairs_per_file: int = Field(default=100_000, ge=1)  # ours: some 200 MB of typical text
 
+    @field_validator("licences")
+    @classmethod
+    def _normalise_licences(cls, licences: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(normalise_licence(licence) for licence in licences)
+
+    @field_validator("licence_of")
+    @classmethod
+    def _normalise_licence_of(cls, licence_of: dict[str, str]) -> dict[str, str]:
+        return {source: normalise_licence(licence) for source, licence in licence_of.items()}
+
 
 @dataclass
 class _Counts:
@@ -142,7 +153,9 @@ def read_licences(config: ExportConfig) -> dict[str, str]:
     """
     storage = config.storage
     records = [path for path in storage.list_files("pools", deep=False) if path.startswith("pools/ingest-") and path.endswith(".json")]
-    found = {name: str(counts["licence"]) for path in records for name, counts in storage.read_json(path).get("sources", {}).items()}
+    found = {
+        name: normalise_licence(str(counts["licence"])) for path in records for name, counts in storage.read_json(path).get("sources", {}).items()
+    }
     found |= config.licence_of
     if strangers := sorted(set(config.licences) - set(found.values())):
         raise ConfigError(f"licences: no source has {', '.join(strangers)}; there are {', '.join(sorted(set(found.values()))) or 'none'}")
