@@ -33,7 +33,7 @@ from synpref_ray.ingest.chunk import REJECTS_SCHEMA, Chunk, row_to_json
 from synpref_ray.ingest.fields import TextForm, dig, read_chat, read_form, read_turn_texts
 from synpref_ray.ingest.readers import read_file_rows
 from synpref_ray.ingest.screen import NgramScreen
-from synpref_ray.ingest.source import FileFormat, SourceConfig, list_source_files
+from synpref_ray.ingest.source import FileFormat, SourceConfig, find_source_files
 from synpref_ray.schema import DropReason, Role
 from synpref_ray.tables.pools import content_digest
 
@@ -44,6 +44,9 @@ MIN_NGRAM = 5  # App. C (v3)
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # ours: odd, so that powers do not vanish; collisions only cost a comparison
 _UNKNOWN = -1
+_UNREAD_SUFFIXES = (".json", ".json.gz", ".csv", ".csv.gz")
+"""Of files that may hold prompts, and that a folder or pattern passes over unless it says their format: their pairs would not be looked for."""
+_MAX_NAMED = 3
 
 Words = tuple[str, ...]
 
@@ -205,8 +208,13 @@ def read_benchmark_texts(config: DecontaminateConfig) -> Iterator[tuple[Benchmar
 def _read_files(config: DecontaminateConfig) -> Iterator[list[tuple[BenchmarkItem | str, str]]]:
     for benchmark in config.benchmarks:
         name = benchmark.name or benchmark.path
-        files = list_source_files(SourceConfig(name=name, path=benchmark.path, format=benchmark.format))
-        for file in files:
+        files = find_source_files(SourceConfig(name=name, path=benchmark.path, format=benchmark.format))
+        unread = [file for file in files.passed_over if file.lower().endswith(_UNREAD_SUFFIXES)]
+        if unread and benchmark.format is FileFormat.AUTO:
+            names = ", ".join(unread[:_MAX_NAMED]) + (f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else "")
+            remedy = "give each as a benchmark, or name the others by a pattern"
+            raise InputError(f"benchmark {name}: {benchmark.path} has files that are read only where they are named: {names}; {remedy}")
+        for file in files.files:
             found = list(_read_items(file, name, benchmark))
             if not any(isinstance(item, BenchmarkItem) for item, _ in found):
                 raise InputError(f"benchmark {name}: no row of {file} has a prompt in one of the columns {', '.join(benchmark.prompt)}")
