@@ -117,6 +117,9 @@ class Accounts:
         token = secrets.token_urlsafe(32)
         expires_at = now + 3600 * self._config.session_hours
         with self._db.write() as session:
+            now_known = select(User.secret_hash).where(User.id == user.id, User.active).with_for_update()
+            if session.scalar(now_known) != user.secret_hash:  # changed or closed while the secret was looked at
+                raise LoginRefused("The name or the secret is not right.")
             session.execute(delete(LoginFailure).where(or_(LoginFailure.key == f"user:{known}", LoginFailure.id.in_(tried))))
             session.execute(delete(LoginSession).where(LoginSession.expires_at <= now))
             session.add(LoginSession(token_digest=_digest(token), user_id=user.id, csrf_token=secrets.token_urlsafe(32), expires_at=expires_at))

@@ -1,10 +1,10 @@
 """How far annotators agree: Krippendorff's alpha, Cohen's kappa and plain agreement, overall and per task category.
 
 Our choice: all three kinds of verdict count as labels, undecidable too, since one person's doubt of another's decision is disagreement. The kappa
-of a team is the mean over its pairs of annotators, weighed by the items that both judged. A figure that is not defined (nobody overlaps, or all
-say the same) is None, never a number.
+of a team is pooled over its pairs of annotators. A figure that is not defined (nobody overlaps, or all say the same) is None, never a number.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -75,15 +75,24 @@ def _alpha(shared: Mapping[str, Mapping[str, str]]) -> float | None:
 
 
 def _kappa(shared: Mapping[str, Mapping[str, str]]) -> float | None:
-    from sklearn.metrics import cohen_kappa_score  # loads for seconds, and only admins and exports ask for it
+    """Return Cohen's kappa pooled over all who shared pairs: observed and chance agreement are averaged over duos before they divide.
 
-    pairs: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    Our choice (de Vries et al. 2008, "Using pooled kappa to summarize interrater agreement across many items"): a mean of the duos' own kappas would
+    be far too low in a large team, where most duos share a pair or two: of those who agree it is not defined, of those who do not it is zero. What
+    chance would do follows from all that a person said of shared pairs. With two annotators it is Cohen's kappa.
+    """
+    said: dict[str, Counter[str]] = {}
+    for given in shared.values():
+        for annotator, verdict in given.items():
+            said.setdefault(annotator, Counter())[verdict] += 1
+    observed = chance = 0.0
+    weight = 0
     for given in shared.values():
         for left, right in combinations(sorted(given), 2):
-            pairs.setdefault((left, right), []).append((given[left], given[right]))
-    total, weight = 0.0, 0
-    for said in pairs.values():
-        if len({verdict for both in said for verdict in both}) > 1:  # of one label alone kappa is not defined
-            kappa = float(cohen_kappa_score(*zip(*said, strict=True), labels=list(LABELS)))
-            total, weight = total + kappa * len(said), weight + len(said)
-    return total / weight if weight else None
+            total = said[left].total() * said[right].total()
+            observed += given[left] == given[right]
+            chance += sum(said[left][label] * said[right][label] for label in LABELS) / total
+            weight += 1
+    if not weight or chance == weight:  # of one label alone kappa is not defined
+        return None
+    return (observed - chance) / (weight - chance)

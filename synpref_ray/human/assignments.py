@@ -13,8 +13,19 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from synpref_ray.human.database import Assignment, Database, Item, NotFound, Refused, State, VerdictRow, record
-from synpref_ray.human.protocol import WITHDRAWN, Given, ProtocolConfig, problems
-from synpref_ray.human.statements import COUNTS, FREE, FREE_UNLOCKED, HELD, LAST_DONE, LAST_VERDICT, OF_ITEM_AND_USER, SETTLED_BY, TAKEN
+from synpref_ray.human.protocol import UNDECIDABLE, WITHDRAWN, Given, ProtocolConfig, problems
+from synpref_ray.human.statements import (
+    COUNTS,
+    FREE,
+    FREE_UNLOCKED,
+    HELD,
+    IS_STILL_FREE,
+    LAST_DONE,
+    LAST_VERDICT,
+    OF_ITEM_AND_USER,
+    SETTLED_BY,
+    TAKEN,
+)
 
 _CLOSED = "This pair is answered or skipped already: nothing was stored twice."
 
@@ -231,13 +242,12 @@ class AnnotationQueue:
             return mine
         full: list[int] = []
         free = FREE if wait else FREE_UNLOCKED
-        while (found := session.execute(free.where(Item.id.not_in(full)) if full else free, of_user).first()) is not None:
-            item_id, required = found
+        while (item_id := session.scalar(free.where(Item.id.not_in(full)) if full else free, of_user)) is not None:
             if wait:
                 session.execute(select(Item.id).where(Item.id == item_id).with_for_update())
-            if not self._db.has_many_writers or (session.scalar(TAKEN, {"item_id": item_id, "now": of_user["now"]}) or 0) < required:
+            if not self._db.has_many_writers or session.scalar(IS_STILL_FREE, {**of_user, "item_id": item_id}) is not None:
                 return self._give(session, user_id, item_id)
-            full.append(item_id)  # PostgreSQL: taken between the look and the lock
+            full.append(item_id)  # PostgreSQL: taken, settled, or answered by this person in another window, between the look and the lock
         return None
 
     def _give(self, session: Session, user_id: int, item_id: int) -> int:
@@ -285,4 +295,4 @@ def _task(session: Session, assignment: Assignment) -> Task:
 def _earlier(row: VerdictRow, swapped: bool) -> dict[str, Any]:
     first, second = ("rejected", "chosen") if swapped else ("chosen", "rejected")
     choice = {first: "1", second: "2"}.get(row.verdict, row.verdict)
-    return {"choice": choice, "strength": row.strength, "rationale": row.rationale, **row.evidence, "own_judgement": True}
+    return {"choice": choice, "strength": row.strength, "rationale": row.rationale, **row.evidence, "own_judgement": row.verdict != UNDECIDABLE}

@@ -56,6 +56,8 @@ def settle_pairs(
 ) -> dict[str, Outcome]:
     """Return the outcome of every pair of the queue.
 
+    The model knows only pairs that several people judged; where one verdict is enough, it counts as it was given.
+
     Args:
         required: by pair, how many verdicts the queue asks for.
         adjudicated: by pair, the admin's verdict and name.
@@ -69,7 +71,8 @@ def settle_pairs(
     if config.rule == "dawid_skene":
         by_pool: dict[str, list[Vote]] = {}
         for vote in votes:
-            by_pool.setdefault((pools or {}).get(vote.pair_id, ""), []).append(vote)
+            if len(given[vote.pair_id]) > 1:  # from a pair that one person judged, the model would only learn to trust them
+                by_pool.setdefault((pools or {}).get(vote.pair_id, ""), []).append(vote)
         for part in by_pool.values():
             model |= dawid_skene(part, config.max_iterations)[0]
     outcomes = {}
@@ -81,7 +84,7 @@ def settle_pairs(
         elif len(said) < max(required[pair_id], config.min_verdicts):
             outcomes[pair_id] = Outcome(Standing.WAITING, None, None, annotators)
         else:
-            verdict, confidence = _best(model[pair_id]) if config.rule == "dawid_skene" else _majority(said)
+            verdict, confidence = _best(model[pair_id]) if pair_id in model else _majority(said)
             is_settled = confidence >= config.threshold if config.rule == "dawid_skene" else confidence > 0.5
             standing = Standing.SETTLED if is_settled else Standing.DISPUTED
             outcomes[pair_id] = Outcome(standing, verdict if is_settled else None, confidence, annotators)

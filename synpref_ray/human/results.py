@@ -108,9 +108,14 @@ class Snapshot:
 
     @property
     def to_adjudicate(self) -> list[str]:
-        """Disputed pairs, and pairs that nobody is left to judge, in the order of the queue."""
-        disputed = {pair_id for pair_id, outcome in self.outcomes.items() if outcome.standing is Standing.DISPUTED}
-        return [pair_id for pair_id in self.items if pair_id in disputed | self.stuck]
+        """Disputed pairs, and pairs that wait and that nobody is left to judge or asked to, in the order of the queue."""
+        waiting = {Standing.DISPUTED} | {Standing.WAITING}
+        found = []
+        for pair_id, item in self.items.items():
+            standing = self.outcomes[pair_id].standing
+            if pair_id in self.stuck or (standing in waiting and (standing is Standing.DISPUTED or item["complete"])):
+                found.append(pair_id)
+        return found
 
     def agreement(self) -> dict[str, Agreement]:
         """Return the agreement overall (`all`) and by task category."""

@@ -49,12 +49,10 @@ COUNTS = select(
 """A person's counts; `finished`: pairs that wait for others, and that this person has answered or skipped."""
 _CLOSED = Assignment.state.in_([State.DONE.value, State.SKIPPED.value])
 _IS_CLOSED_BY_USER = exists().where(Assignment.item_id == Item.id, _IS_USER_S, _CLOSED).correlate(Item)
-FREE = (
-    select(Item.id, Item.required)
-    .where(~Item.complete, ~_IS_CLOSED_BY_USER, _num_taken(Item.id) < Item.required)
-    .order_by(Item.rank, Item.id)
-    .limit(1)
-)
+_IS_FREE = and_(~Item.complete, ~_IS_CLOSED_BY_USER, _num_taken(Item.id) < Item.required)
+FREE = select(Item.id).where(_IS_FREE).order_by(Item.rank, Item.id).limit(1)
 """The first item that has a place for a person."""
+IS_STILL_FREE = select(Item.id).where(Item.id == _ITEM, _IS_FREE)
+"""The item, if it has a place for a person: to look again once it is locked."""
 FREE_UNLOCKED = FREE.with_for_update(skip_locked=True, of=Item)
 """The same, locked; items that others hold locked are passed over (PostgreSQL)."""

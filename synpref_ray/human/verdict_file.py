@@ -6,7 +6,7 @@ and pair (a later line replaces an earlier one of the same annotator), more than
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -55,6 +55,12 @@ class ImportedVerdicts:
     def known(self, pair_ids: Collection[str]) -> set[str]:
         """Return which of these pairs have a verdict."""
         return set(pair_ids) & set(self.answers)
+
+    def about(self, pair_ids: Collection[str]) -> "ImportedVerdicts":
+        """Return what was said of these pairs alone."""
+        wanted = set(pair_ids)
+        answers = {pair_id: answer for pair_id, answer in self.answers.items() if pair_id in wanted}
+        return replace(self, answers=answers, unsettled=self.unsettled & wanted)
 
     def verify(self, shard: pa.Table, selected_ids: Collection[str]) -> pa.Table:
         """Return HUMAN_SCHEMA rows for all pairs of the shard, in order; a selected pair that nobody has answered is `not_selected`."""

@@ -108,10 +108,13 @@ def fill_queue(config: AnnotateConfig, run: Run) -> str:
     pairs, order = plan_queue(pool, open_attributes(pool, config.attributes), config.queue)
     notes = _read_notes(config.notes) if config.notes else _stored_notes(pool)
     rows = {row["pair_id"]: row for row in pairs.to_pylist()}
-    asked = _with_earlier(config, order)  # first of all: a pair of the database that the file lacks would look as if nobody had been asked
-    config.storage.write_table(queue_path(pool.name), asked)
-    items = [_item(pool, rows[entry["pair_id"]], entry, notes.get(entry["pair_id"], {})) for entry in order.to_pylist()]
+    asked = _with_earlier(config, order)
+    fewest = config.consensus.min_verdicts
+    # All that were ever asked about, so that a run which died between the file and the database is made good by the next.
+    items = [_item(pool, rows[entry["pair_id"]], entry, fewest, notes.get(entry["pair_id"], {})) for entry in asked.to_pylist()]
     database = config.open_database()
+    # The file first: a pair of the database that the file lacks would look as if nobody had been asked.
+    config.storage.write_table(queue_path(pool.name), asked)
     num_new = AnnotationQueue(database, config.protocol).add(items)
     database.close()
     counts = {"queued": len(items), "new": num_new, "verdicts_wanted": sum(item.required for item in items)}
@@ -220,11 +223,11 @@ def export(config: AnnotateConfig, run: Run) -> str:
     """Write verdicts, votes, attributes and agreement into the workspace."""
     database, storage, folder = config.open_database(make=False), config.storage, config.export_folder
     found = Results(database, config.consensus).snapshot()
-    storage.write_table(f"{folder}/{VERDICTS}", verdict_table(found))
     storage.write_table(f"{folder}/votes.parquet", vote_table(database))
     storage.write_table(f"{folder}/skips.parquet", skip_table(database))
     storage.write_table(f"{folder}/adjudications.parquet", adjudication_table(database))
     storage.write_table(f"{folder}/{EDITED_TAGS}", attribute_table(found))
+    storage.write_table(f"{folder}/{VERDICTS}", verdict_table(found))  # last: who finds these finds the edits, too
     agreement = {name: entry.model_dump(mode="json") for name, entry in found.agreement().items()}
     storage.write_json(f"{folder}/agreement.json", agreement)
     database.close()
@@ -295,7 +298,7 @@ def _guideline_of(attributes: Mapping[str, str | None]) -> str:
         return ""  # the tagger gave no attributes
 
 
-def _item(pool: Pool, row: Mapping[str, Any], entry: Mapping[str, Any], notes: dict[str, str]) -> NewItem:
+def _item(pool: Pool, row: Mapping[str, Any], entry: Mapping[str, Any], fewest: int, notes: dict[str, str]) -> NewItem:
     return NewItem(
         pair_id=row["pair_id"],
         pool=pool.name,
@@ -304,7 +307,7 @@ def _item(pool: Pool, row: Mapping[str, Any], entry: Mapping[str, Any], notes: d
         rejected=row["rejected"],
         rank=entry["rank"],
         selected_by=entry["selected_by"],
-        required=entry["num_verdicts"],
+        required=max(entry["num_verdicts"], fewest),
         attributes={name: row[name] for name in ATTRIBUTES},
         notes=notes,
     )

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, WaitingError
 from synpref_ray.human.simulated import SimulatedAnnotator
-from synpref_ray.human.verdict_file import import_verdicts
+from synpref_ray.human.verdict_file import ImportedVerdicts, import_verdicts
 from synpref_ray.human.verdicts import Annotator
 from synpref_ray.ingest.readers import open_binary
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, StepResult, run_step
@@ -79,8 +79,8 @@ class AnnotatorConfig(Settings):
 class VerifyWorker:
     """Asks the annotator about the selected pairs of a shard, and splits what became gold."""
 
-    def __init__(self, annotator: AnnotatorConfig, selected: Set[str], gold: GoldConfig):
-        self._annotator = annotator.open()
+    def __init__(self, annotator: Annotator | AnnotatorConfig, selected: Set[str], gold: GoldConfig):
+        self._annotator = annotator.open() if isinstance(annotator, AnnotatorConfig) else annotator
         self._selected = selected
         self._gold = gold
 
@@ -105,10 +105,16 @@ def verify_pool(
         WaitingError: the verdicts come from the annotation queue, and people have not settled all of the round's pairs yet.
     """
     config = config.located(pool.storage)
-    queued = config.kind == "queue"
-    selected = _queued(pool, attributes, config, leaked) if queued else _queue(pool, attributes, budget, config, gold.seed, leaked)
-    with open_binary(config.path):  # a missing file is said before any work
-        pass
+    # Read once: an export while this runs must not give a table whose name says what an earlier one held.
+    imported = _import(config, pool.storage)
+    if config.kind == "queue":
+        selected = _queued(pool, attributes, config, imported, leaked)
+    else:
+        selected = _queue(pool, attributes, budget, config, gold.seed, leaked)
+    if imported is None:
+        with open_binary(config.path):  # a missing file is said before any work
+            pass
+    said = None if imported is None else imported.about(selected)
     step = Step(
         name="verify",
         title=name,
@@ -116,8 +122,8 @@ def verify_pool(
         worker=VerifyWorker,
         outputs=(Output("human", HUMAN_SCHEMA),),
         settings={"kind": config.kind, "gold": gold.model_dump(mode="json")},
-        digests={"selected": content_digest(sorted(selected)), "verdicts": _digest(config, selected)},
-        worker_arguments=lambda _: {"annotator": config, "selected": selected, "gold": gold},
+        digests={"selected": content_digest(sorted(selected)), "verdicts": _digest(config, said)},
+        worker_arguments=lambda _: {"annotator": config if said is None else said, "selected": selected, "gold": gold},
         max_failed_fraction=1.0,  # undecidable pairs are the annotators' honest answer
     )
     result = run_step(step, [StepInput(pool, ("prompt_group",))])
@@ -142,7 +148,20 @@ def _queue(pool: Pool, attributes: Sidecar, budget: int, config: AnnotatorConfig
     return frozenset(candidates)
 
 
-def _queued(pool: Pool, attributes: Sidecar, config: AnnotatorConfig, leaked: Set[str]) -> Set[str]:
+def _import(config: AnnotatorConfig, storage: Storage) -> ImportedVerdicts | None:
+    """Return the verdicts of people; None where there are none: a simulated annotator, or a queue of which nothing was exported yet."""
+    if config.kind == "simulated":
+        return None
+    exported = f"{ANNOTATION}/{VERDICTS}"
+    is_export = config.kind == "queue" and config.path == storage.join(exported)
+    if is_export and not storage.exists(exported):
+        return None
+    found = config.open()
+    assert isinstance(found, ImportedVerdicts)
+    return found
+
+
+def _queued(pool: Pool, attributes: Sidecar, config: AnnotatorConfig, imported: ImportedVerdicts | None, leaked: Set[str]) -> Set[str]:
     """Return the pairs of a pool that people were asked about, once the verdicts that the settings wait for are there."""
     storage = pool.storage
     at = f"workspace={storage.url}"
@@ -154,12 +173,10 @@ def _queued(pool: Pool, attributes: Sidecar, config: AnnotatorConfig, leaked: Se
         )
     asked = set(storage.read_table(queue_path(pool.name), ["pair_id"])["pair_id"].to_pylist())
     ours = frozenset(asked & set(pool.read_all(["pair_id"])["pair_id"].to_pylist()) - leaked)
-    is_there = storage.exists(f"{ANNOTATION}/{VERDICTS}") if config.path == storage.join(f"{ANNOTATION}/{VERDICTS}") else True
     missing = len(ours)
-    if is_there:
-        imported = import_verdicts(config.path)
+    if imported is not None:
         missing -= len(imported.known(ours) - imported.unsettled)
-    if missing and (config.wait or not is_there):
+    if missing and (config.wait or imported is None):
         raise WaitingError(
             f"{missing} of {len(ours)} queued pairs of pool {pool.name} have no verdict in {config.path}: have people judge them, and an admin "
             f"settle disputes (`python jobs/annotate.py serve {at}`), then `python jobs/annotate.py export {at}`, and run this job again "
@@ -168,13 +185,12 @@ def _queued(pool: Pool, attributes: Sidecar, config: AnnotatorConfig, leaked: Se
     return ours
 
 
-def _digest(config: AnnotatorConfig, selected: Set[str]) -> str:
-    """Name what the annotator would say of these pairs: verdicts added about other pairs change nothing here."""
-    if config.kind != "simulated":
-        answers = import_verdicts(config.path).answers
-        said = {pair_id: answers[pair_id] for pair_id in sorted(selected & set(answers))}
+def _digest(config: AnnotatorConfig, said: ImportedVerdicts | None) -> str:
+    """Name what the annotator says of the selected pairs: verdicts added about other pairs change nothing here."""
+    if said is not None:
+        answers = sorted(said.answers.items())
         if config.kind == "queue":  # one more person who says the same changes no gold, and nothing is to be computed anew for them
-            return content_digest([[pair_id, answer.verdict] for pair_id, answer in said.items()])
-        return content_digest([[pair_id, *astuple(answer)] for pair_id, answer in said.items()])
+            return content_digest([[pair_id, answer.verdict] for pair_id, answer in answers])
+        return content_digest([[pair_id, *astuple(answer)] for pair_id, answer in answers])
     with open_binary(config.path) as stream:
         return content_digest(stream.read().hex())

@@ -53,6 +53,20 @@ def test_a_pair_that_needs_two_gets_two_different_people(tmp_path: Path) -> None
     assert queue.answer(ann, held[0], 0, Given(choice="1")) is None  # one place is answered, one is Bob's, and pair 1 is Eve's
 
 
+def test_who_took_doubt_back_says_anew_whose_judgement_it_is(tmp_path: Path) -> None:
+    site = SmallSite(tmp_path)
+    queue, (ann,) = queue_of(site, "a")
+    queue.add([make_item(0)])
+    for choice, own in (("undecidable", False), ("1", True)):
+        held = queue.lease_next(ann)
+        assert held is not None
+        queue.answer(ann, held, queue.open(ann, held).revision, Given(choice=choice, llm_helped=True, own_judgement=own))
+        last = queue.progress(ann).last
+        assert last is not None
+        assert queue.undo(ann, *last) == held
+        assert queue.open(ann, held).earlier["own_judgement"] is own
+
+
 def test_an_undone_verdict_comes_back_first_and_frees_no_place(tmp_path: Path) -> None:
     site = SmallSite(tmp_path)
     queue, (ann, bob) = queue_of(site, "ab")

@@ -1,6 +1,8 @@
 """Agreement and consensus by hand, adjudication, and an export that reads back as verdicts."""
 
+from itertools import combinations
 from pathlib import Path
+from random import Random
 
 import pyarrow.parquet as pq
 import pytest
@@ -42,6 +44,22 @@ def test_a_figure_that_is_not_defined_is_none() -> None:
     assert measure_agreement([]).num_votes == 0
 
 
+def test_kappa_of_a_large_team_is_not_dragged_down_by_duos_that_share_one_pair() -> None:
+    """Forty people, eight shared pairs each, nearly all duos with one pair: 19 of 20 agree, each label comes half of the time."""
+    random = Random(0)
+    duos = random.sample(list(combinations(range(40), 2)), 160)
+    given = []
+    for pair, duo in enumerate(duos):
+        said = ["chosen", "rejected"] if pair % 2 else ["rejected", "chosen"]
+        for place, person in enumerate(duo):
+            given.append(Vote(f"p{pair}", f"a{person}", said[pair % 20 == 0 and place == 1], "math"))
+    found = measure_agreement(given)
+    assert found.percent_agreement == pytest.approx(0.95)
+    assert found.cohen_kappa is not None
+    assert found.krippendorff_alpha == pytest.approx(0.9, abs=0.01)
+    assert 0.85 < found.cohen_kappa < 0.91  # chance is taken from eight verdicts of each, the pair's own among them
+
+
 def test_agreement_by_category() -> None:
     mixed = [*votes("cc rr"), *(Vote(f"x{vote.pair_id}", vote.annotator, vote.verdict, "coding") for vote in votes("cr rc"))]
     found = agreement_by_category(mixed)
@@ -80,6 +98,15 @@ def test_dawid_skene_believes_those_who_are_usually_right() -> None:
     found = settle_pairs({"p20": 3}, [vote for vote in given if vote.pair_id == "p20"], {}, ConsensusConfig(rule="dawid_skene", threshold=0.6))
     assert found["p20"].verdict == "rejected"
     assert dawid_skene([], 10) == ({}, {})
+
+
+def test_who_judges_most_alone_wins_no_dispute_by_it() -> None:
+    alone = [Vote(f"p{pair}", "a", "chosen" if pair % 2 else "rejected", "math") for pair in range(100)]
+    both = [Vote(f"q{pair}", name, said, "math") for pair in range(5) for name, said in (("a", "chosen"), ("b", "rejected"))]
+    required = {f"p{pair}": 1 for pair in range(100)} | {f"q{pair}": 2 for pair in range(5)}
+    found = settle_pairs(required, [*alone, *both], {}, ConsensusConfig(rule="dawid_skene"))
+    assert {found[f"q{pair}"].standing for pair in range(5)} == {Standing.DISPUTED}
+    assert [found[vote.pair_id].verdict for vote in alone] == [vote.verdict for vote in alone]
 
 
 def test_a_later_round_leaves_the_outcomes_of_an_earlier_one() -> None:

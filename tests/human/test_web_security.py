@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 
-from synpref_ray.human.accounts import LoginConfig
+from synpref_ray.human.accounts import LoginConfig, LoginRefused
 from synpref_ray.human.database import AuditEvent, Role, User, VerdictRow
 from tests.human.site import SECRET, TAGS, SmallSite, form_of, hidden, judge, log_in, make_item, take, token_of, undo_form
 
@@ -59,6 +59,21 @@ def test_a_wrong_secret_and_an_unknown_name_are_refused_alike(site: SmallSite) -
     assert {answer.status_code for answer in answers} == {401}
     assert all("The name or the secret is not right." in answer.text for answer in answers)
     assert all("session" not in answer.cookies for answer in answers)
+
+
+def test_a_secret_that_is_changed_while_it_is_looked_at_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = SmallSite(tmp_path)
+    site.user("ann")
+    verify = site.accounts._verify
+
+    def changed_meanwhile(*args: str) -> bool:
+        found = verify(*args)
+        site.accounts.save_user("ann", Role.ANNOTATOR, "another secret")
+        return found
+
+    monkeypatch.setattr(site.accounts, "_verify", changed_meanwhile)
+    with pytest.raises(LoginRefused):
+        site.accounts.log_in("ann", SECRET, "here")
 
 
 def test_guesses_are_throttled_by_name_and_by_address(tmp_path: Path) -> None:
@@ -295,8 +310,8 @@ def test_what_is_no_form_is_refused(site: SmallSite) -> None:
         assert judge(client, path, **change).status_code == 422, change
     assert judge(client, path, rationale="a\x00b").status_code == 422
     assert judge(client, path, rationale="a" * 10_001).status_code == 422
-    assert client.post("/next", content=b"x" * 300_000).status_code == 413
-    assert client.post("/next", content=(b"x" * 50_000 for _ in range(6))).status_code == 413
+    assert client.post("/next", content=b"x" * 600_000).status_code == 413
+    assert client.post("/next", content=(b"x" * 50_000 for _ in range(12))).status_code == 413
     assert client.post("/next", content=quote("csrf=\ud800", errors="surrogatepass").encode()).status_code in (403, 422)
     assert num_verdicts(site) == 0
 

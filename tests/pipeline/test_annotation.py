@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import pyarrow as pa
@@ -26,11 +27,13 @@ from synpref_ray.human.results import Results
 from synpref_ray.human.serving import ServeConfig
 from synpref_ray.human.web import Site, create_app
 from synpref_ray.llm.guidelines import guideline_for
+from synpref_ray.pipeline import verification
 from synpref_ray.pipeline.annotation import AnnotateConfig
 from synpref_ray.pipeline.gathering import gather_pool
 from synpref_ray.pipeline.ingest import IngestConfig
 from synpref_ray.pipeline.job import EXIT_WAITING, JobConfig, run_verb
 from synpref_ray.pipeline.retrieval import pieces_of
+from synpref_ray.pipeline.steps import StepResult, run_step
 from synpref_ray.pipeline.verification import AnnotatorConfig, queue_path, verify_pool
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import GoldConfig
@@ -144,6 +147,43 @@ def test_a_queue_made_again_forgets_nobody_and_a_disputed_pair_is_undecidable(se
         pq.write_table(exported.set_column(exported.column_names.index("annotator"), "annotator", names), path)
         assert verify_pool(run, "verify", pool, attributes, 0, config, GoldConfig()).rows_computed == computed
         pq.write_table(exported, path)
+
+
+def test_a_run_that_died_before_the_database_is_made_good_and_pairs_ask_for_enough_people(
+    seed: tuple[Pool, Sidecar], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool, _ = seed
+    workspace = f"workspace={pool.storage.url}"
+    job(capsys, "queue", workspace, "queue.repeat_share=0")
+    asked = pool.storage.read_table(queue_path("seed"))["pair_id"].to_pylist()
+    for file in (Path(pool.storage.url) / "annotation").glob("annotations.db*"):
+        file.unlink()
+    job(capsys, "queue", workspace, "queue.repeat_share=0", "queue.max_pairs=1", "consensus.min_verdicts=2")
+    database = AnnotateConfig(workspace=pool.storage.url).open_database()
+    with database.read() as session:
+        rows = [tuple(row) for row in session.execute(select(Item.pair_id, Item.required))]
+    database.close()
+    assert sorted(rows) == sorted((pair_id, 2) for pair_id in asked)
+
+
+def test_verdicts_are_read_once_whatever_is_exported_meanwhile(seed: tuple[Pool, Sidecar], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, attributes = seed
+    first, second = pool.read(0)["pair_id"].to_pylist()[:2]
+    path = tmp_path / "verdicts.jsonl"
+
+    def write(verdict: str) -> None:
+        rows = ({"pair_id": name, "verdict": verdict, "annotator": "ann"} for name in (first, second))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def exported_meanwhile(*args: Any) -> StepResult:
+        write("rejected")
+        return run_step(*args)
+
+    write("chosen")
+    monkeypatch.setattr(verification, "run_step", exported_meanwhile)
+    run = Run(pool.storage, "stage1", IngestConfig())
+    human = verify_pool(run, "verify", pool, attributes, 0, AnnotatorConfig(path=str(path)), GoldConfig()).sidecars[0][0]
+    assert human.read_all()["human_verdict"].drop_null().to_pylist() == ["chosen", "chosen"]
 
 
 @pytest.mark.parametrize("folder", ["..", "../x", "a/..", "/tmp/x", "a//b", "", ".hidden"])
