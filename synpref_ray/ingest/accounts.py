@@ -16,6 +16,8 @@ from synpref_ray.ingest.source import Route, SourceConfig
 from synpref_ray.schema import DropReason
 
 UNKNOWN_LICENCE = "unknown"
+_NO_LICENCE = frozenset({"", "-", "?", "cc", "n-a", "n.a.", "n/a", "na", "no licence", "no license", "none", "null", "other", "tbd", "unspecified"})
+"""Ours: words that publishers put where a licence should stand. `cc` is the hub's tag for a whole family of licences."""
 
 
 def record_path(fingerprint: str) -> str:
@@ -23,9 +25,22 @@ def record_path(fingerprint: str) -> str:
     return f"pools/ingest-{fingerprint[:8]}.json"
 
 
+def normalise_licence(stated: str) -> str:
+    """Return a licence as it is compared and recorded: without case and outer space, `unknown` where the words name none."""
+    licence = " ".join(stated.split()).casefold()
+    return UNKNOWN_LICENCE if licence in _NO_LICENCE else licence
+
+
+def refresh_accounts(accounts: Mapping[str, Any], sources: Sequence[SourceConfig]) -> dict[str, Any]:
+    """Return accounts with the licence and the kind of labels that each source has now: they decide no pair, so that they may be corrected later."""
+    stated = {source.name: {"label_kind": source.label_kind.value, "licence": normalise_licence(source.licence)} for source in sources}
+    per_source = {name: {**counts, **stated.get(name, {})} for name, counts in accounts["sources"].items()}
+    return {**accounts, "sources": per_source, "licences": _licence_table(per_source)}
+
+
 def recorded_licences(accounts: Mapping[str, Any]) -> dict[str, str]:
     """Return the licence of every source for which the accounts of an ingest know one."""
-    stated = {name: counts.get("licence", UNKNOWN_LICENCE) for name, counts in accounts["sources"].items()}
+    stated = {name: normalise_licence(counts.get("licence", "")) for name, counts in accounts["sources"].items()}
     return {name: licence for name, licence in stated.items() if licence != UNKNOWN_LICENCE}
 
 
@@ -101,7 +116,7 @@ def _account_source(source: SourceConfig, staged: Sequence[StagedFile], kept: in
         "contaminated": contaminated,
         "route": source.route.value,
         "label_kind": source.label_kind.value,
-        "licence": source.licence or UNKNOWN_LICENCE,
+        "licence": normalise_licence(source.licence),
     }
     published = {"catalogue": source.catalogue, "hub": source.hub.dataset, "revision": source.hub.revision}
     return {**counts, **{name: value for name, value in published.items() if value}}

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,9 @@ from synpref_ray.ingest.chunk import REJECTS_SCHEMA, Chunk, row_to_json
 from synpref_ray.ingest.fields import TextForm, dig, read_chat, read_form, read_turn_texts
 from synpref_ray.ingest.readers import read_file_rows
 from synpref_ray.ingest.screen import NgramScreen
-from synpref_ray.ingest.source import FileFormat, SourceConfig, list_source_files
+from synpref_ray.ingest.source import FileFormat, SourceConfig, find_source_files
 from synpref_ray.schema import DropReason, Role
+from synpref_ray.tables.pools import content_digest
 
 MATCHER_VERSION = 2
 """Of what counts as an equal word; part of a decontaminated ingest's fingerprint."""
@@ -43,6 +44,9 @@ MIN_NGRAM = 5  # App. C (v3)
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # ours: odd, so that powers do not vanish; collisions only cost a comparison
 _UNKNOWN = -1
+_UNREAD_SUFFIXES = (".json", ".json.gz", ".csv", ".csv.gz")
+"""Of files that may hold prompts, and that a folder or pattern passes over unless it says their format: their pairs would not be looked for."""
+_MAX_NAMED = 3
 
 Words = tuple[str, ...]
 
@@ -173,6 +177,14 @@ def count_benchmark_items(config: DecontaminateConfig) -> dict[str, dict[str, in
     return counts
 
 
+def comparison_facts(config: DecontaminateConfig) -> dict[str, Any]:
+    """Return, for the record of an ingest, what pairs are compared with: prompts by benchmark, as digests, and whether candidates are looked for."""
+    items: dict[str, list[list[Any]]] = {}
+    for item in read_benchmarks(config):
+        items.setdefault(item.benchmark, []).append([item.item, list(item.words)])
+    return {"benchmarks": {name: content_digest(found) for name, found in sorted(items.items())}, "candidates": config.candidates}
+
+
 def read_benchmark_rows(config: DecontaminateConfig) -> Iterator[list[BenchmarkItem | str]]:
     """Yield the rows of every benchmark file: an item, or the benchmark's name where a row has no prompt.
 
@@ -196,8 +208,13 @@ def read_benchmark_texts(config: DecontaminateConfig) -> Iterator[tuple[Benchmar
 def _read_files(config: DecontaminateConfig) -> Iterator[list[tuple[BenchmarkItem | str, str]]]:
     for benchmark in config.benchmarks:
         name = benchmark.name or benchmark.path
-        files = list_source_files(SourceConfig(name=name, path=benchmark.path, format=benchmark.format))
-        for file in files:
+        files = find_source_files(SourceConfig(name=name, path=benchmark.path, format=benchmark.format))
+        unread = [file for file in files.passed_over if file.lower().endswith(_UNREAD_SUFFIXES)]
+        if unread and benchmark.format is FileFormat.AUTO:
+            names = ", ".join(unread[:_MAX_NAMED]) + (f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else "")
+            remedy = "give each as a benchmark, or name the others by a pattern"
+            raise InputError(f"benchmark {name}: {benchmark.path} has files that are read only where they are named: {names}; {remedy}")
+        for file in files.files:
             found = list(_read_items(file, name, benchmark))
             if not any(isinstance(item, BenchmarkItem) for item, _ in found):
                 raise InputError(f"benchmark {name}: no row of {file} has a prompt in one of the columns {', '.join(benchmark.prompt)}")

@@ -5,6 +5,7 @@ those asked for, and (where they have been looked at) if it gives no benchmark i
 out is counted. The set is streamed: the driver holds one shard, and the names of contradicted comparisons.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
+from synpref_ray.ingest.accounts import normalise_licence
 from synpref_ray.pipeline.clusters import AUTO
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import open_leaks
@@ -31,7 +33,10 @@ from synpref_ray.tables.storage import Storage
 
 EXPORT_VERSION = 1
 RECORD = "export.json"
+STARTED = "export-started.json"
+"""Stands in the folder while an export is being written: only where it stands are files of an export that was cut off removed."""
 CARD = "README.md"
+_OWN_FILES = re.compile(r"data/train-\d{5}\.parquet|README\.md|export-started\.json")
 EXPORT_SCHEMA = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
@@ -50,10 +55,11 @@ EXPORT_SCHEMA = pa.schema(
     ]
 )
 """TRL's conversational preference format (prompt, chosen and rejected as messages) and what is known of each pair; null where nobody has looked."""
+_HIGHEST_PII = 3
 _BESIDE: Mapping[str, tuple[str, ...]] = {
     "attributes": ("task_category",),
     "hygiene": ("language",),
-    PII: ("pii_score",),
+    PII: ("pii_score", "pii_scanned_whole"),
     TOKEN_LENGTHS: ("prompt_tokens", "chosen_tokens", "rejected_tokens"),
 }
 
@@ -76,13 +82,24 @@ class ExportConfig(JobConfig):
     unknown_licences: bool = False  # ours: what nobody has licensed cannot be passed on
     licence_of: dict[str, str] = Field(default={})
     """Licences by source, where you know better than the record of ingest."""
-    max_pii_score: int = Field(default=3, ge=-1, le=3)  # ours: 3 leaves nothing out; -1 all that the scan found anything in
+    max_pii_score: int = Field(default=_HIGHEST_PII, ge=-1, le=_HIGHEST_PII)  # ours: 3 leaves nothing out; -1 all that the scan found anything in
+    """Below 3, pairs that were not scanned whole stay here too (`not_scanned_whole`)."""
     decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops stay here where it was run; off, or the head of a fingerprint
     sidecars: dict[str, str] = Field(default={})
     """Heads of fingerprints by name (attributes, hygiene, pii, token_lengths), where a pool has several of one."""
     title: str = ""
     """The heading of the dataset card; empty: the set's name."""
     max_pairs_per_file: int = Field(default=100_000, ge=1)  # ours: some 200 MB of typical text
+
+    @field_validator("licences")
+    @classmethod
+    def _normalise_licences(cls, licences: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(normalise_licence(licence) for licence in licences)
+
+    @field_validator("licence_of")
+    @classmethod
+    def _normalise_licence_of(cls, licence_of: dict[str, str]) -> dict[str, str]:
+        return {source: normalise_licence(licence) for source, licence in licence_of.items()}
 
 
 @dataclass
@@ -136,7 +153,9 @@ def read_licences(config: ExportConfig) -> dict[str, str]:
     """
     storage = config.storage
     records = [path for path in storage.list_files("pools", deep=False) if path.startswith("pools/ingest-") and path.endswith(".json")]
-    found = {name: str(counts["licence"]) for path in records for name, counts in storage.read_json(path).get("sources", {}).items()}
+    found = {
+        name: normalise_licence(str(counts["licence"])) for path in records for name, counts in storage.read_json(path).get("sources", {}).items()
+    }
     found |= config.licence_of
     if strangers := sorted(set(config.licences) - set(found.values())):
         raise ConfigError(f"licences: no source has {', '.join(strangers)}; there are {', '.join(sorted(set(found.values()))) or 'none'}")
@@ -156,7 +175,7 @@ def _beside(pool: Pool, config: ExportConfig) -> dict[str, Sidecar]:
             heads = ", ".join(sidecar.fingerprint[:8] for sidecar in there)
             raise ConfigError(f"pool {pool.name!r} has {len(there)} sidecars {name!r} ({heads}): say sidecars.{name}=HEAD")
         found |= {name: there[0]} if there else {}
-    if config.max_pii_score < 3 and PII not in found:
+    if config.max_pii_score < _HIGHEST_PII and PII not in found:
         raise ConfigError(f"max_pii_score={config.max_pii_score}: pool {pool.name!r} was not scanned for personal data; run jobs/hygiene.py first")
     leaks = open_leaks(pool, config.decontamination)
     return found | ({"leaks": leaks} if leaks else {})
@@ -177,19 +196,32 @@ def run_export(config: ExportConfig, run: Run) -> str:
         if record["digest"] != digest:
             raise RunConflictError(f"{target.url} holds another export ({record['set']}); give another folder: out=FOLDER")
     else:
-        there = target.list_files("")
-        if any(not path.startswith("data/train-") and path != CARD for path in there):
-            raise RunConflictError(f"{target.url} holds other files; give another folder: out=FOLDER")
-        for path in there:  # of an export that was cut off
-            target.delete(path)
+        _clear_cut_off(target)
+        target.write_json(STARTED, {"digest": digest})
         record = _export(config, pairs, licences, target, digest)
+    if target.exists(STARTED):
+        target.delete(STARTED)
     run.metrics["export"] = {"folder": target.url, **record}
     return _closing_table(record, target.url)
+
+
+def _clear_cut_off(target: Storage) -> None:
+    """Remove the files of an export that was cut off, its mark last.
+
+    Raises:
+        RunConflictError: there are files, and not both the mark of an export and names that exports give.
+    """
+    there = target.list_files("")
+    if there and (STARTED not in there or not all(_OWN_FILES.fullmatch(path) for path in there)):
+        raise RunConflictError(f"{target.url} holds other files; give another folder: out=FOLDER")
+    for path in sorted(there, key=lambda path: path == STARTED):
+        target.delete(path)
 
 
 def _digest(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str]) -> str:
     settings = config.model_dump(mode="json", include={"licences", "unknown_licences", "max_pii_score", "max_pairs_per_file", "title"})
     settings |= config.model_dump(mode="json", include={"where", "at_least", "at_most"}, exclude_defaults=True)
+    settings |= {"scanned_whole": True} if config.max_pii_score < _HIGHEST_PII else {}  # earlier versions let others out
     beside = [{name: sidecar.fingerprint for name, sidecar in _beside(member.sidecar.pool, config).items()} for member in pairs.members]
     return content_digest([EXPORT_VERSION, pairs.name, pairs.digest, settings, dict(sorted(licences.items())), beside])
 
@@ -209,6 +241,7 @@ def _export(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str], t
         target.write_table(f"data/train-{num_files:05d}.parquet", rest)
         num_files += 1
     if not counts.pairs:
+        target.delete(STARTED)
         raise InputError(
             f"no pair of {config.set} may go out: left out {dict(counts.left_out)}, by licence {dict(counts.left_out_licences)}; name licences "
             "(licence_of.SOURCE=LICENCE where you know them), or say unknown_licences=true"
@@ -304,6 +337,8 @@ def _left_out(row: Mapping[str, Any], licences: Mapping[str, str], config: Expor
         return "contaminated"
     if row.get("pii_score") is not None and row["pii_score"] > config.max_pii_score:
         return "personal_data"
+    if config.max_pii_score < _HIGHEST_PII and not row["pii_scanned_whole"]:
+        return "not_scanned_whole"
     if row["contradicted"]:
         key = (row["comparison_id"], row["chosen"])
         if key in settled:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
-from synpref_ray.ingest.accounts import StagedFile, account, record_path
+from synpref_ray.ingest.accounts import StagedFile, account, record_path, refresh_accounts
 from synpref_ray.ingest.catalogue import with_catalogue
 from synpref_ray.ingest.chunk import Chunk, count_reasons, write_staged
 from synpref_ray.ingest.decontamination import (
@@ -30,6 +30,7 @@ from synpref_ray.ingest.decontamination import (
     BenchmarkIndex,
     DecontaminateConfig,
     MatchKind,
+    comparison_facts,
     count_benchmark_items,
     drop_contaminated,
     find_matches,
@@ -197,9 +198,28 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
                 lease.check()
                 storage.write_json(record, summary)
                 run.metrics["phase_seconds"] = {phase: round(seconds, 3) for phase, seconds in phases.items()}
+    corrected = _correct_record(storage, record, sources, config.decontaminate)
     summary = storage.read_json(record)
     run.metrics.update(summary)
-    return "\n".join([_closing_table(summary), *passed_over_hint(config)])
+    return "\n".join([_closing_table(summary), *corrected, *passed_over_hint(config)])
+
+
+def _correct_record(storage: Storage, path: str, sources: Sequence[SourceConfig], benchmarks: DecontaminateConfig) -> list[str]:
+    """Bring what decides no pair (licences, kinds of labels, names of benchmarks) up to date in a record; return lines that say what changed."""
+    old = storage.read_json(path)
+    new = refresh_accounts(old, sources)
+    if benchmarks.benchmarks and "compared" not in old:  # as earlier versions wrote it
+        new["compared"] = comparison_facts(benchmarks)
+    if new == old:
+        return []
+    with Lease(storage, "pools/ingest.lease.json"):
+        storage.write_json(path, new)
+    return [
+        f"record corrected, {name}: {field} {counts.get(field)} is now {new['sources'][name][field]}"
+        for name, counts in old["sources"].items()
+        for field in ("licence", "label_kind")
+        if counts.get(field) != new["sources"][name].get(field)
+    ]
 
 
 def _files_of(source: SourceConfig) -> tuple[str, ...]:
@@ -269,6 +289,7 @@ def _ingest(
     summary = account(sources, staged, plan, {route: pool.num_rows for route, pool in pools.items()})
     if config.decontaminate.benchmarks:
         summary["benchmark_items"] = count_benchmark_items(config.decontaminate)
+        summary["compared"] = comparison_facts(config.decontaminate)
     with timed(phases, "clean up"):
         _clear(storage, staging)
     rejected = {reason: count for reason, count in summary["rejected"].items() if count}

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpref_ray.errors import InputError
-from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, DecontaminateConfig, MatchKind, Words, read_benchmark_texts
+from synpref_ray.ingest.accounts import record_path
+from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, DecontaminateConfig, MatchKind, Words, comparison_facts, read_benchmark_texts
 from synpref_ray.rules.leaks import PROPOSAL_FIELDS
 from synpref_ray.schema import GATHERED_FIELDS, GATHERED_SCHEMA, PAIR_FIELDS
 from synpref_ray.tables.leases import Lease
@@ -23,6 +24,38 @@ PROPOSE_VERSION = 1
 PROPOSAL_NAMES = tuple(field.name for field in PROPOSAL_FIELDS)
 PROPOSALS_SCHEMA = pa.schema([*GATHERED_SCHEMA, *PROPOSAL_FIELDS, pa.field("benchmark_prompt", pa.string(), nullable=False)])
 """A pair once for every benchmark item that it shares words with."""
+
+
+def check_compared(pools: Sequence[Pool], benchmarks: DecontaminateConfig) -> None:
+    """Refuse benchmarks that ingest did not compare a pool with: no overlap reported would then mean nothing.
+
+    Raises:
+        InputError: ingest had other benchmarks, other prompts in one, or looked for other overlaps; or its record does not say.
+    """
+    given = comparison_facts(benchmarks)
+    for pool in pools:
+        path = record_path(pool.fingerprint)
+        if not pool.storage.exists(path):
+            raise InputError(f"pool {pool.name!r} was not made by ingest ({pool.storage.join(path)} does not exist): overlaps were not looked for")
+        record = pool.storage.read_json(path)
+        if "compared" not in record:
+            why = "with none" if "benchmark_items" not in record else "before it recorded them: run it again with its config (nothing is computed)"
+            raise InputError(f"pool {pool.name!r}: the record {pool.storage.join(path)} names no benchmarks; ingest ran {why}")
+        found = record["compared"]
+        absent = sorted(set(given["benchmarks"]) - set(found["benchmarks"]))
+        if absent:
+            had = ", ".join(found["benchmarks"])
+            raise InputError(
+                f"pool {pool.name!r}: ingest did not compare with benchmark {', '.join(absent)} (it had {had}): nothing is known of overlaps"
+            )
+        other = [name for name, digest in given["benchmarks"].items() if found["benchmarks"][name] != digest]
+        if other:
+            raise InputError(
+                f"pool {pool.name!r}: benchmark {', '.join(other)} has other prompts than ingest compared with; give it as ingest had it"
+            )
+        if found["candidates"] != given["candidates"]:
+            ran, asked = str(found["candidates"]).lower(), str(given["candidates"]).lower()
+            raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.candidates={ran}, this config says {asked}: say the same")
 
 
 def read_proposals(pool: Pool, min_words: int) -> pa.Table:

@@ -14,12 +14,12 @@ import pyarrow as pa
 from pydantic import Field
 
 from synpref_ray.errors import ConfigError
-from synpref_ray.ingest.decontamination import FULL_NGRAM, MIN_NGRAM, DecontaminateConfig, MatchKind, read_benchmark_texts
+from synpref_ray.ingest.decontamination import FULL_NGRAM, MIN_NGRAM, DecontaminateConfig, MatchKind
 from synpref_ray.ingest.source import Route
 from synpref_ray.llm.leak_judge import LEAK_PROMPT_VERSION, LEAK_VOTES_SCHEMA, LeakJudgeConfig, judge_leaks
 from synpref_ray.llm.spending import Budget
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.leak_proposals import PROPOSAL_NAMES, PROPOSALS_SCHEMA, gather_proposals
+from synpref_ray.pipeline.leak_proposals import PROPOSAL_NAMES, PROPOSALS_SCHEMA, check_compared, gather_proposals
 from synpref_ray.pipeline.llm_steps import EngineMeter, LLMStepConfig, journal_counters, names_differ, open_journal, run_llm_step
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
@@ -58,11 +58,10 @@ class LeaksConfig(JobConfig):
 
 def check_leaks(config: LeaksConfig) -> None:
     """Check pools, benchmarks and the judges' models, without loading one."""
-    _open_pools(config)
+    pools = _open_pools(config)
     if not config.decontaminate.benchmarks:
         raise ConfigError("decontaminate.benchmarks is empty: name the benchmarks that ingest was given")
-    for _ in read_benchmark_texts(config.decontaminate):
-        pass
+    check_compared(pools, config.decontaminate)
     for step in config.judges:
         step.check()
 

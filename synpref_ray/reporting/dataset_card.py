@@ -102,5 +102,6 @@ _REASONS = {
     "licence": "the licence of the source is unknown, or not among those asked for",
     "contaminated": "judges say that the pair gives a benchmark item away",
     "personal_data": "the scan for personal data gave a higher score than this export allows",
+    "not_scanned_whole": "the scan for personal data did not read the pair to its end",
     "settled_twice": "the same comparison is in the set already",
 }

@@ -3,6 +3,7 @@
 import glob
 import io
 import os
+import re
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from synpref_ray.tables.objects import Entry, ObjectFile, S3Objects, find_objects, is_s3
 from synpref_ray.tables.s3_requests import PART_BYTES, s3_requests
@@ -65,7 +67,7 @@ class FoundFiles(NamedTuple):
 
 
 def find_files(url: str) -> FoundFiles:
-    """Find the files that a path, folder (with all below it) or glob pattern means."""
+    """Find the files that a path, folder (with all below it) or glob pattern means; a folder that cannot be listed is an OSError."""
     if is_s3(url):
         objects, is_one = find_objects(url)
         return FoundFiles(objects, is_one, "" if is_one or glob.has_magic(url) else url.rstrip("/"))
@@ -73,8 +75,39 @@ def find_files(url: str) -> FoundFiles:
     if fs.isfile(path):
         return FoundFiles([_address(fs, path)], True)
     if fs.isdir(path):
-        return FoundFiles([_address(fs, file) for file in fs.find(path)], False, _address(fs, path))
-    return FoundFiles([_address(fs, file) for file in fs.glob(path) if fs.isfile(file)] if glob.has_magic(path) else [], False)
+        return FoundFiles([_address(fs, file) for file in _walk(fs, path)], False, _address(fs, path))
+    return FoundFiles([_address(fs, file) for file in _match(fs, path) if fs.isfile(file)] if glob.has_magic(path) else [], False)
+
+
+def _walk(fs: fsspec.AbstractFileSystem, folder: str, depth: int | None = None) -> dict[str, dict[str, Any]]:
+    """Return the files below a folder by path, sorted, with what the file system says of them; none where there is no such folder.
+
+    fsspec's own `find`, `walk` and `glob` take a folder that cannot be listed for an empty one, and `on_error` holds for their first folder alone.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    waiting = [(folder.rstrip("/") or folder, 1)]
+    while waiting:
+        here, level = waiting.pop()
+        try:
+            listing = fs.ls(here, detail=True)
+        except (FileNotFoundError, NotADirectoryError):  # none, or removed meanwhile
+            continue
+        for info in listing:
+            name = info["name"].rstrip("/")
+            if info["type"] != "directory":
+                found[info["name"]] = info
+            elif name != here and (depth is None or level < depth):
+                waiting.append((name, level + 1))
+    return dict(sorted(found.items()))
+
+
+def _match(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
+    """Return the files that a glob pattern means."""
+    parts = pattern.split("/")
+    plain = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    depth = None if "**" in pattern else len(parts) - plain
+    matches = re.compile(glob_translate(pattern)).match
+    return [file for file in _walk(fs, "/".join(parts[:plain]) or pattern[: pattern.startswith("/")], depth) if matches(file)]
 
 
 def _address(fs: fsspec.AbstractFileSystem, file: str) -> str:
@@ -99,23 +132,23 @@ class Files:
 
     def exists(self, path: str) -> bool:
         """Whether a file or folder of that name is there."""
-        return bool(self.fs.exists(self.full(path)))
+        try:
+            self.fs.info(self.full(path))
+        except (FileNotFoundError, NotADirectoryError):  # fsspec's own `exists` says no where it may not look
+            return False
+        return True
 
     def list_files(self, folder: str, *, deep: bool = True) -> list[str]:
         """Return the paths of the files under a folder, or directly in it; none where there is no such folder."""
         self.fs.invalidate_cache()
-        if not self.exists(folder):
-            return []
         start = len(self.root.rstrip("/")) + 1
-        return [name[start:] for name in self.fs.find(self.full(folder), maxdepth=None if deep else 1)]
+        return [name[start:] for name in _walk(self.fs, self.full(folder), None if deep else 1)]
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Return the bytes of every file under a folder, by path; none where there is no such folder."""
         self.fs.invalidate_cache()
-        if not self.exists(folder):
-            return {}
         start = len(self.root.rstrip("/")) + 1
-        return {name[start:]: int(info["size"] or 0) for name, info in self.fs.find(self.full(folder), detail=True).items()}
+        return {name[start:]: int(info["size"] or 0) for name, info in _walk(self.fs, self.full(folder)).items()}
 
     def list_folders(self, folder: str) -> list[str]:
         """Return the names of the folders directly in a folder; none where there is no such folder."""

@@ -169,6 +169,19 @@ def test_benchmark_files_of_their_own_formats(tmp_path: Path) -> None:
         read_benchmarks(DecontaminateConfig(benchmarks=(benchmark(tmp_path, "odd.json", [{"text": "x"}]),)))
 
 
+def test_no_file_of_a_benchmark_s_folder_is_left_out_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "bench").mkdir()
+    lines = benchmark(tmp_path / "bench", "lines.jsonl", b'{"prompt": "Line prompt"}\n')
+    (tmp_path / "bench" / "README.md").write_text("about")
+    folder = BenchmarkFile(path=str(tmp_path / "bench"), name="b")
+    assert len(read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))) == 1
+    array = benchmark(tmp_path / "bench", "array.json", [{"prompt": "Array prompt"}])
+    with pytest.raises(InputError, match=r"benchmark b: .* read only where they are named: .*/bench/array\.json; give each as a benchmark"):
+        read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))
+    assert len(read_benchmarks(DecontaminateConfig(benchmarks=(lines, array)))) == 2
+    assert len(read_benchmarks(DecontaminateConfig(benchmarks=(BenchmarkFile(path=f"{tmp_path}/bench/*.jsonl", name="b"),)))) == 1
+
+
 def test_rm_bench_chat_shares_ten_prompts_with_real_pairs(shared_data: Path) -> None:
     """The positive control of the data's README: 10 equal user turns, all 10 found, and nothing else."""
     file = shared_data / "rm_bench" / "chat_filtered.json.gz"

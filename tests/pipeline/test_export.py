@@ -12,6 +12,7 @@ import yaml
 
 from jobs.export import main
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
+from synpref_ray.ingest.pii import PII_SCHEMA
 from synpref_ray.pipeline.export import EXPORT_SCHEMA, ExportConfig, check_export, run_export
 from synpref_ray.pipeline.hygiene import HygieneConfig, run_hygiene
 from synpref_ray.pipeline.ingest import IngestConfig, run_ingest
@@ -109,6 +110,26 @@ def test_what_goes_out_is_counted_and_so_is_what_does_not(tmp_path: Path) -> Non
     assert {row["licence"] for row in rows} == {"mit", "cc-by-4.0"}
 
 
+def test_what_was_not_scanned_whole_stays_here_where_scores_count(tmp_path: Path) -> None:
+    ws = workspace(tmp_path, facts=False)
+    pool = open_pool(ExportConfig(workspace=str(ws), set=NAME).storage, "wild")
+    rows = pool.read_all(["pair_id", "source", "prompt"]).to_pylist()
+    scans = [
+        {
+            "pair_id": row["pair_id"],
+            "pii_score": None,
+            "pii": [],
+            "pii_scanned_whole": row["source"] != "open" or "0?" not in row["prompt"][0]["content"],
+        }
+        for row in rows
+    ]
+    seal(Sidecar(pool, "pii", "f" * 32), scans, PII_SCHEMA)
+    some = export(ws, licences=["mit"], max_pii_score=2)
+    assert (some["pairs"], some["left_out"]) == (4, {"licence": 15, "not_scanned_whole": 1})
+    assert "- 1: the scan for personal data did not read" in (Path(some["folder"]) / "README.md").read_text()
+    assert export(ws, licences=["mit"])["pairs"] == 5
+
+
 def test_licences_that_nobody_knows_stay_here_unless_told(tmp_path: Path) -> None:
     ws = workspace(tmp_path, facts=False)
     assert export(ws, out=str(tmp_path / "known"))["licences"] == {"cc-by-4.0": 5, "inf": 5, "mit": 5}
@@ -138,12 +159,26 @@ def test_an_export_is_made_once_and_another_is_not_mixed_in(tmp_path: Path) -> N
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file()} == times
     with pytest.raises(RunConflictError, match="holds another export"):
         export(ws, out=str(out), licences=["mit"])
-    (out / "export.json").unlink()  # cut off before its end
+    assert not (out / "export-started.json").exists()
+    (out / "export.json").rename(out / "export-started.json")  # cut off before its end
+    (out / "data" / "train-00007.parquet").write_text("cut off")
     assert export(ws, out=str(out)) == first
+    assert not (out / "data" / "train-00007.parquet").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     with pytest.raises(RunConflictError, match="holds other files"):
         export(ws, out=str(tmp_path / "full"))
+
+
+@pytest.mark.parametrize("names", [("README.md", "data/train-00000.parquet"), ("export-started.json", "data/train-00000-of-00001.parquet")])
+def test_a_data_set_of_others_is_never_taken_for_a_cut_off_export(tmp_path: Path, names: tuple[str, ...]) -> None:
+    files = [tmp_path / "clone" / name for name in names]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    with pytest.raises(RunConflictError, match="holds other files; give another folder"):
+        export(workspace(tmp_path, facts=False), out=str(tmp_path / "clone"))
+    assert [file.read_text() for file in files] == ["mine"] * 2
 
 
 def test_the_card_says_it_all(tmp_path: Path) -> None:

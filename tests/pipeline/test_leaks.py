@@ -147,10 +147,36 @@ def test_fewer_words_may_be_left_to_chance_and_reported_overlaps_are_judged_too(
 def test_other_benchmarks_than_ingest_had_are_refused(tmp_path: Path) -> None:
     settings = workspace(tmp_path)
     (tmp_path / "bench.json").write_text(json.dumps([{"prompt": "Another prompt, and nothing of foxes", "id": "fox"}]))
-    with pytest.raises(InputError, match="benchmark bench: no item fox with the words"):
+    with pytest.raises(InputError, match="benchmark bench has other prompts than ingest compared with"):
         judge(settings, leak_if(LEAKING))
     with pytest.raises(ConfigError, match="benchmarks is empty"):
         judge({**settings, "decontaminate": {}}, leak_if(LEAKING))
+
+
+def test_what_ingest_did_not_compare_is_never_called_clean(tmp_path: Path) -> None:
+    settings = workspace(tmp_path)
+    bench = settings["decontaminate"]["benchmarks"][0]
+    with pytest.raises(InputError, match=r"did not compare with benchmark new \(it had bench\)"):
+        judge({**settings, "decontaminate": {"benchmarks": [bench, {**bench, "name": "new"}]}}, leak_if(LEAKING))
+    with pytest.raises(InputError, match="candidates=true, this config says false"):
+        judge({**settings, "decontaminate": {"benchmarks": [bench], "candidates": False}}, leak_if(LEAKING))
+    storage = IngestConfig(workspace=settings["workspace"]).storage
+    (path,) = (path for path in storage.list_files("pools", deep=False) if path.startswith("pools/ingest-"))
+    record = storage.read_json(path)
+    storage.write_json(path, {name: value for name, value in record.items() if name != "compared"})  # as an earlier version left it
+    with pytest.raises(InputError, match="ingest ran before it recorded them: run it again"):
+        judge(settings, leak_if(LEAKING))
+    given = {name: settings[name] for name in ("workspace", "decontaminate")}
+    again = IngestConfig.model_validate({"data": str(tmp_path / "data"), **given})
+    run_ingest(again, Run(storage, "ingest", again))
+    assert storage.read_json(path) == record
+    for more, message in ({"benchmarks": []}, "ingest ran with none"), ({"candidates": False}, "candidates=false, this config says true"):
+        other = IngestConfig.model_validate(
+            {"data": str(tmp_path / "data"), "workspace": str(tmp_path / message[:16]), "decontaminate": {**settings["decontaminate"], **more}}
+        )
+        run_ingest(other, Run(other.storage, "ingest", other))
+        with pytest.raises(InputError, match=message):
+            judge({**settings, "workspace": other.workspace}, leak_if(LEAKING))
 
 
 def test_without_overlaps_there_is_nothing_to_ask(tmp_path: Path) -> None:
