@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import pyarrow as pa
 
@@ -98,22 +99,17 @@ class CrashJournal:
                 found[int(start), int(stop)] += 1
         return found
 
-    @contextmanager
-    def in_hand(self, shard: int, rows: Rows) -> Iterator[None]:
+    def in_hand(self, shard: int, rows: Rows) -> "_InHand":
         """Have a range written down until the block ends, by itself or by an error that somebody can catch."""
-        path = f"{self._folder_of(shard)}/{self.run}.{rows[0]}-{rows[1]}.{uuid.uuid4().hex[:8]}"
+        return _InHand(self, f"{self._folder_of(shard)}/{self.run}.{rows[0]}-{rows[1]}.{uuid.uuid4().hex[:8]}")
+
+    def write_down(self, path: str) -> None:
+        """Leave a mark of this worker."""
         self._ours.add(path)
         self.storage.write_bytes(path, _who())
-        try:
-            yield
-        except EngineDied:
-            raise  # as good as dead: the mark stays
-        except Exception:
-            self._strike(path)
-            raise
-        self._strike(path)
 
-    def _strike(self, path: str) -> None:
+    def strike(self, path: str) -> None:
+        """Take a mark back."""
         self.storage.delete(path)
         self._ours.discard(path)
 
@@ -158,6 +154,20 @@ class CrashJournal:
 
     def _part(self, shard: int, rows: Rows) -> str:
         return f"{self._folder_of(shard)}/part.{rows[0]}-{rows[1]}.parquet"
+
+
+class _InHand:
+    """A range that a worker has in hand. Its mark stays where the process ends, or its engine is as good as dead."""
+
+    def __init__(self, journal: CrashJournal, path: str):
+        self._journal, self._path = journal, path
+
+    def __enter__(self) -> None:
+        self._journal.write_down(self._path)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if kind is None or (issubclass(kind, Exception) and not issubclass(kind, EngineDied)):
+            self._journal.strike(self._path)
 
 
 class Lane:
