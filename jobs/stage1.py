@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from synpref_ray.pipeline.job import run_job
-from synpref_ray.pipeline.stage1 import Stage1Config, check_stage1, plan_stage1, run_stage1
+from synpref_ray.pipeline.stage1 import Stage1Config, check_stage1, run_stage1
+from synpref_ray.pipeline.stage1_plan import plan_stage1
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,7 +6,8 @@ import pytest
 
 from jobs import stage1, stage2
 from synpref_ray.config import load_config
-from synpref_ray.pipeline.stage1 import Stage1Config, plan_stage1
+from synpref_ray.pipeline.stage1 import Stage1Config
+from synpref_ray.pipeline.stage1_plan import plan_stage1
 from synpref_ray.pipeline.stage2 import Stage2Config, plan_stage2
 from synpref_ray.pipeline.step_plan import PlannedWork, PoolSize, describe_plan, total
 from synpref_ray.pipeline.train_set import TrainJobConfig, plan_train
