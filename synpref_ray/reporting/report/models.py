@@ -9,12 +9,16 @@ import numpy as np
 
 from synpref_ray.reporting.report import paper
 from synpref_ray.reporting.report.charts import Point, curves_grid, draw, grid_size, range_chart
-from synpref_ray.reporting.report.content import Block, Cell, Note, Section, Table, columns, interval
+from synpref_ray.reporting.report.content import Block, Cell, Kind, Note, Section, Table, columns, interval
 from synpref_ray.reporting.report.records import Records, RunRecord, Values
 
 MAX_MODELS = 9  # ours: three rows of small charts
 MAX_CURVE_POINTS = 200  # ours: a step a pixel; the record beside the weights has all
 _BEST_OF = re.compile(r"^(?:(?P<part>.*)/)?best_of/(?P<size>\d+)/(?P<picker>model|oracle|random)$")
+
+_OF_A_SCORE: tuple[str | tuple[str, Kind], ...] = (
+    *("benchmark", "scorer", "metric", ("value", "share"), ("95 % interval", "interval"), ("items", "count"), ("of official", "count"), "verified"),
+)
 
 
 def training_section(records: Records) -> Section | None:
@@ -197,16 +201,7 @@ def benchmarks_section(records: Records) -> Section | None:
     if partial:
         blocks.append(Note(f"Not the whole official set: {', '.join(partial)}. Such numbers are not comparable with the paper's.", warns=True))
     heads = columns(
-        *(
-            "benchmark",
-            "scorer",
-            "metric",
-            ("value", "share"),
-            ("95 % interval", "interval"),
-            ("items", "count"),
-            ("of official", "count"),
-            "verified",
-        ),
+        *_OF_A_SCORE,
         *(("paper, eight models", "interval"), ("paper, same backbone", "share"), "paper's source"),
     )
     remarks = "; ".join(
@@ -233,19 +228,7 @@ def _every_metric(scores: Sequence[Score]) -> Table:
         for score in scores
         if "best_of/" not in score.metric and "/matrix/" not in score.metric
     )
-    heads = columns(
-        *(
-            "benchmark",
-            "scorer",
-            "metric",
-            ("value", "share"),
-            ("95 % interval", "interval"),
-            ("items", "count"),
-            ("of official", "count"),
-            "verified",
-            "run",
-        )
-    )
+    heads = columns(*_OF_A_SCORE, "run")
     return Table("metrics", heads, rows, title="Every metric")
 
 
