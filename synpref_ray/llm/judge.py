@@ -8,18 +8,17 @@ merging them is a rule of its own (`rules/votes.py`), and whether the judge may 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from synpref_ray.errors import ReplyParseError, SchemaError
-from synpref_ray.llm.engine import REFUSED, TOO_LONG, UNANSWERED, Engine, Reply, Request
+from synpref_ray.errors import SchemaError
+from synpref_ray.llm.both_orders import VOTE, Asked, SamplingConfig, ask_in_both_orders, is_choice, read_votes, reason_unread
+from synpref_ray.llm.engine import TOO_LONG, Engine, Reply
 from synpref_ray.llm.guidelines import guideline_for
-from synpref_ray.llm.journal import Journal, RetryConfig, generate_readable
-from synpref_ray.llm.parsing import parse_choice
+from synpref_ray.llm.journal import Journal, generate_readable
 from synpref_ray.llm.prompts import (
-    JUDGE_CHOICES,
     JUDGE_GUIDELINES,
     JUDGE_REPLY_START,
     JudgedExample,
@@ -33,19 +32,8 @@ from synpref_ray.schema import DropReason, Verdict, stable_hash
 REQUIRES = ("pair_id", "prompt", "chosen", "rejected")
 ADDS = ("votes", "num_exemplars")
 
-VOTE = pa.struct(
-    [
-        pa.field("judge", pa.string(), nullable=False),
-        pa.field("model", pa.string(), nullable=False),
-        pa.field("revision", pa.string(), nullable=False),
-        pa.field("prompt_version", pa.string(), nullable=False),
-        pa.field("order", pa.int8(), nullable=False),  # 0: candidate 1 is the chosen reply; 1: candidate 1 is the rejected one
-        pa.field("sample", pa.int8(), nullable=False),
-        pa.field("raw", pa.string(), nullable=False),
-        pa.field("verdict", pa.string(), nullable=False),  # of the pair as ingested, whatever the order; abstain: the reply named no candidate
-        pa.field("logprob", pa.float32()),  # of the candidate named, normalised over both; null if the engine cannot tell
-    ]
-)
+VERDICTS = (Verdict.CHOSEN.value, Verdict.REJECTED.value, Verdict.ABSTAIN.value)
+"""Of the pair as ingested; candidate 1 is the chosen reply in order 0, the rejected one in order 1."""
 VOTES_SCHEMA = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),
@@ -61,7 +49,7 @@ Attribute = Literal["task_category", "objectivity", "controversiality", "desired
 GUIDELINE_ATTRIBUTES = ("task_category", "objectivity", "controversiality")
 
 
-class JudgeConfig(RetryConfig):
+class JudgeConfig(SamplingConfig):
     """How pairs are judged; all of it changes results."""
 
     judge: str = Field(pattern=NAME_PATTERN)  # the name that its votes carry
@@ -74,23 +62,13 @@ class JudgeConfig(RetryConfig):
         "desired_attributes",
         "annotation_guideline",
     )
-    num_samples: int = Field(default=1, gt=0, le=127)  # ours: per order; the paper's number is not published
-    temperature: float = Field(default=0.0, ge=0)  # ours: greedy; above 0 with several samples
-    max_input_tokens: int = Field(default=1536, gt=0)  # ours
-    use_chat_template: bool = True  # ours: judging is a task for instruct models
     seed: int = 0  # of the exemplars' candidate order
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.num_samples > 1) != (self.temperature > 0):
-            raise ValueError("several samples need a temperature above 0, and one sample needs temperature 0")
-        return self
 
 
 class _Plan(NamedTuple):
     """What is sent for one pair: requests by (order, sample), or the reason why none is."""
 
-    requests: dict[tuple[int, int], Request]
+    requests: Asked
     num_exemplars: int
     drop_reason: DropReason | None
 
@@ -112,7 +90,7 @@ def judge_pairs(shard: pa.Table, exemplars: pa.Table, engine: Engine, config: Ju
     plans = [_plan(pair, _exemplars_of(pair, named, config), engine, config) for pair in pairs]
     together = sorted(range(len(pairs)), key=lambda row: (_specific_guideline(pairs[row], config) or "", row))  # a prefix cache computes each once
     requests = {request.key: request for row in together for request in plans[row].requests.values()}
-    replies = generate_readable(list(requests.values()), engine, journal, _is_choice, config)
+    replies = generate_readable(list(requests.values()), engine, journal, is_choice, config)
     origin = {"judge": config.judge, **asdict(engine.identity()), "prompt_version": judge_prompt_version(config.guideline)}
     rows = [_row(pair["pair_id"], plan, replies, origin) for pair, plan in zip(pairs, plans, strict=True)]
     return pa.Table.from_pylist(rows, schema=VOTES_SCHEMA)
@@ -182,25 +160,9 @@ def _plan(pair: Mapping[str, Any], exemplars: Sequence[JudgedExample], engine: E
     for num_exemplars in range(len(exemplars), -1, -1):
         prompts = [judge_prompt(guideline, target, exemplars[:num_exemplars]) for target in targets]
         if max(engine.count_tokens(prompt + JUDGE_REPLY_START) for prompt in prompts) <= config.max_input_tokens:
-            return _Plan(_requests(prompts, config), num_exemplars, None)
+            asked = ask_in_both_orders(prompts, judge_prompt_version(config.guideline), JUDGE_REPLY_START, config)
+            return _Plan(asked, num_exemplars, None)
     return _Plan({}, 0, DropReason.TOO_LONG)
-
-
-def _requests(prompts: Sequence[str], config: JudgeConfig) -> dict[tuple[int, int], Request]:
-    return {
-        (order, sample): Request.of(
-            prompt,
-            prompt_version=judge_prompt_version(config.guideline),
-            max_new_tokens=4,
-            choices=JUDGE_CHOICES,
-            temperature=config.temperature,
-            chat=config.use_chat_template,
-            reply_start=JUDGE_REPLY_START,
-            sample=sample,
-        )
-        for order, prompt in enumerate(prompts)
-        for sample in range(config.num_samples)
-    }
 
 
 def _row(pair_id: str, plan: _Plan, replies: Mapping[str, Reply], origin: Mapping[str, str]) -> dict[str, Any]:
@@ -208,31 +170,8 @@ def _row(pair_id: str, plan: _Plan, replies: Mapping[str, Reply], origin: Mappin
         return {"pair_id": pair_id, "drop_reason": plan.drop_reason.value}
     if any(replies[request.key].finish_reason == TOO_LONG for request in plan.requests.values()):  # one order alone would be no judgement
         return {"pair_id": pair_id, "drop_reason": DropReason.TOO_LONG.value}
-    votes = [_vote(order, sample, replies[request.key], origin) for (order, sample), request in plan.requests.items()]
+    votes = read_votes(plan.requests, replies, VERDICTS, origin)
+    row = {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars}
     if all(vote["verdict"] == Verdict.ABSTAIN for vote in votes):  # counted as a failure; the votes stay, an unreadable answer is an abstention
-        refused = all(replies[request.key].finish_reason == REFUSED for request in plan.requests.values())
-        reason = DropReason.REFUSED_BY_MODEL if refused else DropReason.UNPARSABLE_REPLY
-        return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars, "drop_reason": reason.value}
-    return {"pair_id": pair_id, "votes": votes, "num_exemplars": plan.num_exemplars}
-
-
-def _is_choice(text: str) -> bool:
-    try:
-        parse_choice(text)
-    except ReplyParseError:
-        return False
-    return True
-
-
-def _vote(order: int, sample: int, reply: Reply, origin: Mapping[str, str]) -> dict[str, Any]:
-    vote: dict[str, Any] = {**origin, "order": order, "sample": sample, "raw": reply.text, "verdict": Verdict.ABSTAIN.value, "logprob": None}
-    if reply.finish_reason in UNANSWERED:
-        return vote  # whatever its text reads: the filter cut in
-    try:
-        choice = parse_choice(reply.text)
-    except ReplyParseError:
-        return vote
-    vote["verdict"] = (Verdict.CHOSEN if (choice == 1) == (order == 0) else Verdict.REJECTED).value
-    if reply.choice_logprobs is not None:
-        vote["logprob"] = reply.choice_logprobs[choice - 1]
-    return vote
+        return {**row, "drop_reason": reason_unread(plan.requests, replies).value}
+    return row

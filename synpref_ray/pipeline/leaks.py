@@ -16,11 +16,11 @@ from pydantic import Field
 from synpref_ray.errors import ConfigError
 from synpref_ray.ingest.decontamination import FULL_NGRAM, MIN_NGRAM, DecontaminateConfig, MatchKind
 from synpref_ray.ingest.source import Route
+from synpref_ray.llm.journal import Journal
 from synpref_ray.llm.leak_judge import LEAK_PROMPT_VERSION, LEAK_VOTES_SCHEMA, LeakJudgeConfig, judge_leaks
-from synpref_ray.llm.spending import Budget
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_proposals import PROPOSAL_NAMES, PROPOSALS_SCHEMA, check_compared, gather_proposals
-from synpref_ray.pipeline.llm_steps import EngineMeter, LLMStepConfig, journal_counters, names_differ, open_journal, run_llm_step
+from synpref_ray.pipeline.llm_steps import LLMStepConfig, LLMWorker, names_differ, run_llm_step
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
@@ -96,19 +96,12 @@ def run_leaks(config: LeaksConfig, run: Run) -> str:
     return _closing_table(run.metrics["decontamination"], config.storage.join(path))
 
 
-class LeakJudgeWorker:
-    """Holds one engine."""
+class LeakJudgeWorker(LLMWorker[LeakJudgeStepConfig]):
+    """Judges overlaps with benchmark items."""
 
-    def __init__(self, config: LeakJudgeStepConfig, tables: list[Sidecar], budget: Budget | None = None):
-        self._config = config
-        self._tables = tables
-        self._engine = config.open_engine(budget)
-        self._meter = EngineMeter(self._engine)
-
-    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        journal = open_journal(self._tables, key, self._config.engine)
-        votes = judge_leaks(shard, self._engine, self._config.judge, journal)
-        return votes, {**journal_counters(journal), **self._meter.take()}
+    def ask(self, shard: pa.Table, journal: Journal) -> tuple[pa.Table, Mapping[str, float]]:
+        """Return LEAK_VOTES_SCHEMA."""
+        return judge_leaks(shard, self._engine, self._config.judge, journal), {}
 
 
 def _judge(run: Run, proposals: Pool, config: LeakJudgeStepConfig) -> Sidecar:

@@ -4,9 +4,10 @@ Paper: Sec. 3.1 (attributes) and Sec. 3.2, Step 3 (preference-aware labelling wi
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -102,6 +103,7 @@ class TagStepConfig(LLMStepConfig):
     tagger: TaggerConfig = TaggerConfig()
 
 
+StepConfig = TypeVar("StepConfig", bound=LLMStepConfig)
 Models = TypeVar("Models", bound=tuple[LLMStepConfig, ...])
 
 
@@ -167,10 +169,10 @@ class GoldTables:
         return pa.concat_tables([zip_shard(self.pool, shard.number, columns, beside) for shard in self.pool.shards]).combine_chunks()
 
 
-class TagWorker:
-    """Holds one engine."""
+class LLMWorker(ABC, Generic[StepConfig]):
+    """Holds one engine, and asks it about shards, each with a journal of its own; what is asked is the subclass's `ask`."""
 
-    def __init__(self, config: TagStepConfig, tables: list[Sidecar], budget: Budget | None = None):
+    def __init__(self, config: StepConfig, tables: list[Sidecar], budget: Budget | None = None):
         self._config = config
         self._tables = tables
         self._engine = config.open_engine(budget)
@@ -178,8 +180,20 @@ class TagWorker:
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         journal = open_journal(self._tables, key, self._config.engine)
-        table = tag_pairs(shard, self._engine, self._config.tagger, journal)
-        return table, {**journal_counters(journal), **self._meter.take()}
+        table, counters = self.ask(shard, journal)
+        return table, {**counters, **journal_counters(journal), **self._meter.take()}
+
+    @abstractmethod
+    def ask(self, shard: pa.Table, journal: Journal) -> tuple[pa.Table, Mapping[str, float]]:
+        """Return the step's rows for a shard, and what else is counted of it."""
+
+
+class TagWorker(LLMWorker[TagStepConfig]):
+    """Tags pairs."""
+
+    def ask(self, shard: pa.Table, journal: Journal) -> tuple[pa.Table, Mapping[str, float]]:
+        """Return TAGS_SCHEMA."""
+        return tag_pairs(shard, self._engine, self._config.tagger, journal), {}
 
 
 def pairs_to_judge(shard: pa.Table, gold_groups: Set[str]) -> pa.Array | pa.ChunkedArray:
@@ -192,38 +206,29 @@ def pairs_to_judge(shard: pa.Table, gold_groups: Set[str]) -> pa.Array | pa.Chun
     return pc.and_(free, pc.invert(pc.is_in(shard["prompt_group"], value_set=pa.array(sorted(gold_groups), pa.string()))))
 
 
-class JudgeWorker:
-    """Holds one engine and the gold exemplars."""
+class JudgeWorker(LLMWorker[JudgeStepConfig]):
+    """Judges pairs by the gold exemplars that it holds."""
 
     def __init__(self, config: JudgeStepConfig, gold: GoldTables, tables: list[Sidecar], budget: Budget | None = None):
-        self._config = config
-        self._tables = tables
         self._gold = gold.read()
         self._groups = frozenset(self._gold["prompt_group"].to_pylist())
-        self._engine = config.open_engine(budget)
-        self._meter = EngineMeter(self._engine)
+        super().__init__(config, tables, budget)
 
-    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+    def ask(self, shard: pa.Table, journal: Journal) -> tuple[pa.Table, Mapping[str, float]]:
+        """Return VOTES_SCHEMA; rows that no judge is asked about are null."""
         check_exemplars(shard, self._gold)
-        journal = open_journal(self._tables, key, self._config.engine)
         asked = pairs_to_judge(shard, self._groups)
         votes = judge_pairs(shard.filter(asked), self._gold, self._engine, self._config.judge, journal)
-        return spread_rows(shard["pair_id"], asked, votes), {"judged": float(votes.num_rows), **journal_counters(journal), **self._meter.take()}
+        return spread_rows(shard["pair_id"], asked, votes), {"judged": float(votes.num_rows)}
 
 
-class PlainJudgeWorker:
-    """Holds one engine, and asks about pairs as they are: no gold, no exemplars, no attributes."""
+class PlainJudgeWorker(LLMWorker[JudgeStepConfig]):
+    """Judges pairs as they are: no gold, no exemplars, no attributes."""
 
-    def __init__(self, config: JudgeStepConfig, tables: list[Sidecar], budget: Budget | None = None):
-        self._config = config
-        self._tables = tables
-        self._engine = config.open_engine(budget)
-        self._meter = EngineMeter(self._engine)
-
-    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        journal = open_journal(self._tables, key, self._config.engine)
+    def ask(self, shard: pa.Table, journal: Journal) -> tuple[pa.Table, Mapping[str, float]]:
+        """Return VOTES_SCHEMA."""
         votes = judge_pairs(shard, shard.slice(0, 0), self._engine, self._config.judge, journal)
-        return votes, {"judged": float(votes.num_rows), **journal_counters(journal), **self._meter.take()}
+        return votes, {"judged": float(votes.num_rows)}
 
 
 def journal_counters(journal: Journal) -> dict[str, float]:

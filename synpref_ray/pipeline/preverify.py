@@ -10,15 +10,15 @@ from typing import Annotated
 import pyarrow as pa
 from pydantic import Field
 
+from synpref_ray.llm.journal import Journal
 from synpref_ray.llm.noter import NOTES_SCHEMA, NoterConfig, note_pairs
 from synpref_ray.llm.prompts import NOTE_PROMPT_VERSION
-from synpref_ray.llm.spending import Budget
 from synpref_ray.pipeline.annotation import open_attributes, plan_queue
 from synpref_ray.pipeline.gathering import gather_pool
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import PAIR_COLUMNS, EngineMeter, LLMStepConfig, journal_counters, names_differ, open_journal, run_llm_step
+from synpref_ray.pipeline.llm_steps import PAIR_COLUMNS, LLMStepConfig, LLMWorker, names_differ, run_llm_step
 from synpref_ray.pipeline.retrieval import pieces_of
-from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput
+from synpref_ray.pipeline.steps import Output, Step, StepInput
 from synpref_ray.pipeline.verification import notes_path
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
@@ -26,7 +26,6 @@ from synpref_ray.rules.annotation_queue import QueueConfig
 from synpref_ray.schema import Objectivity
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
-from synpref_ray.tables.sidecars import Sidecar
 
 NOTE_VERSION = 1
 SHOWN_SCHEMA = pa.schema([pa.field("pair_id", pa.string(), nullable=False), pa.field("chosen", pa.string()), pa.field("rejected", pa.string())])
@@ -51,19 +50,12 @@ class PreverifyConfig(JobConfig):
     """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
 
-class NoteWorker:
-    """Holds one engine."""
+class NoteWorker(LLMWorker[NoteStepConfig]):
+    """Notes of each reply whether it is correct."""
 
-    def __init__(self, config: NoteStepConfig, tables: list[Sidecar], budget: Budget | None = None):
-        self._config = config
-        self._tables = tables
-        self._engine = config.open_engine(budget)
-        self._meter = EngineMeter(self._engine)
-
-    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        journal = open_journal(self._tables, key, self._config.engine)
-        table = note_pairs(shard, self._engine, self._config.noter, journal)
-        return table, {**journal_counters(journal), **self._meter.take()}
+    def ask(self, shard: pa.Table, journal: Journal) -> tuple[pa.Table, Mapping[str, float]]:
+        """Return NOTES_SCHEMA."""
+        return note_pairs(shard, self._engine, self._config.noter, journal), {}
 
 
 def check_preverify(config: PreverifyConfig) -> None:
