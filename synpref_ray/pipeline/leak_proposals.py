@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.accounts import record_path
-from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, DecontaminateConfig, MatchKind, Words, comparison_facts, read_benchmark_texts
+from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, DecontaminateConfig, MatchKind, comparison_facts, read_benchmark_texts
 from synpref_ray.rules.leaks import PROPOSAL_FIELDS
 from synpref_ray.schema import GATHERED_FIELDS, GATHERED_SCHEMA, PAIR_FIELDS
 from synpref_ray.tables.leases import Lease
@@ -56,6 +56,11 @@ def check_compared(pools: Sequence[Pool], benchmarks: DecontaminateConfig) -> No
         if found["candidates"] != given["candidates"]:
             ran, asked = str(found["candidates"]).lower(), str(given["candidates"]).lower()
             raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.candidates={ran}, this config says {asked}: say the same")
+        if found["candidates"] and "max_candidates" not in found:
+            raise InputError(f"pool {pool.name!r}: ingest kept one candidate a pair, as earlier versions did; run it again into another workspace")
+        if found.get("max_candidates") != given.get("max_candidates"):
+            ran, asked = found.get("max_candidates"), given.get("max_candidates")
+            raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.max_candidates={ran}, this config says {asked}: say the same")
 
 
 def read_proposals(pool: Pool, min_words: int) -> pa.Table:
@@ -107,20 +112,15 @@ def _places(keys: Any, pair_ids: Sequence[str]) -> tuple[list[int], list[int]]:
 
 
 class _BenchmarkTexts:
-    """The prompts of benchmark items by name; items of one name are told apart by the words that they hold."""
+    """The prompts of benchmark items by name."""
 
     def __init__(self, config: DecontaminateConfig):
-        self._texts: dict[tuple[str, str], list[tuple[Words, str]]] = {}
-        for item, text in read_benchmark_texts(config):
-            self._texts.setdefault((item.benchmark, item.item), []).append((item.words, text))
+        self._texts = {(item.benchmark, item.item): text for item, text in read_benchmark_texts(config)}
 
-    def find(self, benchmark: str, item: str, ngram: str) -> str:
-        for words, text in self._texts.get((benchmark, item), ()):
-            if f" {ngram} " in f" {' '.join(words)} ":
-                return text
-        raise InputError(
-            f"benchmark {benchmark}: no item {item} with the words {ngram!r}, which ingest reported; give decontaminate.benchmarks as ingest had it"
-        )
+    def find(self, benchmark: str, item: str) -> str:
+        if (benchmark, item) not in self._texts:
+            raise InputError(f"benchmark {benchmark}: no item {item}, which ingest reported; give decontaminate.benchmarks as ingest had it")
+        return self._texts[benchmark, item]
 
 
 def _gather_shard(pool: Pool, number: int, places: Sequence[int], proposed: pa.Table, texts: _BenchmarkTexts) -> pa.Table:
@@ -130,7 +130,7 @@ def _gather_shard(pool: Pool, number: int, places: Sequence[int], proposed: pa.T
     columns["source_shard"] = pa.array([number] * len(places), pa.int32())
     columns["source_row"] = pa.array(places, pa.int32())
     columns |= {name: proposed[name] for name in PROPOSAL_NAMES}
-    named = zip(*(proposed[name].to_pylist() for name in ("benchmark", "item", "ngram")), strict=True)
+    named = zip(*(proposed[name].to_pylist() for name in ("benchmark", "item")), strict=True)
     columns["benchmark_prompt"] = pa.array([texts.find(*names) for names in named], pa.string())
     return pa.table(columns).cast(PROPOSALS_SCHEMA)
 

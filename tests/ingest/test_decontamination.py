@@ -23,6 +23,7 @@ from synpref_ray.ingest.decontamination import (
     drop_contaminated,
     find_matches,
     first_turn,
+    limit_candidates,
     matches_table,
     read_benchmarks,
     split_words,
@@ -83,14 +84,29 @@ def test_short_prompts_match_when_equal() -> None:
     assert [(match.kind.value, match.field) for match in index.find(turns, "a", "b")] == [("exact", "prompt.2")]
 
 
-def test_shorter_overlaps_are_candidates_the_longest_once() -> None:
+def test_shorter_overlaps_are_candidates_the_longest_of_each_item() -> None:
     index = index_of(LONG, SHORT)
     words = LONG.split()
     for n in range(MIN_NGRAM, FULL_NGRAM):
         assert find(index, f"Well, {' '.join(words[:n])} and so on", " ".join(words[:5])) == [("candidate", "0", "prompt.0", n)]
     assert find(index, " ".join(words[:4])) == []
     assert find(index, "q", "Can you name a quiet hobby please? I can.") == [("candidate", "1", "chosen", 5)]
-    assert find(index, LONG, SHORT) == [("overlap", "0", "prompt.0", 13)]  # what is sure needs no candidate
+    assert find(index, LONG, SHORT) == [("overlap", "0", "prompt.0", 13), ("candidate", "1", "chosen", 5)]
+    assert find(index, f"{SHORT} So.", " ".join(words[:8]), " ".join(words[3:12])) == [
+        ("candidate", "0", "rejected", 9),
+        ("candidate", "1", "prompt.0", 5),
+    ]  # a longer overlap with one item hides no other item
+
+
+def test_candidates_beyond_the_limit_are_counted() -> None:
+    index = index_of(*(f"{LONG} {number}" for number in range(5)), " ".join(LONG.split()[:7]), SHORT)
+    asked = [("Well, one two three four five six seven, hm", SHORT, "n"), ("one two three four five", "c", "r"), (SHORT, "c", "r"), ("p", "c", "r")]
+    found = [index.find([{"role": "user", "content": prompt}], *replies) for prompt, *replies in asked]
+    assert [[match.item for match in matches] for matches in found] == [[*"0123456"], [*"012345"], ["6"], []]
+    limited, left_out = limit_candidates(found, 2)
+    assert [[(match.item, match.n) for match in matches] for matches in limited] == [[("0", 7), ("1", 7)], [("0", 5), ("1", 5)], [("6", 5)], []]
+    assert left_out == 5 + 4
+    assert limit_candidates(found, 7) == (found, 0)
 
 
 def test_every_item_that_is_met_is_named_once() -> None:
@@ -114,11 +130,10 @@ WORDS = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=30)
 def test_the_index_equals_brute_force(prompts: list[list[str]], text: list[str]) -> None:
     items = [tuple(words) for words in prompts]
     found = find(index_of(*(" ".join(words) for words in prompts)), "zzz", " ".join(text))
-    sure = brute_force(items, tuple(text), FULL_NGRAM)
-    assert {int(item) for kind, item, _, _ in found if kind == "overlap"} == sure
-    if not sure:
-        longest = max((n for n in range(MIN_NGRAM, FULL_NGRAM) if brute_force(items, tuple(text), n)), default=None)
-        assert [n for _, _, _, n in found] == ([] if longest is None else [longest])
+    longest = {number: n for n in range(MIN_NGRAM, FULL_NGRAM + 1) for number in brute_force(items, tuple(text), n)}
+    assert {int(item): n for _, item, _, n in found} == longest
+    assert len(found) == len(longest)
+    assert {int(item) for kind, item, _, _ in found if kind == "overlap"} == brute_force(items, tuple(text), FULL_NGRAM)
 
 
 def test_contaminated_pairs_become_rejects_that_name_the_match() -> None:
@@ -167,6 +182,14 @@ def test_benchmark_files_of_their_own_formats(tmp_path: Path) -> None:
     }
     with pytest.raises(InputError, match=r"benchmark odd\.json: no row of .* has a prompt in one of the columns prompt, question"):
         read_benchmarks(DecontaminateConfig(benchmarks=(benchmark(tmp_path, "odd.json", [{"text": "x"}]),)))
+
+
+def test_items_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name, prompts in (("one", ("First", "Second")), ("two", ("Other", "Second"))):  # numbered by row, in each file
+        (tmp_path / "b" / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    items = read_benchmarks(DecontaminateConfig(benchmarks=(BenchmarkFile(path=str(tmp_path / "b"), name="b"),)))
+    assert [(item.item, item.words) for item in items] == [("0", ("first",)), ("1", ("second",)), ("0#2", ("other",)), ("1", ("second",))]
 
 
 def test_no_file_of_a_benchmark_s_folder_is_left_out_in_silence(tmp_path: Path) -> None:

@@ -137,6 +137,43 @@ def test_a_second_run_asks_nobody_and_another_judge_is_asked_alone(tmp_path: Pat
     assert named.fingerprint == head
 
 
+def two_items(root: Path, **more: Any) -> dict[str, Any]:
+    """Make a workspace with a pair that shares eight words with one item and five with each of two others, whose rows have one number."""
+    (root / "data").mkdir()
+    pair = {"prompt": "Why?", "chosen": LEAKING, "rejected": "Nobody ever asked who keeps the bees."}
+    (root / "data" / "seed.jsonl").write_text(json.dumps(pair) + "\n")
+    (root / "a.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in (ITEM, "Nobody ever asked who keeps what", "Bee?")))
+    (root / "b.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("One?", "Then: asked who keeps the bees now")))
+    benchmarks = [{"path": str(root / f"{name}.jsonl"), "name": "bench"} for name in "ab"]
+    config = IngestConfig.model_validate(
+        {"data": str(root / "data"), "workspace": str(root / "ws"), "decontaminate": {"benchmarks": benchmarks, **more}}
+    )
+    run = Run(config.storage, "ingest", config)
+    run_ingest(config, run)
+    assert run.metrics["candidates_beyond_max"] == max(0, 3 - config.decontaminate.max_candidates)
+    return {"workspace": str(root / "ws"), "decontaminate": config.decontaminate.model_dump(mode="json")}
+
+
+def test_every_item_that_a_pair_meets_goes_before_the_judges(tmp_path: Path) -> None:
+    settings = two_items(tmp_path)
+    run = judge(settings, lambda prompt: STATEMENTS[0] if "Then: asked who" in prompt else STATEMENTS[1])
+    assert run.metrics["decontamination"]["pairs"] == {"seed": {"confirmed": 1}}
+    report = run.storage.read_table(run.metrics["decontamination"]["report"]).to_pylist()
+    assert [(row["item"], row["n"], row["ngram"], row["leak_reason"]) for row in report] == [
+        ("0", 8, "live in the old forest near the river", "cleared"),
+        ("1", 5, "nobody ever asked who keeps", "cleared"),
+        ("1#2", 5, "asked who keeps the bees", "confirmed"),
+    ]
+
+
+def test_no_more_items_of_a_pair_than_asked_for_and_the_same_for_both_jobs(tmp_path: Path) -> None:
+    settings = two_items(tmp_path, max_candidates=2)
+    run = judge(settings, leak_if("nothing"))
+    assert run.metrics["decontamination"]["benchmarks"] == {"bench": {"candidate_05": {"cleared": 1}, "candidate_08": {"cleared": 1}}}
+    with pytest.raises(InputError, match="max_candidates=2, this config says 3: say the same"):
+        judge({**settings, "decontaminate": {**settings["decontaminate"], "max_candidates": 3}}, leak_if("nothing"))
+
+
 def test_fewer_words_may_be_left_to_chance_and_reported_overlaps_are_judged_too(tmp_path: Path) -> None:
     settings = workspace(tmp_path, action="report")
     run = judge(settings, leak_if("Forty"), min_words=7)
