@@ -55,7 +55,7 @@ class StagedFile(Settings):
     """Staged pairs of each chunk, by piece (see `ingest/partition.py`)."""
     rejected: dict[str, int]
     matches: dict[str, dict[str, int]] = Field(default={})
-    """By benchmark, the pairs that match it, by kind."""
+    """By benchmark, the pairs that match it, by kind; equal pairs count each."""
     candidates_beyond_max: int = 0
     """Overlaps of 5 to 12 words that were not reported, since their pairs had more of them than may be."""
 

@@ -16,6 +16,7 @@ become numbers of a vocabulary of the benchmarks, and n-grams rolling hashes; a 
 import re
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
@@ -413,6 +414,14 @@ def limit_candidates(matches: Sequence[Sequence[Match]], limit: int) -> tuple[li
         num_sure = sum(match.kind is not MatchKind.CANDIDATE for match in found)  # they come first
         kept.append(list(found[: num_sure + limit]))
     return kept, sum(len(found) - len(some) for found, some in zip(matches, kept, strict=True))
+
+
+def count_matches(matches: Iterable[Sequence[Match]]) -> dict[tuple[str, str], int]:
+    """Return by (benchmark, kind) how many pairs match it; equal pairs count each, so that sums over chunks do not depend on where they were cut."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for found in matches:
+        counts.update({(match.benchmark, match.kind.value) for match in found})
+    return dict(counts)
 
 
 def matches_table(pairs: pa.Table, matches: Sequence[Sequence[Match]]) -> pa.Table:

@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
@@ -32,6 +31,7 @@ from synpref_ray.ingest.decontamination import (
     candidate_settings,
     comparison_facts,
     count_benchmark_items,
+    count_matches,
     drop_contaminated,
     find_matches,
     limit_candidates,
@@ -351,20 +351,19 @@ def _stage_file(stager: _Stager, folder: str, source: SourceConfig, number: int,
     rows = records = beyond = 0
     name = folder.replace("staging/", "")
     ids = IdWriter(storage, folder)
-    for number_of_chunk, (chunk, report, left_out) in enumerate(_cleaned(_read_chunks(source, file), stager.decontaminate, stager.benchmarks)):
+    for number_of_chunk, (chunk, found, report) in enumerate(_cleaned(_read_chunks(source, file), stager.decontaminate, stager.benchmarks)):
         write_staged(storage, pairs_path(folder, number_of_chunk), chunk.pairs)
         ids.add(chunk.pairs)
         if chunk.rejects.num_rows:
             storage.write_table(f"rejects/ingest/{name}-{number_of_chunk:05d}.parquet", chunk.rejects)
         if report.num_rows:
             storage.write_table(f"decontamination/{name}-{number_of_chunk:05d}.parquet", report)
-            for benchmark, kind in set(zip(*(report.column(column).to_pylist() for column in ("benchmark", "kind")), strict=True)):
-                mine = pc.and_(pc.equal(report["benchmark"], benchmark), pc.equal(report["kind"], kind))
-                matches.setdefault(benchmark, Counter())[kind] += pc.count_distinct(report["pair_id"].filter(mine)).as_py()
         rejected.update(count_reasons(chunk.rejects))
         rows += chunk.num_rows_read
         records += chunk.num_records
-        beyond += left_out
+        beyond += found.beyond
+        for (benchmark, kind), count in found.pairs.items():
+            matches.setdefault(benchmark, Counter())[kind] += count
     ids.flush()
     unexpected = rejected.total() - sum(rejected[reason.value] for reason in EXPECTED_REASONS)
     if records and unexpected > stager.max_rejected_fraction * records:
@@ -385,14 +384,21 @@ def _read_chunks(source: SourceConfig, file: str) -> Iterator[Chunk]:
     return read_hub_chunks(source, max_rows=MAX_CHUNK_ROWS, max_bytes=MAX_CHUNK_BYTES)
 
 
-def _cleaned(chunks: Iterator[Chunk], config: DecontaminateConfig, benchmarks: str) -> Iterator[tuple[Chunk, pa.Table, int]]:
-    """Yield chunks without contaminated pairs (where they are to be dropped), the report on each, and how many candidates it leaves out."""
+class _Found(NamedTuple):
+    """Meetings with benchmarks in a chunk: pairs by (benchmark, kind), and candidates beyond the limit."""
+
+    pairs: dict[tuple[str, str], int]
+    beyond: int
+
+
+def _cleaned(chunks: Iterator[Chunk], config: DecontaminateConfig, benchmarks: str) -> Iterator[tuple[Chunk, _Found, pa.Table]]:
+    """Yield chunks without contaminated pairs (where they are to be dropped), what was found in each, and the report on it."""
     index = _benchmark_index(config, benchmarks)
     for chunk in chunks:
         every = find_matches(chunk.pairs, index) if config.benchmarks else [[] for _ in range(chunk.pairs.num_rows)]
-        found, left_out = limit_candidates(every, config.max_candidates)
+        found, beyond = limit_candidates(every, config.max_candidates)
         clean = drop_contaminated(chunk, found) if config.action is Action.DROP else chunk
-        yield clean, matches_table(chunk.pairs, found), left_out
+        yield clean, _Found(count_matches(found), beyond), matches_table(chunk.pairs, found)
 
 
 def _benchmarks_digest(config: DecontaminateConfig) -> str:
