@@ -15,6 +15,7 @@ from synpref_ray.llm.leak_judge import STATEMENTS, LeakJudgeConfig
 from synpref_ray.llm.spending import Budget
 from synpref_ray.pipeline.ingest import IngestConfig, run_ingest
 from synpref_ray.pipeline.leak_marks import leaked_pairs, open_leaks
+from synpref_ray.pipeline.leak_proposals import gather_proposals
 from synpref_ray.pipeline.leaks import LeakJudgeStepConfig, LeaksConfig, check_leaks, run_leaks
 from synpref_ray.pipeline.steps import Resources
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
@@ -22,7 +23,7 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gate import GateConfig, decide_shard, select_for_judge
 from synpref_ray.rules.gold import GoldConfig
 from synpref_ray.rules.labels import label_shard
-from synpref_ray.tables.pools import open_pool
+from synpref_ray.tables.pools import open_pool, write_pool_shard
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 from tests.llm.fakes import ScriptedEngine
 
@@ -164,6 +165,30 @@ def test_every_item_that_a_pair_meets_goes_before_the_judges(tmp_path: Path) -> 
         ("1", 5, "nobody ever asked who keeps", "cleared"),
         ("1#2", 5, "asked who keeps the bees", "confirmed"),
     ]
+
+
+def test_texts_of_proposals_are_held_a_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"{ITEM[:40]} {number}", "chosen": "c" * 200_000, "rejected": "r"} for number in range(24)]
+    (tmp_path / "data" / "seed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bench.json").write_text(json.dumps([{"prompt": ITEM}]))
+    decontaminate = {"benchmarks": [{"path": str(tmp_path / "bench.json"), "name": "bench"}]}
+    paths = {"data": str(tmp_path / "data"), "workspace": str(tmp_path / "ws")}
+    config = IngestConfig.model_validate({**paths, "decontaminate": decontaminate, "max_pairs_per_shard": 3})
+    run_ingest(config, Run(config.storage, "ingest", config))
+    held: list[int] = []
+
+    def write(*arguments: Any) -> Any:
+        held.append(pa.total_allocated_bytes() - before)
+        return write_pool_shard(*arguments)
+
+    monkeypatch.setattr("synpref_ray.pipeline.leak_proposals.write_pool_shard", write)
+    before = pa.total_allocated_bytes()
+    pool = gather_proposals(config.storage, [open_pool(config.storage, "seed")], config.decontaminate, min_words=5, max_pairs=2)
+    assert (pool.num_rows, len(held)) == (24, 12)
+    assert max(held) < 8 * 200_000  # of 24; a shard has two, a source's three
+    rows_of = pool.read_all(["source_shard", "source_row", "prompt"]).to_pylist()
+    assert [(row["source_shard"], row["source_row"]) for row in rows_of] == [(place // 3, place % 3) for place in range(24)]
 
 
 def test_no_more_items_of_a_pair_than_asked_for_and_the_same_for_both_jobs(tmp_path: Path) -> None:
