@@ -13,6 +13,7 @@ Speed: a screen (screen.py) names the texts that share their shortest n-gram wit
 become numbers of a vocabulary of the benchmarks, and n-grams rolling hashes; a hit is then compared word by word. N benchmark items, W words.
 """
 
+import posixpath
 import re
 import sys
 import unicodedata
@@ -48,6 +49,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # ours: odd, so that powers do not vanish
 _UNKNOWN = -1
 _UNREAD_SUFFIXES = (".json", ".json.gz", ".csv", ".csv.gz")
 """Of files that may hold prompts, and that a folder or pattern passes over unless it says their format: their pairs would not be looked for."""
+_SUFFIXES = (*(f"{suffix}.gz" for suffix in (".jsonl", ".ndjson", ".json", ".csv")), ".parquet", ".jsonl", ".ndjson", ".json", ".csv")
 _MAX_NAMED = 3
 
 Words = tuple[str, ...]
@@ -222,14 +224,25 @@ def _read_files(config: DecontaminateConfig) -> Iterator[list[tuple[BenchmarkIte
         files = find_source_files(SourceConfig(name=name, path=benchmark.path, format=benchmark.format))
         unread = [file for file in files.passed_over if file.lower().endswith(_UNREAD_SUFFIXES)]
         if unread and benchmark.format is FileFormat.AUTO:
-            names = ", ".join(unread[:_MAX_NAMED]) + (f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else "")
-            remedy = "give each as a benchmark, or name the others by a pattern"
-            raise InputError(f"benchmark {name}: {benchmark.path} has files that are read only where they are named: {names}; {remedy}")
+            listed = ", ".join(unread[:_MAX_NAMED]) + (f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else "")
+            remedy = f"give each as a benchmark if it holds prompts; if not, {_by_pattern(files.files, unread)}"
+            raise InputError(f"benchmark {name}: {benchmark.path} has files that are read only where they are named: {listed}; {remedy}")
         for file in files.files:
-            found = list(_read_items(file, name, benchmark))
+            aside = f"; if it holds none, {_by_pattern(files.files, [file])}" if len(files.files) > 1 else ""
+            try:
+                found = list(_read_items(file, name, benchmark))
+            except InputError as error:
+                raise InputError(f"benchmark {name}: {error}{aside}") from None
             if not any(isinstance(item, BenchmarkItem) for item, _ in found):
-                raise InputError(f"benchmark {name}: no row of {file} has a prompt in one of the columns {', '.join(benchmark.prompt)}")
+                raise InputError(f"benchmark {name}: no row of {file} has a prompt in one of the columns {', '.join(benchmark.prompt)}{aside}")
             yield [(names.tell_apart(item) if isinstance(item, BenchmarkItem) else item, text) for item, text in found]
+
+
+def _by_pattern(files: Sequence[str], without: Sequence[str]) -> str:
+    """Return how to name a benchmark's files without some of them."""
+    other = next((file for file in files if file not in without), files[0])
+    ending = next((suffix for suffix in _SUFFIXES if other.lower().endswith(suffix)), "")
+    return f"name the files with prompts by a pattern, as in path={posixpath.dirname(other)}/*{ending}"
 
 
 class _ItemNames:

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +32,7 @@ from synpref_ray.ingest.decontamination import (
 )
 from synpref_ray.ingest.fields import TextForm
 from synpref_ray.ingest.readers import read_pair_file
-from synpref_ray.ingest.source import SourceConfig
+from synpref_ray.ingest.source import FileFormat, SourceConfig
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 SHORT = "Name a quiet hobby, please."
@@ -199,10 +201,44 @@ def test_no_file_of_a_benchmark_s_folder_is_left_out_in_silence(tmp_path: Path) 
     folder = BenchmarkFile(path=str(tmp_path / "bench"), name="b")
     assert len(read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))) == 1
     array = benchmark(tmp_path / "bench", "array.json", [{"prompt": "Array prompt"}])
-    with pytest.raises(InputError, match=r"benchmark b: .* read only where they are named: .*/bench/array\.json; give each as a benchmark"):
+    with pytest.raises(
+        InputError, match=r"benchmark b: .* read only where they are named: .*/bench/array\.json; give each as a benchmark"
+    ) as refused:
         read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))
+    assert str(refused.value).endswith(f"by a pattern, as in path={tmp_path}/bench/*.jsonl")
     assert len(read_benchmarks(DecontaminateConfig(benchmarks=(lines, array)))) == 2
     assert len(read_benchmarks(DecontaminateConfig(benchmarks=(BenchmarkFile(path=f"{tmp_path}/bench/*.jsonl", name="b"),)))) == 1
+
+
+def test_a_file_without_prompts_among_others_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
+    benchmark(tmp_path, "one.json.gz", gzip.compress(b'[{"prompt": "One prompt"}]'))
+    benchmark(tmp_path, "metrics.json", {"accuracy": 0.5})
+    folder = BenchmarkFile(path=str(tmp_path), name="b", format=FileFormat.JSON)
+    remedy = rf"; if it holds none, name the files with prompts by a pattern, as in path={re.escape(str(tmp_path))}/\*\.json\.gz$"
+    with pytest.raises(InputError, match=rf"benchmark b: .*/metrics\.json holds dict where a JSON array .*{remedy}"):
+        read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))
+    benchmark(tmp_path, "metrics.json", [{"accuracy": 0.5}])
+    with pytest.raises(InputError, match=rf"benchmark b: no row of .*/metrics\.json has a prompt .*{remedy}"):
+        read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))
+    named = folder.model_copy(update={"path": f"{tmp_path}/*.json.gz"})
+    assert len(read_benchmarks(DecontaminateConfig(benchmarks=(named,)))) == 1
+
+
+def test_the_examples_of_the_docs_read_the_published_folders(shared_data: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "sources.md").read_text(encoding="utf-8").replace("/data/", f"{shared_data}/")
+    listed = re.search(r"^  benchmarks: (\[.*?\])   # ", text, re.MULTILINE)
+    single = re.search(r"`(\{path: .*rm_bench.*format: json.*\})`", text)
+    assert listed
+    assert single
+    config = DecontaminateConfig.model_validate({"benchmarks": [*yaml.safe_load(listed[1]), yaml.safe_load(single[1])]})
+    assert count_benchmark_items(config) == {
+        "rm_bench_chat": {"read": 129, "skipped": 0},
+        "judgebench": {"read": 620, "skipped": 0},
+        "rm_bench": {"read": 798, "skipped": 0},
+    }
+    whole = DecontaminateConfig(benchmarks=(BenchmarkFile(path=f"{shared_data}/judgebench", name="judgebench"),))
+    with pytest.raises(InputError, match=r"expected_metrics\.json; give each .*as in path=.*/judgebench/\*\.jsonl\.gz$"):
+        read_benchmarks(whole)
 
 
 def test_rm_bench_chat_shares_ten_prompts_with_real_pairs(shared_data: Path) -> None:
