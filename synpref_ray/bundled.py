@@ -20,6 +20,7 @@ from pathlib import Path
 import filelock
 import platformdirs
 
+from synpref_ray.credentials import redact
 from synpref_ray.errors import InputError, SynprefError
 
 _RECIPE = 2
@@ -235,7 +236,7 @@ def _download(name: str, revision: str | None) -> str:
         return str(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
     except (OSError, HTTPError, errors.HFValidationError, errors.RevisionResolutionError) as error:
         wanted = f"{name} (revision {revision})" if revision else name
-        reason = " ".join(str(error).split())[:200]
+        reason = redact(" ".join(str(error).split()))[:200]
         raise InputError(
             f"no model {wanted}: neither a folder nor bundled, and not to be had from the hub: {type(error).__name__}: {reason}"
         ) from None

@@ -5,7 +5,6 @@ override any field as `section.key=value` (the value is read as YAML). A file ma
 own settings are laid over those of its base, section by section.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -13,6 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from synpref_ray.credentials import redact, refuse_credentials
 from synpref_ray.errors import ConfigError
 
 
@@ -23,8 +23,6 @@ class Settings(BaseModel):
 
 
 BASE = "base"
-_CREDENTIAL = re.compile(r"^s3a?://[^/]*@|[?&](X-Amz-Credential|X-Amz-Signature|X-Amz-Security-Token|AWSAccessKeyId|Signature)=", re.IGNORECASE)
-"""A key and secret before the bucket, or a presigned URL."""
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -42,15 +40,6 @@ def load_config(cls: type[SettingsT], file: str | None, overrides: Sequence[str]
         return cls.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_one_line(error, file)) from None
-
-
-def refuse_credentials(text: str, where: str) -> None:
-    """Raise ConfigError where a URL holds a credential: configs are written into every run's folder, and names of tables into logs."""
-    if _CREDENTIAL.search(text):
-        raise ConfigError(
-            f"{where} holds a credential in its URL; write the URL without it, and give the credential by the environment (AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY), AWS's own files, or the machine's role"
-        )
 
 
 def _refuse_credentials_in(value: Any, key: str) -> None:
@@ -89,7 +78,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = _load_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file} is not valid YAML: {redact(' '.join(str(error).split()))}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -116,7 +105,7 @@ def _without_sharing(value: Any) -> Any:
 def _apply(values: dict[str, Any], override: str, cls: type[BaseModel]) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ConfigError(f"expected key=value or section.key=value, found {override!r}")
+        raise ConfigError(f"expected key=value or section.key=value, found {redact(override)!r}")
     try:
         value = _load_yaml(text) if text else ""
     except yaml.YAMLError:
@@ -128,7 +117,7 @@ def _apply(values: dict[str, Any], override: str, cls: type[BaseModel]) -> None:
     for section in sections:
         where = where.setdefault(section, {}) if isinstance(where, dict) else where[_index(where, section, override)]
         if not isinstance(where, dict | list):
-            raise ConfigError(f"{override!r}: {section!r} is a value, not a section")
+            raise ConfigError(f"{redact(override)!r}: {section!r} is a value, not a section")
     where[key if isinstance(where, dict) else _index(where, key, override)] = value
 
 
@@ -142,7 +131,7 @@ def _is_text(cls: type[BaseModel], sections: Sequence[str], key: str) -> bool:
 
 def _index(values: list[Any], text: str, override: str) -> int:
     if not text.isdecimal() or int(text) >= len(values):
-        raise ConfigError(f"{override!r}: expected a number from 0 to {len(values) - 1} in place of {text!r}, as in judges.0.engine.model")
+        raise ConfigError(f"{redact(override)!r}: expected a number from 0 to {len(values) - 1} in place of {text!r}, as in judges.0.engine.model")
     return int(text)
 
 

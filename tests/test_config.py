@@ -6,6 +6,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from synpref_ray.config import Settings, load_config
+from synpref_ray.credentials import redact
 from synpref_ray.errors import ConfigError
 
 
@@ -138,6 +139,15 @@ def test_a_bad_base_is_one_clear_line(tmp_path: Path, text: str, expected: str) 
         "s3://AKIDEXAMPLE:wJalrXUtnFEMI@bucket/data",
         "s3a://wJalrXUtnFEMI@bucket",
         "https://bucket.s3.amazonaws.com/a.jsonl?X-Amz-Credential=AKID&X-Amz-Signature=wJalrXUtnFEMI",
+        "s3://AKIDEXAMPLE:wJalr/XUtnFEMI@bucket/data",
+        "simplecache::s3://AKIDEXAMPLE:wJalrXUtnFEMI@bucket/data",
+        "https://storage.googleapis.com/b/a.jsonl?X-Goog-Algorithm=x&x-goog-signature=wJalrXUtnFEMI",
+        "https://storage.googleapis.com/b/a.jsonl?X-Goog-Credential=wJalrXUtnFEMI",
+        "https://account.blob.core.windows.net/c/a.jsonl?se=2030-01-01&sp=r&sig=wJalrXUtnFEMI",
+        "https://user:wJalrXUtnFEMI@host/a.jsonl",
+        "https://wJalrXUtnFEMI@host:8000/v1",
+        "sftp://user:wJalr@XUtnFEMI@host/a.jsonl",
+        "https://host/v1?api_key=wJalrXUtnFEMI",
     ],
 )
 def test_a_credential_in_a_config_is_an_error_that_does_not_repeat_it(tmp_path: Path, url: str) -> None:
@@ -147,6 +157,29 @@ def test_a_credential_in_a_config_is_an_error_that_does_not_repeat_it(tmp_path: 
     assert "wJalr" not in str(refused.value)
     with pytest.raises(ConfigError, match=r"^title holds a credential"):
         load_config(Outer, None, [f"title={url}"])
+    for bad in (f"title.5={url}", f"inner.names.7={url}", url.partition("=")[0]):
+        with pytest.raises(ConfigError) as refused:
+            load_config(Outer, None, ["title=x", "inner.names=[a]", bad])
+        assert "wJalr" not in str(refused.value)
+    assert "wJalr" not in redact(f"403 for url '{url}' at {url}: {url}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("s3://bucket/a@b:c", "https://host:8000/a@b", "https://[::1]:8000/a@b", "https://host/a?page=2&se=1", "sftp://user@host/a"),
+        *("abfs://container@account.dfs.core.windows.net/a", "hf://datasets/me/set@main#train", "postgresql+psycopg://me:word@host/name"),
+        *("why? sig=, or a@b", "/data/design=x&y/a.jsonl", "memory://a:1/b@c"),
+    ],
+)
+def test_what_is_no_credential_passes(url: str) -> None:
+    assert load_config(Outer, None, [f"title={url}"]).title == url
+    assert redact(url) == url or url.startswith("postgresql")
+
+
+def test_a_redacted_message_still_says_where() -> None:
+    signed = "https://cdn.hub/a.parquet?X-Amz-Date=1&X-Amz-Signature=secret&x-id=GetObject"
+    assert redact(f"403 Forbidden for url '{signed}' (s3://k:secret@b/a)") == "403 Forbidden for url 'https://cdn.hub/a.parquet?…' (s3://…@b/a)"
 
 
 class Listed(Settings):

@@ -14,14 +14,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "synpref_ray"
 
-BASE = {"schema", "errors", "config", "bundled", "versions"}
+BASE = {"schema", "errors", "credentials", "config", "bundled", "versions"}
 FOUNDATION = {"tables", "rules"}
 MIDDLE = {"ingest", "llm", "reward", "retrieval", "human", "evaluation", "reporting", "planning"}
 MAY_IMPORT = {
     "schema": set(),
     "errors": set(),
-    "config": {"errors"},
-    "bundled": {"errors"},
+    "credentials": {"errors"},
+    "config": {"errors", "credentials"},
+    "bundled": {"errors", "credentials"},
     "versions": set(),
     "rules": BASE - {"bundled"},
     "tables": BASE | {"rules"},

@@ -55,7 +55,9 @@ class StagedFile(Settings):
     """Staged pairs of each chunk, by piece (see `ingest/partition.py`)."""
     rejected: dict[str, int]
     matches: dict[str, dict[str, int]] = Field(default={})
-    """By benchmark, the pairs that match it, by kind."""
+    """By benchmark, the pairs that match it, by kind; equal pairs count each."""
+    candidates_beyond_max: int = 0
+    """Overlaps of 5 to 12 words that were not reported, since their pairs had more of them than may be."""
 
 
 def account(sources: Sequence[SourceConfig], staged: Sequence[StagedFile], plan: IngestPlan, pools: Mapping[Route, int]) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def account(sources: Sequence[SourceConfig], staged: Sequence[StagedFile], plan:
         "licences": _licence_table(per_source),
     }
     matches = _sum_matches(staged)
-    return {**summary, "benchmarks": matches} if matches else summary
+    return {**summary, "benchmarks": matches, "candidates_beyond_max": sum(entry.candidates_beyond_max for entry in staged)} if matches else summary
 
 
 def _account_source(source: SourceConfig, staged: Sequence[StagedFile], kept: int, duplicates: int) -> dict[str, Any]:

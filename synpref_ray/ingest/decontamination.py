@@ -6,15 +6,18 @@ rejected and lets a judge strike false alarms. Our choice, all else:
 - Words are runs of letters and digits in Unicode's form NFKC, case-folded and without format characters (soft hyphens, zero-width joiners); a Han or
   kana character is a word of its own. Prompt turns and replies are looked at one by one, so that no n-gram spans two of them.
 - A benchmark prompt of fewer than 13 words has no 13-gram: it matches a user turn that equals it after this normalisation.
-- Overlaps of 5 to 12 words only propose: one candidate a pair, the longest; nothing is dropped for it here (`pipeline/leaks.py` asks a judge).
+- Overlaps of 5 to 12 words only propose; nothing is dropped for them here (`pipeline/leaks.py` asks a judge).
+- A pair is reported once for every benchmark item that it meets, with the longest words they share; of candidates the longest `max_candidates`.
 
 Speed: a screen (screen.py) names the texts that share their shortest n-gram with a benchmark, or may equal a short prompt. Only in these words
 become numbers of a vocabulary of the benchmarks, and n-grams rolling hashes; a hit is then compared word by word. N benchmark items, W words.
 """
 
+import posixpath
 import re
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
@@ -46,6 +49,7 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)  # ours: odd, so that powers do not vanish
 _UNKNOWN = -1
 _UNREAD_SUFFIXES = (".json", ".json.gz", ".csv", ".csv.gz")
 """Of files that may hold prompts, and that a folder or pattern passes over unless it says their format: their pairs would not be looked for."""
+_SUFFIXES = (*(f"{suffix}.gz" for suffix in (".jsonl", ".ndjson", ".json", ".csv")), ".parquet", ".jsonl", ".ndjson", ".json", ".csv")
 _MAX_NAMED = 3
 
 Words = tuple[str, ...]
@@ -94,6 +98,8 @@ class DecontaminateConfig(Settings):
     """Whether contaminated pairs are dropped (as rejects) or only reported."""
     candidates: bool = True
     """Whether overlaps of 5 to 12 words are looked for and reported."""
+    max_candidates: int = Field(default=16, ge=1)  # ours: a set phrase may stand in hundreds of benchmark prompts; each is two questions to a judge
+    """The most benchmark items with which a pair's overlaps of 5 to 12 words are reported, the longest first; those beyond are counted."""
 
 
 class BenchmarkItem(NamedTuple):
@@ -178,11 +184,17 @@ def count_benchmark_items(config: DecontaminateConfig) -> dict[str, dict[str, in
 
 
 def comparison_facts(config: DecontaminateConfig) -> dict[str, Any]:
-    """Return, for the record of an ingest, what pairs are compared with: prompts by benchmark, as digests, and whether candidates are looked for."""
+    """Return, for the record of an ingest, what pairs are compared with: prompts by benchmark, as digests, and which candidates are looked for."""
     items: dict[str, list[list[Any]]] = {}
     for item in read_benchmarks(config):
         items.setdefault(item.benchmark, []).append([item.item, list(item.words)])
-    return {"benchmarks": {name: content_digest(found) for name, found in sorted(items.items())}, "candidates": config.candidates}
+    benchmarks = {name: content_digest(found) for name, found in sorted(items.items())}
+    return {"benchmarks": benchmarks, **candidate_settings(config)}
+
+
+def candidate_settings(config: DecontaminateConfig) -> dict[str, Any]:
+    """Return what decides which shorter overlaps are reported."""
+    return {"candidates": config.candidates, **({"max_candidates": config.max_candidates} if config.candidates else {})}
 
 
 def read_benchmark_rows(config: DecontaminateConfig) -> Iterator[list[BenchmarkItem | str]]:
@@ -206,19 +218,43 @@ def read_benchmark_texts(config: DecontaminateConfig) -> Iterator[tuple[Benchmar
 
 
 def _read_files(config: DecontaminateConfig) -> Iterator[list[tuple[BenchmarkItem | str, str]]]:
+    names = _ItemNames()
     for benchmark in config.benchmarks:
         name = benchmark.name or benchmark.path
         files = find_source_files(SourceConfig(name=name, path=benchmark.path, format=benchmark.format))
         unread = [file for file in files.passed_over if file.lower().endswith(_UNREAD_SUFFIXES)]
         if unread and benchmark.format is FileFormat.AUTO:
-            names = ", ".join(unread[:_MAX_NAMED]) + (f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else "")
-            remedy = "give each as a benchmark, or name the others by a pattern"
-            raise InputError(f"benchmark {name}: {benchmark.path} has files that are read only where they are named: {names}; {remedy}")
+            listed = ", ".join(unread[:_MAX_NAMED]) + (f" and {len(unread) - _MAX_NAMED} more" if len(unread) > _MAX_NAMED else "")
+            remedy = f"give each as a benchmark if it holds prompts; if not, {_by_pattern(files.files, unread)}"
+            raise InputError(f"benchmark {name}: {benchmark.path} has files that are read only where they are named: {listed}; {remedy}")
         for file in files.files:
-            found = list(_read_items(file, name, benchmark))
+            aside = f"; if it holds none, {_by_pattern(files.files, [file])}" if len(files.files) > 1 else ""
+            try:
+                found = list(_read_items(file, name, benchmark))
+            except InputError as error:
+                raise InputError(f"benchmark {name}: {error}{aside}") from None
             if not any(isinstance(item, BenchmarkItem) for item, _ in found):
-                raise InputError(f"benchmark {name}: no row of {file} has a prompt in one of the columns {', '.join(benchmark.prompt)}")
-            yield found
+                raise InputError(f"benchmark {name}: no row of {file} has a prompt in one of the columns {', '.join(benchmark.prompt)}{aside}")
+            yield [(names.tell_apart(item) if isinstance(item, BenchmarkItem) else item, text) for item, text in found]
+
+
+def _by_pattern(files: Sequence[str], without: Sequence[str]) -> str:
+    """Return how to name a benchmark's files without some of them."""
+    other = next((file for file in files if file not in without), files[0])
+    ending = next((suffix for suffix in _SUFFIXES if other.lower().endswith(suffix)), "")
+    return f"name the files with prompts by a pattern, as in path={posixpath.dirname(other)}/*{ending}"
+
+
+class _ItemNames:
+    """Tells items of one name apart (rows of several files, by their numbers): the second prompt that is called `7` becomes `7#2`."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[tuple[str, str], dict[Words, int]] = {}
+
+    def tell_apart(self, item: BenchmarkItem) -> BenchmarkItem:
+        prompts = self._prompts.setdefault((item.benchmark, item.item), {})
+        place = prompts.setdefault(item.words, len(prompts))
+        return item._replace(item=f"{item.item}#{place + 1}") if place else item
 
 
 def _read_items(file: str, name: str, benchmark: BenchmarkFile) -> Iterator[tuple[BenchmarkItem | str, str]]:
@@ -269,7 +305,9 @@ class BenchmarkIndex:
         return fields
 
     def find(self, prompt: Sequence[Mapping[str, str]], chosen: str, rejected: str, fields: Collection[str] | None = None) -> list[Match]:
-        """Return the matches of a pair: every benchmark item with an overlap or an exact match once, else at most one candidate.
+        """Return the matches of a pair: every benchmark item that it meets once, those with an overlap or an exact match first, then candidates.
+
+        Candidates come longest first, each with the first of the longest n-grams that the item shares with the pair.
 
         Args:
             fields: look at these alone (`prompt.0` …, `chosen`, `rejected`), as `screen` named them.
@@ -279,47 +317,47 @@ class BenchmarkIndex:
         if fields is not None:
             texts = [text for text in texts if text[0] in fields]
         sure: dict[int, Match] = {}
-        best: tuple[int, Match] | None = None
+        candidates: dict[int, Match] = {}
         for field, text, is_user in texts:
             words = split_words(text)
             if is_user:
                 for number in self._exact.get(words, ()):
                     sure.setdefault(number, self._match(MatchKind.EXACT, number, field, words))
-            for n, number, ngram in self._overlaps(words):
-                if n == FULL_NGRAM:
+            for number, ngram in self._overlaps(words).items():
+                if len(ngram) == FULL_NGRAM:
                     sure.setdefault(number, self._match(MatchKind.OVERLAP, number, field, ngram))
-                elif best is None or n > best[0]:
-                    best = n, self._match(MatchKind.CANDIDATE, number, field, ngram)
-        return list(sure.values()) or ([best[1]] if best is not None else [])
+                elif number not in candidates or len(ngram) > candidates[number].n:
+                    candidates[number] = self._match(MatchKind.CANDIDATE, number, field, ngram)
+        longest_first = sorted(candidates.keys() - sure.keys(), key=lambda number: (-candidates[number].n, number))
+        return [*sure.values(), *(candidates[number] for number in longest_first)]
 
     def _match(self, kind: MatchKind, number: int, field: str, ngram: Words) -> Match:
         item = self._items[number]
         return Match(kind, item.benchmark, item.item, field, len(ngram), " ".join(ngram))
 
-    def _overlaps(self, words: Words) -> Iterator[tuple[int, int, Words]]:
-        """Yield (n, item, n-gram) for every item with a 13-gram in these words, and for one item of the longest shorter n-gram."""
+    def _overlaps(self, words: Words) -> dict[int, Words]:
+        """Return by item the first of the longest n-grams that it shares with these words."""
         ids = np.fromiter(map(self._vocabulary.get, words, repeat(_UNKNOWN)), np.int64, len(words))
-        if len(ids) < self._sizes[0] or not (ids >= 0).any():
-            return
-        shorter: tuple[int, int, Words] | None = None
+        shortest = self._sizes[0]
+        found: dict[int, Words] = {}
+        if len(ids) < shortest:
+            return found
+        starts = _known_windows(ids, shortest)
         for n, hashes in _rolling_hashes(ids, FULL_NGRAM):
-            if n not in self._places:
+            if n < shortest:
                 continue
-            windows = _known_windows(ids, n)
-            if len(windows) == 0:
-                break  # nor has any longer window only words of the vocabulary
-            for start in windows[_contains(self._known[n], hashes[windows])].tolist():
+            starts = starts[starts < len(hashes)]
+            starts = starts[_contains(self._known[n], hashes[starts])]
+            if len(starts) == 0:
+                break  # where an item shares n words it shares the first n - 1 of them
+            longest: dict[int, Words] = {}
+            for start in starts.tolist():
                 ngram = words[start : start + n]
-                numbers = [
-                    number for number, at in self._places[n][int(hashes[start])] if self._items[number].words[at : at + n] == ngram
-                ]  # a hash may collide; words do not
-                if n == FULL_NGRAM:
-                    yield from ((n, number, ngram) for number in dict.fromkeys(numbers))
-                elif numbers:
-                    shorter = n, numbers[0], ngram
-                    break
-        if shorter is not None:
-            yield shorter
+                for number, at in self._places[n][int(hashes[start])]:
+                    if number not in longest and self._items[number].words[at : at + n] == ngram:  # a hash may collide; words do not
+                        longest[number] = ngram
+            found |= longest
+        return found
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
@@ -380,6 +418,23 @@ def drop_contaminated(chunk: Chunk, matches: Sequence[Sequence[Match]]) -> Chunk
 def is_contaminated(matches: Iterable[Match]) -> bool:
     """Whether matches say more than that a judge should look."""
     return any(match.kind is not MatchKind.CANDIDATE for match in matches)
+
+
+def limit_candidates(matches: Sequence[Sequence[Match]], limit: int) -> tuple[list[list[Match]], int]:
+    """Return matches with at most `limit` candidates a pair, the first of them, and how many candidates that leaves out."""
+    kept = []
+    for found in matches:
+        num_sure = sum(match.kind is not MatchKind.CANDIDATE for match in found)  # they come first
+        kept.append(list(found[: num_sure + limit]))
+    return kept, sum(len(found) - len(some) for found, some in zip(matches, kept, strict=True))
+
+
+def count_matches(matches: Iterable[Sequence[Match]]) -> dict[tuple[str, str], int]:
+    """Return by (benchmark, kind) how many pairs match it; equal pairs count each, so that sums over chunks do not depend on where they were cut."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for found in matches:
+        counts.update({(match.benchmark, match.kind.value) for match in found})
+    return dict(counts)
 
 
 def matches_table(pairs: pa.Table, matches: Sequence[Sequence[Match]]) -> pa.Table:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
+from synpref_ray.credentials import redact
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.adapt import adapt_rows
 from synpref_ray.ingest.chunk import Chunk
@@ -81,4 +82,4 @@ def _hub_faults() -> tuple[type[Exception], ...]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return redact(" ".join(str(error).split()))  # the hub's clients name the signed URLs of its storage

@@ -142,7 +142,7 @@ def find_source_files(source: SourceConfig) -> SourceFiles:
     chosen = tuple(file for file in files if _is_pair_file(file, source.format))
     if not chosen:
         wanted = "Parquet or JSONL" if source.format is FileFormat.AUTO else source.format.value
-        remedy = "; files written otherwise are read by `format` in a list of sources: parquet, jsonl, json (one array) or csv"
+        remedy = "; files written otherwise are read by `format`, of a benchmark or in a list of sources: parquet, jsonl, json (one array) or csv"
         raise InputError(f"source {source.name!r}: none of the {len(files)} files at {source.path} is a {wanted} file by its name{remedy}")
     return SourceFiles(chosen, tuple(file for file in files if not _is_pair_file(file, source.format)))
 

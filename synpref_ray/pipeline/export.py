@@ -2,9 +2,11 @@
 
 Paper: the data statement (licences that permit it, attribution). Our choice: a pair goes out only if the licence of its source is known and among
 those asked for, and (where they have been looked at) if it gives no benchmark item away and holds no personal data above a score. Whatever is left
-out is counted. The set is streamed: the driver holds one shard, and the names of contradicted comparisons.
+out is counted. The set is streamed: the driver holds one shard, the pairs of one file that is to be written (`max_pairs_per_file`, and for a moment
+twice that), and 16 bytes (some 100 in Python's memory) for each contradicted comparison that went out.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -278,7 +280,7 @@ def _is_simulated(storage: Storage) -> bool:
 
 def _tables(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str], counts: _Counts) -> Iterator[pa.Table]:
     """Yield the pairs that may go out, shard by shard; a comparison whose contradicting labels were settled the same way goes out once."""
-    settled: set[tuple[str, str]] = set()
+    settled: set[bytes] = set()
     for member in pairs.members:
         beside = _beside(member.sidecar.pool, config)
         for shard in member.sidecar.pool.shards:
@@ -327,8 +329,8 @@ def _wanted(member: Member, number: int, config: ExportConfig, pair_ids: pa.Chun
     return wanted.combine_chunks()
 
 
-def _left_out(row: Mapping[str, Any], licences: Mapping[str, str], config: ExportConfig, settled: set[tuple[str, str]]) -> str | None:
-    """Return why a pair stays here, None if it goes out."""
+def _left_out(row: Mapping[str, Any], licences: Mapping[str, str], config: ExportConfig, settled: set[bytes]) -> str | None:
+    """Return why a pair stays here, None if it goes out; `settled` has the digests of the contradicted comparisons that went out."""
     licence = licences.get(row["source"], UNKNOWN)
     allowed = config.unknown_licences if licence == UNKNOWN else not config.licences or licence in config.licences
     if not allowed:
@@ -340,7 +342,7 @@ def _left_out(row: Mapping[str, Any], licences: Mapping[str, str], config: Expor
     if config.max_pii_score < _HIGHEST_PII and not row["pii_scanned_whole"]:
         return "not_scanned_whole"
     if row["contradicted"]:
-        key = (row["comparison_id"], row["chosen"])
+        key = hashlib.blake2b(f"{row['comparison_id']} {row['chosen']}".encode(), digest_size=16).digest()
         if key in settled:
             return "settled_twice"
         settled.add(key)

@@ -4,9 +4,14 @@ Paper: Sec. 3, App. D.4 (see `ingest/hygiene.py`). Our choice: a sidecar and not
 can be run again whenever pools grow. Near-duplicates are a column of their own beside `prompt_group`, whose names other tables already carry.
 
 Three passes. Each shard's texts become keys (a sidecar `text_keys`); tasks compare the keys of all pools, by prompt group for cycles and by bands of
-hashes for near-duplicates; each shard then reads its marks. The driver holds lists of shards and counts. A comparing task reads every shard's keys
-and holds some of its pairs' (below 1 GB for cycles; for near-duplicates 16 bytes a pair and three times that to sort, 2.5 GB at 40M pairs); the
-links of near-duplicates go through one task, and every worker holds the clusters and the places of pairs in cycles.
+hashes for near-duplicates; each shard then reads its marks. A comparing task reads every shard's keys and holds some of its pairs' (36 bytes a pair
+for cycles, below 1 GB with what sorts them; for near-duplicates 16 bytes a pair and three times that to sort, 2.5 GB at 40M pairs, and 120 bytes for
+each pair whose prompt shares a band with another prompt); the links of near-duplicates, 16 bytes each, go through one task. Every worker that marks
+shards holds the clusters (16 bytes for each prompt group in one) and the places of pairs in cycles (8 bytes and the pool's name each).
+
+The driver holds lists of shards and counts, and nothing that stays for each pair: to count, it reads languages, findings of personal data and lengths
+of one shard after the other. Only pools of at most 20,000 pairs together are compared and marked in the driver itself, which then holds what
+tasks and workers hold.
 """
 
 import time

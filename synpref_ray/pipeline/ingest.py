@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field
 
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
@@ -25,15 +24,17 @@ from synpref_ray.ingest.catalogue import with_catalogue
 from synpref_ray.ingest.chunk import Chunk, count_reasons, write_staged
 from synpref_ray.ingest.decontamination import (
     MATCHER_VERSION,
-    MATCHES_SCHEMA,
     Action,
     BenchmarkIndex,
     DecontaminateConfig,
     MatchKind,
+    candidate_settings,
     comparison_facts,
     count_benchmark_items,
+    count_matches,
     drop_contaminated,
     find_matches,
+    limit_candidates,
     matches_table,
     read_benchmarks,
 )
@@ -250,7 +251,7 @@ def _result_settings(source: SourceConfig) -> dict[str, Any]:
 def _decontamination_settings(config: DecontaminateConfig) -> dict[str, Any]:
     """Return what of a decontamination decides its result: the prompts themselves, wherever their files lie."""
     items = [[item.benchmark, item.item, list(item.words)] for item in read_benchmarks(config)]
-    return {"matcher": MATCHER_VERSION, "prompts": content_digest(items), **config.model_dump(mode="json", include={"action", "candidates"})}
+    return {"matcher": MATCHER_VERSION, "prompts": content_digest(items), "action": config.action.value, **candidate_settings(config)}
 
 
 def _refuse_other_pools(storage: Storage, name: str) -> None:
@@ -347,22 +348,22 @@ def _stage_file(stager: _Stager, folder: str, source: SourceConfig, number: int,
             return done
     rejected: Counter[str] = Counter()
     matches: dict[str, Counter[str]] = {}
-    rows = records = 0
+    rows = records = beyond = 0
     name = folder.replace("staging/", "")
     ids = IdWriter(storage, folder)
-    for number_of_chunk, (chunk, report) in enumerate(_cleaned(_read_chunks(source, file), stager.decontaminate, stager.benchmarks)):
+    for number_of_chunk, (chunk, found, report) in enumerate(_cleaned(_read_chunks(source, file), stager.decontaminate, stager.benchmarks)):
         write_staged(storage, pairs_path(folder, number_of_chunk), chunk.pairs)
         ids.add(chunk.pairs)
         if chunk.rejects.num_rows:
             storage.write_table(f"rejects/ingest/{name}-{number_of_chunk:05d}.parquet", chunk.rejects)
         if report.num_rows:
             storage.write_table(f"decontamination/{name}-{number_of_chunk:05d}.parquet", report)
-            for benchmark, kind in set(zip(*(report.column(column).to_pylist() for column in ("benchmark", "kind")), strict=True)):
-                mine = pc.and_(pc.equal(report["benchmark"], benchmark), pc.equal(report["kind"], kind))
-                matches.setdefault(benchmark, Counter())[kind] += pc.count_distinct(report["pair_id"].filter(mine)).as_py()
         rejected.update(count_reasons(chunk.rejects))
         rows += chunk.num_rows_read
         records += chunk.num_records
+        beyond += found.beyond
+        for (benchmark, kind), count in found.pairs.items():
+            matches.setdefault(benchmark, Counter())[kind] += count
     ids.flush()
     unexpected = rejected.total() - sum(rejected[reason.value] for reason in EXPECTED_REASONS)
     if records and unexpected > stager.max_rejected_fraction * records:
@@ -372,6 +373,7 @@ def _stage_file(stager: _Stager, folder: str, source: SourceConfig, number: int,
         )
     done = {"source": number, "file": file, "rows": rows, "records": records, "pieces": ids.pieces, "rejected": dict(rejected)}
     done["matches"] = {benchmark: dict(sorted(counts.items())) for benchmark, counts in sorted(matches.items())}
+    done["candidates_beyond_max"] = beyond
     storage.write_json(f"{folder}/done.json", done)
     return done
 
@@ -382,13 +384,21 @@ def _read_chunks(source: SourceConfig, file: str) -> Iterator[Chunk]:
     return read_hub_chunks(source, max_rows=MAX_CHUNK_ROWS, max_bytes=MAX_CHUNK_BYTES)
 
 
-def _cleaned(chunks: Iterator[Chunk], config: DecontaminateConfig, benchmarks: str) -> Iterator[tuple[Chunk, pa.Table]]:
-    """Yield chunks without contaminated pairs (where they are to be dropped) and the report on each."""
+class _Found(NamedTuple):
+    """Meetings with benchmarks in a chunk: pairs by (benchmark, kind), and candidates beyond the limit."""
+
+    pairs: dict[tuple[str, str], int]
+    beyond: int
+
+
+def _cleaned(chunks: Iterator[Chunk], config: DecontaminateConfig, benchmarks: str) -> Iterator[tuple[Chunk, _Found, pa.Table]]:
+    """Yield chunks without contaminated pairs (where they are to be dropped), what was found in each, and the report on it."""
     index = _benchmark_index(config, benchmarks)
     for chunk in chunks:
-        found = find_matches(chunk.pairs, index) if config.benchmarks else []
-        report = matches_table(chunk.pairs, found) if found else MATCHES_SCHEMA.empty_table()
-        yield (drop_contaminated(chunk, found) if found and config.action is Action.DROP else chunk), report
+        every = find_matches(chunk.pairs, index) if config.benchmarks else [[] for _ in range(chunk.pairs.num_rows)]
+        found, beyond = limit_candidates(every, config.max_candidates)
+        clean = drop_contaminated(chunk, found) if config.action is Action.DROP else chunk
+        yield clean, _Found(count_matches(found), beyond), matches_table(chunk.pairs, found)
 
 
 def _benchmarks_digest(config: DecontaminateConfig) -> str:
@@ -415,6 +425,8 @@ def _closing_table(summary: dict[str, Any]) -> str:
         rows += [(f"{benchmark}: items without a prompt", str(counts["skipped"]))] if counts["skipped"] else []
     for benchmark, counts in summary.get("benchmarks", {}).items():
         rows += [(f"{benchmark}: {_MATCH_WORDS[MatchKind(kind)]}", str(count)) for kind, count in counts.items()]
+    if beyond := summary.get("candidates_beyond_max"):
+        rows.append(("overlaps of 5 to 12 words beyond max_candidates", str(beyond)))
     absent = [route.value for route in (Route.SEED, Route.UNVERIFIED) if not summary["pools"].get(route.value)]
     hints = [f"no file fed the pool {name}, which Stage 1 needs: give it files whose names begin with {name}, in a new workspace" for name in absent]
     return "\n".join([format_table(("pairs", "count"), rows), *hints])
@@ -423,5 +435,5 @@ def _closing_table(summary: dict[str, Any]) -> str:
 _MATCH_WORDS = {
     MatchKind.OVERLAP: "share 13 words",
     MatchKind.EXACT: "equal a short prompt",
-    MatchKind.CANDIDATE: "share 5 to 12 words (kept, for a judge)",
+    MatchKind.CANDIDATE: "share 5 to 12 words (for a judge)",
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from synpref_ray.config import Settings, load_config
+from synpref_ray.credentials import redact
 from synpref_ray.errors import ConfigError, InputError, SynprefError, WaitingError
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.pipeline.settings_help import help_lines
@@ -155,7 +156,7 @@ def _print_help(name: str, config_class: type[JobConfig], verbs: Sequence[str], 
 def _print_error(name: str, error: BaseException) -> None:
     """Print the one clear line of an error that the user can mend."""
     where = "" if isinstance(error, SynprefError) else "object storage: "  # else credentials, bucket or network
-    print(f"{name}: {where}{' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+    print(f"{name}: {where}{redact(' '.join(str(error).split()))}", file=sys.stderr)  # noqa: T201
 
 
 @contextmanager

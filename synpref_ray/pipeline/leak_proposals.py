@@ -4,7 +4,9 @@ Paper: App. C (v3). Our choice: a pair is proposed once for every item; the pool
 twice. The driver holds the proposals without their texts: some 200 bytes each.
 """
 
-from collections.abc import Sequence
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +15,19 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.accounts import record_path
-from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, DecontaminateConfig, MatchKind, Words, comparison_facts, read_benchmark_texts
+from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, DecontaminateConfig, MatchKind, comparison_facts, read_benchmark_texts
 from synpref_ray.rules.leaks import PROPOSAL_FIELDS
-from synpref_ray.schema import GATHERED_FIELDS, GATHERED_SCHEMA, PAIR_FIELDS
+from synpref_ray.schema import GATHERED_FIELDS, GATHERED_SCHEMA, PAIR_FIELDS, canonical_json
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.pools import Pool, commit_pool, content_digest, open_pool, pool_exists, write_pool_shard
+from synpref_ray.tables.pools import Pool, commit_pool, open_pool, pool_exists, write_pool_shard
 from synpref_ray.tables.storage import Storage
 
-PROPOSE_VERSION = 1
+PROPOSE_VERSION = 2
 PROPOSAL_NAMES = tuple(field.name for field in PROPOSAL_FIELDS)
 PROPOSALS_SCHEMA = pa.schema([*GATHERED_SCHEMA, *PROPOSAL_FIELDS, pa.field("benchmark_prompt", pa.string(), nullable=False)])
 """A pair once for every benchmark item that it shares words with."""
+_PLACED_SCHEMA = pa.schema([PROPOSALS_SCHEMA.field("pair_id"), *GATHERED_FIELDS, *PROPOSAL_FIELDS])
+_DIGEST_ROWS = 10_000  # ours: some MB of rows as Python values
 
 
 def check_compared(pools: Sequence[Pool], benchmarks: DecontaminateConfig) -> None:
@@ -56,6 +60,11 @@ def check_compared(pools: Sequence[Pool], benchmarks: DecontaminateConfig) -> No
         if found["candidates"] != given["candidates"]:
             ran, asked = str(found["candidates"]).lower(), str(given["candidates"]).lower()
             raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.candidates={ran}, this config says {asked}: say the same")
+        if found["candidates"] and "max_candidates" not in found:
+            raise InputError(f"pool {pool.name!r}: ingest kept one candidate a pair, as earlier versions did; run it again into another workspace")
+        if found.get("max_candidates") != given.get("max_candidates"):
+            ran, asked = found.get("max_candidates"), given.get("max_candidates")
+            raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.max_candidates={ran}, this config says {asked}: say the same")
 
 
 def read_proposals(pool: Pool, min_words: int) -> pa.Table:
@@ -84,17 +93,42 @@ def gather_proposals(storage: Storage, pools: Sequence[Pool], benchmarks: Decont
         InputError: the benchmarks are not those that ingest compared with.
     """
     texts = _BenchmarkTexts(benchmarks)
-    rows: list[pa.Table] = []
-    for pool in pools:
-        proposed = read_proposals(pool, min_words)
-        keys = np.array(proposed["pair_id"].to_pylist(), "S32")
-        for shard in pool.shards if proposed.num_rows else ():
-            places, found = _places(keys, pool.read(shard.number, ["pair_id"])["pair_id"].to_pylist())
-            if len(places):
-                rows.append(_gather_shard(pool, shard.number, places, proposed.take(pa.array(found)), texts))
-    table = pa.concat_tables([PROPOSALS_SCHEMA.empty_table(), *rows])
-    names = table.select(["pair_id", *(field.name for field in GATHERED_FIELDS), *PROPOSAL_NAMES, "benchmark_prompt"]).to_pylist()
-    return _write_proposals(storage, table, content_digest([PROPOSE_VERSION, max_pairs, names]), max_pairs)
+    placed = pa.concat_tables([_PLACED_SCHEMA.empty_table(), *(_place_proposals(pool, min_words) for pool in pools)])
+    digest = _digest(placed, texts, max_pairs)
+    name = f"proposals-{digest[:8]}"
+    if pool_exists(storage, name):
+        return open_pool(storage, name)
+    with Lease(storage, f"pools/{name}/lease.json") as lease:
+        if pool_exists(storage, name):  # made by another driver meanwhile
+            return open_pool(storage, name)
+        by_name = {pool.name: pool for pool in pools}
+        slices = [placed.slice(start, max_pairs) for start in range(0, placed.num_rows, max_pairs)]
+        shards = [write_pool_shard(storage, name, number, _with_texts(rows, by_name, texts)) for number, rows in enumerate(slices)]
+        lease.check()
+        return commit_pool(storage, name, digest, shards, {"step": "propose"})
+
+
+def _place_proposals(pool: Pool, min_words: int) -> pa.Table:
+    """Return the proposals about a pool's pairs and where those stand, in their order (_PLACED_SCHEMA)."""
+    proposed = read_proposals(pool, min_words)
+    keys = np.array(proposed["pair_id"].to_pylist(), "S32")
+    tables = [_PLACED_SCHEMA.empty_table()]
+    for shard in pool.shards if proposed.num_rows else ():
+        places, found = _places(keys, pool.read(shard.number, ["pair_id"])["pair_id"].to_pylist())
+        mine = proposed.take(pa.array(found, pa.int64()))
+        where = [pa.array([pool.name] * len(places), pa.string()), pa.array([shard.number] * len(places), pa.int32()), pa.array(places, pa.int32())]
+        columns = [mine["pair_id"], *where, *(mine[name] for name in PROPOSAL_NAMES)]
+        tables.append(pa.table(columns, schema=_PLACED_SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def _digest(placed: pa.Table, texts: "_BenchmarkTexts", max_pairs: int) -> str:
+    """Return what names the pool of these proposals, 32 hex digits, taken in batch by batch."""
+    digest = hashlib.blake2b(canonical_json([PROPOSE_VERSION, max_pairs]).encode(), digest_size=16)
+    for batch in placed.to_batches(max_chunksize=_DIGEST_ROWS):
+        for row in batch.to_pylist():
+            digest.update(canonical_json([row, texts.find(row["benchmark"], row["item"])]).encode())
+    return digest.hexdigest()
 
 
 def _places(keys: Any, pair_ids: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -107,42 +141,27 @@ def _places(keys: Any, pair_ids: Sequence[str]) -> tuple[list[int], list[int]]:
 
 
 class _BenchmarkTexts:
-    """The prompts of benchmark items by name; items of one name are told apart by the words that they hold."""
+    """The prompts of benchmark items by name."""
 
     def __init__(self, config: DecontaminateConfig):
-        self._texts: dict[tuple[str, str], list[tuple[Words, str]]] = {}
-        for item, text in read_benchmark_texts(config):
-            self._texts.setdefault((item.benchmark, item.item), []).append((item.words, text))
+        self._texts = {(item.benchmark, item.item): text for item, text in read_benchmark_texts(config)}
 
-    def find(self, benchmark: str, item: str, ngram: str) -> str:
-        for words, text in self._texts.get((benchmark, item), ()):
-            if f" {ngram} " in f" {' '.join(words)} ":
-                return text
-        raise InputError(
-            f"benchmark {benchmark}: no item {item} with the words {ngram!r}, which ingest reported; give decontaminate.benchmarks as ingest had it"
-        )
+    def find(self, benchmark: str, item: str) -> str:
+        if (benchmark, item) not in self._texts:
+            raise InputError(f"benchmark {benchmark}: no item {item}, which ingest reported; give decontaminate.benchmarks as ingest had it")
+        return self._texts[benchmark, item]
 
 
-def _gather_shard(pool: Pool, number: int, places: Sequence[int], proposed: pa.Table, texts: _BenchmarkTexts) -> pa.Table:
-    pairs = pool.read(number, [field.name for field in PAIR_FIELDS]).take(pa.array(places, pa.int64()))
-    columns: dict[str, pa.Array | pa.ChunkedArray] = {name: pairs[name] for name in pairs.column_names}
-    columns["source_pool"] = pa.array([pool.name] * len(places), pa.string())
-    columns["source_shard"] = pa.array([number] * len(places), pa.int32())
-    columns["source_row"] = pa.array(places, pa.int32())
-    columns |= {name: proposed[name] for name in PROPOSAL_NAMES}
-    named = zip(*(proposed[name].to_pylist() for name in ("benchmark", "item", "ngram")), strict=True)
-    columns["benchmark_prompt"] = pa.array([texts.find(*names) for names in named], pa.string())
-    return pa.table(columns).cast(PROPOSALS_SCHEMA)
-
-
-def _write_proposals(storage: Storage, table: pa.Table, digest: str, max_pairs: int) -> Pool:
-    name = f"proposals-{digest[:8]}"
-    if pool_exists(storage, name):
-        return open_pool(storage, name)
-    with Lease(storage, f"pools/{name}/lease.json") as lease:
-        if pool_exists(storage, name):  # made by another driver meanwhile
-            return open_pool(storage, name)
-        starts = range(0, table.num_rows, max_pairs)
-        shards = [write_pool_shard(storage, name, number, table.slice(start, max_pairs)) for number, start in enumerate(starts)]
-        lease.check()
-        return commit_pool(storage, name, digest, shards, {"step": "propose"})
+def _with_texts(placed: pa.Table, pools: Mapping[str, Pool], texts: _BenchmarkTexts) -> pa.Table:
+    """Return placed proposals with the texts of their pairs and items (PROPOSALS_SCHEMA); one shard of a source is held at a time."""
+    tables = []
+    names = [field.name for field in PAIR_FIELDS]
+    for (pool, shard), rows in itertools.groupby(placed.to_pylist(), key=lambda row: (row["source_pool"], row["source_shard"])):
+        mine = list(rows)
+        pairs = pools[pool].read(shard, names).take(pa.array([row["source_row"] for row in mine], pa.int64()))
+        prompts = [texts.find(row["benchmark"], row["item"]) for row in mine]
+        columns: dict[str, pa.Array | pa.ChunkedArray] = {name: pairs[name] for name in names}
+        columns |= {field.name: pa.array([row[field.name] for row in mine], field.type) for field in (*GATHERED_FIELDS, *PROPOSAL_FIELDS)}
+        columns["benchmark_prompt"] = pa.array(prompts, pa.string())
+        tables.append(pa.table(columns).cast(PROPOSALS_SCHEMA))
+    return pa.concat_tables(tables)

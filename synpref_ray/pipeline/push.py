@@ -6,6 +6,7 @@ simulated people labelled only if that is said.
 
 from pydantic import Field
 
+from synpref_ray.credentials import redact
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.pipeline.export import CARD, RECORD
 from synpref_ray.pipeline.job import JobConfig
@@ -73,6 +74,6 @@ def run_push(config: PushConfig, run: Run) -> str:
             commit_message=f"{record['set']}: {record['pairs']} pairs",
         )
     except (HTTPError, OSError, ValueError) as error:  # as the client raises them: refused, not reachable, no token, offline
-        raise InputError(f"cannot push to {config.repo}: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"cannot push to {config.repo}: {type(error).__name__}: {redact(' '.join(str(error).split()))[:300]}") from None
     run.metrics["push"] = {"repo": config.repo, "revision": config.revision, "commit": commit.oid, "pairs": record["pairs"]}
     return f"{record['pairs']} pairs in {record['files']} files: {commit.commit_url}"

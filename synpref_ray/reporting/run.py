@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from synpref_ray.config import Settings
+from synpref_ray.credentials import redact
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import package_versions
 
@@ -59,7 +60,7 @@ class Run:
             return
         self._stopped = True
         asked = isinstance(error, KeyboardInterrupt | SystemExit)  # Ctrl-C, or SIGTERM, which Ray turns into an exit
-        message = "the process was asked to stop" if asked else " ".join(str(error).split())[:MAX_MESSAGE_CHARACTERS]
+        message = "the process was asked to stop" if asked else redact(" ".join(str(error).split()))[:MAX_MESSAGE_CHARACTERS]
         self.event("stop", error=type(error).__name__, message=message)
 
     def finish(self) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.core import url_to_fs
 
-from synpref_ray.config import refuse_credentials
+from synpref_ray.credentials import refuse_credentials
 from synpref_ray.errors import InputError, SchemaError, SynprefError
 from synpref_ray.tables.files import Files
 from synpref_ray.tables.objects import Entry, S3Objects, is_s3

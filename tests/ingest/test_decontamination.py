@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,13 +25,14 @@ from synpref_ray.ingest.decontamination import (
     drop_contaminated,
     find_matches,
     first_turn,
+    limit_candidates,
     matches_table,
     read_benchmarks,
     split_words,
 )
 from synpref_ray.ingest.fields import TextForm
 from synpref_ray.ingest.readers import read_pair_file
-from synpref_ray.ingest.source import SourceConfig
+from synpref_ray.ingest.source import FileFormat, SourceConfig
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 SHORT = "Name a quiet hobby, please."
@@ -83,14 +86,29 @@ def test_short_prompts_match_when_equal() -> None:
     assert [(match.kind.value, match.field) for match in index.find(turns, "a", "b")] == [("exact", "prompt.2")]
 
 
-def test_shorter_overlaps_are_candidates_the_longest_once() -> None:
+def test_shorter_overlaps_are_candidates_the_longest_of_each_item() -> None:
     index = index_of(LONG, SHORT)
     words = LONG.split()
     for n in range(MIN_NGRAM, FULL_NGRAM):
         assert find(index, f"Well, {' '.join(words[:n])} and so on", " ".join(words[:5])) == [("candidate", "0", "prompt.0", n)]
     assert find(index, " ".join(words[:4])) == []
     assert find(index, "q", "Can you name a quiet hobby please? I can.") == [("candidate", "1", "chosen", 5)]
-    assert find(index, LONG, SHORT) == [("overlap", "0", "prompt.0", 13)]  # what is sure needs no candidate
+    assert find(index, LONG, SHORT) == [("overlap", "0", "prompt.0", 13), ("candidate", "1", "chosen", 5)]
+    assert find(index, f"{SHORT} So.", " ".join(words[:8]), " ".join(words[3:12])) == [
+        ("candidate", "0", "rejected", 9),
+        ("candidate", "1", "prompt.0", 5),
+    ]  # a longer overlap with one item hides no other item
+
+
+def test_candidates_beyond_the_limit_are_counted() -> None:
+    index = index_of(*(f"{LONG} {number}" for number in range(5)), " ".join(LONG.split()[:7]), SHORT)
+    asked = [("Well, one two three four five six seven, hm", SHORT, "n"), ("one two three four five", "c", "r"), (SHORT, "c", "r"), ("p", "c", "r")]
+    found = [index.find([{"role": "user", "content": prompt}], *replies) for prompt, *replies in asked]
+    assert [[match.item for match in matches] for matches in found] == [[*"0123456"], [*"012345"], ["6"], []]
+    limited, left_out = limit_candidates(found, 2)
+    assert [[(match.item, match.n) for match in matches] for matches in limited] == [[("0", 7), ("1", 7)], [("0", 5), ("1", 5)], [("6", 5)], []]
+    assert left_out == 5 + 4
+    assert limit_candidates(found, 7) == (found, 0)
 
 
 def test_every_item_that_is_met_is_named_once() -> None:
@@ -114,11 +132,10 @@ WORDS = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=30)
 def test_the_index_equals_brute_force(prompts: list[list[str]], text: list[str]) -> None:
     items = [tuple(words) for words in prompts]
     found = find(index_of(*(" ".join(words) for words in prompts)), "zzz", " ".join(text))
-    sure = brute_force(items, tuple(text), FULL_NGRAM)
-    assert {int(item) for kind, item, _, _ in found if kind == "overlap"} == sure
-    if not sure:
-        longest = max((n for n in range(MIN_NGRAM, FULL_NGRAM) if brute_force(items, tuple(text), n)), default=None)
-        assert [n for _, _, _, n in found] == ([] if longest is None else [longest])
+    longest = {number: n for n in range(MIN_NGRAM, FULL_NGRAM + 1) for number in brute_force(items, tuple(text), n)}
+    assert {int(item): n for _, item, _, n in found} == longest
+    assert len(found) == len(longest)
+    assert {int(item) for kind, item, _, _ in found if kind == "overlap"} == brute_force(items, tuple(text), FULL_NGRAM)
 
 
 def test_contaminated_pairs_become_rejects_that_name_the_match() -> None:
@@ -169,6 +186,14 @@ def test_benchmark_files_of_their_own_formats(tmp_path: Path) -> None:
         read_benchmarks(DecontaminateConfig(benchmarks=(benchmark(tmp_path, "odd.json", [{"text": "x"}]),)))
 
 
+def test_items_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name, prompts in (("one", ("First", "Second")), ("two", ("Other", "Second"))):  # numbered by row, in each file
+        (tmp_path / "b" / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    items = read_benchmarks(DecontaminateConfig(benchmarks=(BenchmarkFile(path=str(tmp_path / "b"), name="b"),)))
+    assert [(item.item, item.words) for item in items] == [("0", ("first",)), ("1", ("second",)), ("0#2", ("other",)), ("1", ("second",))]
+
+
 def test_no_file_of_a_benchmark_s_folder_is_left_out_in_silence(tmp_path: Path) -> None:
     (tmp_path / "bench").mkdir()
     lines = benchmark(tmp_path / "bench", "lines.jsonl", b'{"prompt": "Line prompt"}\n')
@@ -176,10 +201,44 @@ def test_no_file_of_a_benchmark_s_folder_is_left_out_in_silence(tmp_path: Path) 
     folder = BenchmarkFile(path=str(tmp_path / "bench"), name="b")
     assert len(read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))) == 1
     array = benchmark(tmp_path / "bench", "array.json", [{"prompt": "Array prompt"}])
-    with pytest.raises(InputError, match=r"benchmark b: .* read only where they are named: .*/bench/array\.json; give each as a benchmark"):
+    with pytest.raises(
+        InputError, match=r"benchmark b: .* read only where they are named: .*/bench/array\.json; give each as a benchmark"
+    ) as refused:
         read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))
+    assert str(refused.value).endswith(f"by a pattern, as in path={tmp_path}/bench/*.jsonl")
     assert len(read_benchmarks(DecontaminateConfig(benchmarks=(lines, array)))) == 2
     assert len(read_benchmarks(DecontaminateConfig(benchmarks=(BenchmarkFile(path=f"{tmp_path}/bench/*.jsonl", name="b"),)))) == 1
+
+
+def test_a_file_without_prompts_among_others_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
+    benchmark(tmp_path, "one.json.gz", gzip.compress(b'[{"prompt": "One prompt"}]'))
+    benchmark(tmp_path, "metrics.json", {"accuracy": 0.5})
+    folder = BenchmarkFile(path=str(tmp_path), name="b", format=FileFormat.JSON)
+    remedy = rf"; if it holds none, name the files with prompts by a pattern, as in path={re.escape(str(tmp_path))}/\*\.json\.gz$"
+    with pytest.raises(InputError, match=rf"benchmark b: .*/metrics\.json holds dict where a JSON array .*{remedy}"):
+        read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))
+    benchmark(tmp_path, "metrics.json", [{"accuracy": 0.5}])
+    with pytest.raises(InputError, match=rf"benchmark b: no row of .*/metrics\.json has a prompt .*{remedy}"):
+        read_benchmarks(DecontaminateConfig(benchmarks=(folder,)))
+    named = folder.model_copy(update={"path": f"{tmp_path}/*.json.gz"})
+    assert len(read_benchmarks(DecontaminateConfig(benchmarks=(named,)))) == 1
+
+
+def test_the_examples_of_the_docs_read_the_published_folders(shared_data: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "sources.md").read_text(encoding="utf-8").replace("/data/", f"{shared_data}/")
+    listed = re.search(r"^  benchmarks: (\[.*?\])   # ", text, re.MULTILINE)
+    single = re.search(r"`(\{path: .*rm_bench.*format: json.*\})`", text)
+    assert listed
+    assert single
+    config = DecontaminateConfig.model_validate({"benchmarks": [*yaml.safe_load(listed[1]), yaml.safe_load(single[1])]})
+    assert count_benchmark_items(config) == {
+        "rm_bench_chat": {"read": 129, "skipped": 0},
+        "judgebench": {"read": 620, "skipped": 0},
+        "rm_bench": {"read": 798, "skipped": 0},
+    }
+    whole = DecontaminateConfig(benchmarks=(BenchmarkFile(path=f"{shared_data}/judgebench", name="judgebench"),))
+    with pytest.raises(InputError, match=r"expected_metrics\.json; give each .*as in path=.*/judgebench/\*\.jsonl\.gz$"):
+        read_benchmarks(whole)
 
 
 def test_rm_bench_chat_shares_ten_prompts_with_real_pairs(shared_data: Path) -> None:

@@ -58,6 +58,18 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
         pin_revision(HubDataset(dataset=str(tmp_path)))
 
 
+def test_signed_urls_of_the_hub_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise httpx2.HTTPError("403 for https://cdn.hub/a.parquet?Expires=1&Signature=wJalrXUtnFEMI&Key-Pair-Id=K (expired)")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(InputError, match=r"403 for https://cdn\.hub/a\.parquet\?… \(expired\)"):
+        pin_revision(HubDataset(dataset="nobody/nothing"))
+    with pytest.raises(InputError, match=r"403 for https://cdn\.hub/a\.parquet\?… \(expired\)$"):
+        list(read_hub_chunks(SourceConfig(name="a", hub=HubDataset(dataset="nobody/nothing")), max_rows=1, max_bytes=1))
+
+
 def test_faults_of_the_net_and_of_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise httpx2.ConnectError("no route\nto the hub")

@@ -1,6 +1,7 @@
 """A set as a data set for others: what goes out by licence and by mark, the card, and that `datasets` and TRL read it as it is."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -128,6 +129,37 @@ def test_what_was_not_scanned_whole_stays_here_where_scores_count(tmp_path: Path
     assert (some["pairs"], some["left_out"]) == (4, {"licence": 15, "not_scanned_whole": 1})
     assert "- 1: the scan for personal data did not read" in (Path(some["folder"]) / "README.md").read_text()
     assert export(ws, licences=["mit"])["pairs"] == 5
+
+
+def test_a_comparison_settled_twice_goes_out_once_and_its_texts_are_not_kept(tmp_path: Path) -> None:
+    num, length = 30, 200_000
+    lines = []
+    for number in range(num):
+        replies = {"chosen": f"{number} " + "a" * length, "rejected": f"{number} b"}
+        lines += [{"prompt": f"{number}?", **replies}, {"prompt": f"{number}?", "chosen": replies["rejected"], "rejected": replies["chosen"]}]
+    (tmp_path / "wild.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {"sources": [{"name": "s", "path": str(tmp_path / "wild.jsonl"), "licence": "mit"}], "workspace": str(tmp_path / "ws")}
+    ingested = IngestConfig.model_validate({**settings, "max_pairs_per_shard": 2})
+    run_ingest(ingested, Run(ingested.storage, "ingest", ingested))
+    pool = open_pool(ingested.storage, "wild")
+    rows = pool.read_all(["pair_id", "chosen"]).to_pylist()
+    flips = [len(row["chosen"]) < length for row in rows]
+    decided = [
+        {"pair_id": row["pair_id"], "decision": "flip" if flip else "keep", "flipped": flip, "decision_reason": "r"}
+        for row, flip in zip(rows, flips, strict=True)
+    ]
+    decision = Sidecar(pool, "decision", "d" * 32)
+    seal(decision, decided, DECISION_SCHEMA)
+    save_set(pool.storage, NAME, [Member(decision, (("decision", ("keep", "flip")),))])
+    tracemalloc.start()
+    try:
+        record = export(tmp_path / "ws", max_pairs_per_file=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (record["pairs"], record["left_out"]) == (num, {"settled_twice": num})
+    assert sum(len(row["chosen"][0]["content"]) > length for row in rows_of(record)) == num
+    assert peak < num * length / 2  # of all their texts
 
 
 def test_licences_that_nobody_knows_stay_here_unless_told(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The whole of ingest over broken corpora: every record of every source ends in one place, and the counts say so."""
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.ingest.catalogue import catalogue
+from synpref_ray.ingest.readers import read_pair_file
 from synpref_ray.ingest.source import list_source_files
 from synpref_ray.pipeline.ingest import IngestConfig, check_ingest, resolve_sources, run_ingest
 from synpref_ray.reporting.run import Run
@@ -123,6 +125,25 @@ def test_reporting_drops_nothing_and_names_the_matches(tmp_path: Path) -> None:
     line = pq.read_table(file).to_pylist()[0]
     assert (line["benchmark"], line["source"]) == ("bench", "plain")
     assert line["ngram"] in {" ".join(LONG.split()[start : start + n]) for start in range(14) for n in range(5, 14)} | {"short one"}
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(order=st.lists(st.integers(0, 3), min_size=1, max_size=24), max_rows=st.integers(1, 25))
+def test_counts_of_matches_do_not_depend_on_where_chunks_are_cut(tmp_path_factory: pytest.TempPathFactory, order: list[int], max_rows: int) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    prompts = (LONG, "Short one!", " ".join(LONG.split()[:6]), "Else?")
+    rows = [{"prompt": prompts[place], "chosen": "Yes.", "rejected": "No."} for place in order]  # equal pairs, near and far
+    (folder / "wild.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "bench.json").write_text(json.dumps([{"prompt": LONG}, {"prompt": "Short one!"}]))
+    decontaminate = {"benchmarks": [{"path": str(folder / "bench.json"), "name": "bench"}], "action": "report"}
+    given_settings = {"data": str(folder / "wild.jsonl"), "workspace": str(folder / "ws"), "decontaminate": decontaminate}
+    config = IngestConfig.model_validate(given_settings)
+    run = Run(config.storage, "ingest", config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("synpref_ray.pipeline.ingest.read_pair_file", functools.partial(read_pair_file, max_rows=max_rows))
+        run_ingest(config, run)
+    wanted = {kind: order.count(place) for place, kind in enumerate(("overlap", "exact", "candidate")) if place in order}
+    assert run.metrics.get("benchmarks", {}) == ({"bench": wanted} if wanted else {})
 
 
 def test_fingerprints_know_the_matcher_only_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from synpref_ray.llm.leak_judge import STATEMENTS, LeakJudgeConfig
 from synpref_ray.llm.spending import Budget
 from synpref_ray.pipeline.ingest import IngestConfig, run_ingest
 from synpref_ray.pipeline.leak_marks import leaked_pairs, open_leaks
+from synpref_ray.pipeline.leak_proposals import gather_proposals
 from synpref_ray.pipeline.leaks import LeakJudgeStepConfig, LeaksConfig, check_leaks, run_leaks
 from synpref_ray.pipeline.steps import Resources
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
@@ -22,7 +23,7 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gate import GateConfig, decide_shard, select_for_judge
 from synpref_ray.rules.gold import GoldConfig
 from synpref_ray.rules.labels import label_shard
-from synpref_ray.tables.pools import open_pool
+from synpref_ray.tables.pools import open_pool, write_pool_shard
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 from tests.llm.fakes import ScriptedEngine
 
@@ -135,6 +136,67 @@ def test_a_second_run_asks_nobody_and_another_judge_is_asked_alone(tmp_path: Pat
     named = open_leaks(open_pool(first.storage, "seed"), head[:8])
     assert named is not None
     assert named.fingerprint == head
+
+
+def two_items(root: Path, **more: Any) -> dict[str, Any]:
+    """Make a workspace with a pair that shares eight words with one item and five with each of two others, whose rows have one number."""
+    (root / "data").mkdir()
+    pair = {"prompt": "Why?", "chosen": LEAKING, "rejected": "Nobody ever asked who keeps the bees."}
+    (root / "data" / "seed.jsonl").write_text(json.dumps(pair) + "\n")
+    (root / "a.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in (ITEM, "Nobody ever asked who keeps what", "Bee?")))
+    (root / "b.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("One?", "Then: asked who keeps the bees now")))
+    benchmarks = [{"path": str(root / f"{name}.jsonl"), "name": "bench"} for name in "ab"]
+    config = IngestConfig.model_validate(
+        {"data": str(root / "data"), "workspace": str(root / "ws"), "decontaminate": {"benchmarks": benchmarks, **more}}
+    )
+    run = Run(config.storage, "ingest", config)
+    run_ingest(config, run)
+    assert run.metrics["candidates_beyond_max"] == max(0, 3 - config.decontaminate.max_candidates)
+    return {"workspace": str(root / "ws"), "decontaminate": config.decontaminate.model_dump(mode="json")}
+
+
+def test_every_item_that_a_pair_meets_goes_before_the_judges(tmp_path: Path) -> None:
+    settings = two_items(tmp_path)
+    run = judge(settings, lambda prompt: STATEMENTS[0] if "Then: asked who" in prompt else STATEMENTS[1])
+    assert run.metrics["decontamination"]["pairs"] == {"seed": {"confirmed": 1}}
+    report = run.storage.read_table(run.metrics["decontamination"]["report"]).to_pylist()
+    assert [(row["item"], row["n"], row["ngram"], row["leak_reason"]) for row in report] == [
+        ("0", 8, "live in the old forest near the river", "cleared"),
+        ("1", 5, "nobody ever asked who keeps", "cleared"),
+        ("1#2", 5, "asked who keeps the bees", "confirmed"),
+    ]
+
+
+def test_texts_of_proposals_are_held_a_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"{ITEM[:40]} {number}", "chosen": "c" * 200_000, "rejected": "r"} for number in range(24)]
+    (tmp_path / "data" / "seed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bench.json").write_text(json.dumps([{"prompt": ITEM}]))
+    decontaminate = {"benchmarks": [{"path": str(tmp_path / "bench.json"), "name": "bench"}]}
+    paths = {"data": str(tmp_path / "data"), "workspace": str(tmp_path / "ws")}
+    config = IngestConfig.model_validate({**paths, "decontaminate": decontaminate, "max_pairs_per_shard": 3})
+    run_ingest(config, Run(config.storage, "ingest", config))
+    held: list[int] = []
+
+    def write(*arguments: Any) -> Any:
+        held.append(pa.total_allocated_bytes() - before)
+        return write_pool_shard(*arguments)
+
+    monkeypatch.setattr("synpref_ray.pipeline.leak_proposals.write_pool_shard", write)
+    before = pa.total_allocated_bytes()
+    pool = gather_proposals(config.storage, [open_pool(config.storage, "seed")], config.decontaminate, min_words=5, max_pairs=2)
+    assert (pool.num_rows, len(held)) == (24, 12)
+    assert max(held) < 8 * 200_000  # of 24; a shard has two, a source's three
+    rows_of = pool.read_all(["source_shard", "source_row", "prompt"]).to_pylist()
+    assert [(row["source_shard"], row["source_row"]) for row in rows_of] == [(place // 3, place % 3) for place in range(24)]
+
+
+def test_no_more_items_of_a_pair_than_asked_for_and_the_same_for_both_jobs(tmp_path: Path) -> None:
+    settings = two_items(tmp_path, max_candidates=2)
+    run = judge(settings, leak_if("nothing"))
+    assert run.metrics["decontamination"]["benchmarks"] == {"bench": {"candidate_05": {"cleared": 1}, "candidate_08": {"cleared": 1}}}
+    with pytest.raises(InputError, match="max_candidates=2, this config says 3: say the same"):
+        judge({**settings, "decontaminate": {**settings["decontaminate"], "max_candidates": 3}}, leak_if("nothing"))
 
 
 def test_fewer_words_may_be_left_to_chance_and_reported_overlaps_are_judged_too(tmp_path: Path) -> None:
