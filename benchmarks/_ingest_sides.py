@@ -84,7 +84,8 @@ def ours(data: Path, work: Path, cpus: int, *, candidates: bool) -> dict[str, An
     """Run the job's own body over a Ray of its own."""
     began = time.perf_counter()
     from synpref_ray.pipeline.cluster import RayConfig, ray_session
-    from synpref_ray.pipeline.ingest import IngestConfig, run_ingest
+    from synpref_ray.pipeline.ingest import run_ingest
+    from synpref_ray.pipeline.ingest_sources import IngestConfig
     from synpref_ray.pipeline.tasks import run_tasks
     from synpref_ray.reporting.run import Run
     from synpref_ray.tables.pools import open_pool

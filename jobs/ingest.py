@@ -15,8 +15,9 @@ Cluster: ray job submit --working-dir . -- python jobs/ingest.py --config jobs/c
 import sys
 from collections.abc import Sequence
 
-from synpref_ray.pipeline.ingest import IngestConfig, check_ingest, run_ingest
+from synpref_ray.pipeline.ingest import check_ingest, run_ingest
 from synpref_ray.pipeline.ingest_preview import preview_ingest
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.job import run_job
 
 

@@ -7,7 +7,8 @@ Three passes over small files, none of which holds more than some 300,000 pairs:
 - `decide_part` reads some buckets of all pieces and writes what is not plainly kept (`MARK`), sorted into buckets by piece.
 - `gather_piece` reads its own bucket of every part and writes the marks of each of its chunks, and the sizes of the pairs that are kept.
 
-Which of several equal pairs is the first depends on positions alone (`Layout`): seed, unverified, wild; then sources as configured, files, rows.
+Which of several equal pairs is the first depends on positions alone (`Layout`): pools that are there already; then seed, unverified, wild; then
+sources as configured, files, rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -86,13 +87,18 @@ def sizes_path(folder: str, piece: int) -> str:
 
 
 class PairFile(NamedTuple):
-    """A staged file: where it came from, where its chunks lie, and the pairs of each chunk by piece."""
+    """A staged file: where it came from, where its chunks lie, and the pairs of each chunk by piece.
+
+    `held`: shards of a pool that is there already. Their pairs come first of all, whatever their pool, so that a later copy is the duplicate; only
+    their ids are staged, and they are written nowhere.
+    """
 
     route: Route
     source: str
     file: str
     folder: str
     pieces: tuple[tuple[int, ...], ...]
+    held: bool = False
 
     @property
     def num_pairs(self) -> int:
@@ -118,9 +124,9 @@ class Layout:
 
     @classmethod
     def of(cls, files: Iterable[PairFile]) -> "Layout":
-        """Return the layout of files given in input order: the more trusted pool first, else as given."""
+        """Return the layout of files given in input order: pools that are there first, then the more trusted pool, else as given."""
         routes = tuple(Route)
-        return cls(tuple(sorted(files, key=lambda file: routes.index(file.route))))
+        return cls(tuple(sorted(files, key=lambda file: (not file.held, routes.index(file.route)))))
 
     @cached_property
     def starts(self) -> Positions:
@@ -194,12 +200,17 @@ class Comparison:
         write_buckets(self.storage, self._marks_of_part(part), marks, pieces, len(self.layout.pieces))
 
     def gather_piece(self, number: int) -> Gathered:
-        """Collect one piece's marks from all parts, write them by chunk beside the sizes of the pairs that are kept, and count."""
+        """Collect one piece's marks from all parts, write them by chunk beside the sizes of the pairs that are kept, and count.
+
+        Of pairs in a pool that is there already all are kept, and what they are marked with stays.
+        """
+        piece = self.layout.pieces[number]
+        if self.layout.files[piece.file].held:
+            return Gathered(piece.chunks, (0,) * len(piece.chunks))
         done = f"{self.folder}/gathered-{number:05d}.json"
         if self.storage.exists(done):
             counts = self.storage.read_json(done)
             return Gathered(tuple(counts["kept"]), tuple(counts["contradicted"]))
-        piece = self.layout.pieces[number]
         wanted = [(self._marks_of_part(part), MARK, len(self.layout.pieces), number, number + 1) for part in range(self.num_parts)]
         marks = np.concatenate([np.empty(0, MARK), *self._read(wanted)])
         marks = marks[np.argsort(marks["position"])]

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from synpref_ray.ingest.chunk import REJECTS_SCHEMA
 from synpref_ray.ingest.duplicates import Flags, Positions
-from synpref_ray.ingest.partition import Comparison, Gathered, Layout
+from synpref_ray.ingest.partition import Comparison, Gathered, Layout, PairFile
 from synpref_ray.ingest.source import Route
 from synpref_ray.schema import POOL_SCHEMA, DropReason
 
@@ -38,7 +38,7 @@ class StagedChunk(NamedTuple):
 
 
 class ShardPart(NamedTuple):
-    """Pairs of one chunk in one shard: `start` … `end - 1` of those that the chunk keeps."""
+    """Pairs of one chunk in one shard: `start` … `end - 1` of those that the chunk keeps; shards count from those that this ingest writes."""
 
     shard: int
     chunk: StagedChunk
@@ -111,13 +111,15 @@ def make_plan(
     contradicted = dict.fromkeys(Route, 0)
     for piece, found in zip(layout.pieces, gathered, strict=True):
         file = layout.files[piece.file]
+        if file.held:
+            continue
         kept[file.source] += sum(found.kept)
         duplicates[file.source] += sum(piece.chunks) - sum(found.kept)
         contradicted[file.route] += sum(found.contradicted)
     tasks: list[WriteTask] = []
     num_duplicates = 0
     for route in Route:
-        pieces = [number for number, piece in enumerate(layout.pieces) if layout.files[piece.file].route is route]
+        pieces = [number for number, piece in enumerate(layout.pieces) if _feeds(layout.files[piece.file], route)]
         sizes = cut_shards((comparison.kept_sizes(number) for number in pieces), max_pairs_per_shard, max_bytes_per_shard)
         chunks, repeated = [], []
         for number in pieces:
@@ -128,6 +130,10 @@ def make_plan(
                     num_duplicates += 1
         tasks += _assign(route, list(shard_parts(chunks, sizes)), repeated)
     return IngestPlan(tuple(tasks), dict(kept), dict(duplicates), contradicted)
+
+
+def _feeds(file: PairFile, route: Route) -> bool:
+    return file.route is route and not file.held
 
 
 def chunk_of(layout: Layout, piece: int, number: int) -> StagedChunk:

@@ -21,7 +21,8 @@ from synpref_ray.evaluation.label_quality import LabelQuality, label_quality
 from synpref_ray.human.simulated import read_truth
 from synpref_ray.ingest.source import Route, SourceConfig
 from synpref_ray.pipeline.evaluate import correct_flags
-from synpref_ray.pipeline.ingest import IngestConfig, check_ingest, run_ingest
+from synpref_ray.pipeline.ingest import check_ingest, run_ingest
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.report_page import write_report

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from synpref_ray.errors import ConfigError
-from synpref_ray.ingest.accounts import record_path
 from synpref_ray.ingest.catalogue import catalogue
 from synpref_ray.ingest.source import Route
+from synpref_ray.pipeline.ingest_growth import read_records
 from synpref_ray.reporting.pair_story import tell_pair
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
 from synpref_ray.tables.pools import open_pool, pool_exists
@@ -39,9 +39,8 @@ def source_record(storage: Storage, source: str) -> dict[str, Any]:
     for route in Route:
         if not pool_exists(storage, route.value):
             continue
-        path = record_path(open_pool(storage, route.value).fingerprint)
-        found = storage.read_json(path)["sources"].get(source) if storage.exists(path) else None
-        if found is not None:
+        accounts = [record["sources"] for record in read_records(open_pool(storage, route.value))]
+        for found in (sources[source] for sources in reversed(accounts) if source in sources):
             record = {name: found[name] for name in ("route", "licence", "label_kind", "catalogue", "hub", "revision") if name in found}
             row = catalogue().get(found.get("catalogue", ""))
             return record | ({"adapter": row.adapter.kind, "notes": row.notes, "confirmed": row.confirmed} if row else {})

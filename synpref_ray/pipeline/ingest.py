@@ -5,9 +5,7 @@ four passes of tasks that hold some chunks or some 300,000 ids each (docs/ingest
 shards. Pairs that hold a benchmark's prompt are taken out in the first pass, before duplicates, so that each pair is counted once.
 """
 
-import glob
 import json
-import posixpath
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,11 +14,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-from pydantic import Field
 
-from synpref_ray.errors import ConfigError, InputError, RunConflictError
+from synpref_ray.errors import InputError, RunConflictError
 from synpref_ray.ingest.accounts import StagedFile, account, record_path, refresh_accounts
-from synpref_ray.ingest.catalogue import with_catalogue
 from synpref_ray.ingest.chunk import Chunk, count_reasons, write_staged
 from synpref_ray.ingest.decontamination import (
     MATCHER_VERSION,
@@ -42,21 +38,21 @@ from synpref_ray.ingest.hub import hub_address, pin_revision, read_hub_chunks
 from synpref_ray.ingest.partition import Comparison, IdWriter, Layout, PairFile
 from synpref_ray.ingest.plan import pairs_path
 from synpref_ray.ingest.readers import MAX_CHUNK_BYTES, MAX_CHUNK_ROWS, digest_file, read_pair_file
-from synpref_ray.ingest.source import PairColumns, Route, SourceConfig, check_source_names, find_source_files, list_source_files
-from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.ingest.source import Route, SourceConfig, list_source_files
+from synpref_ray.pipeline.ingest_growth import Base, check_added_benchmarks, pin_base, stage_held
+from synpref_ray.pipeline.ingest_sources import IngestConfig, passed_over_hint, resolve_sources
 from synpref_ray.pipeline.pools import make_pools, timed
 from synpref_ray.pipeline.tasks import run_tasks
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
 from synpref_ray.schema import DropReason
-from synpref_ray.tables.files import file_size, filesystem_of, find_files, is_file, is_folder
+from synpref_ray.tables.files import file_size
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.pools import MAX_BYTES_PER_SHARD, MAX_PAIRS_PER_SHARD, content_digest, open_pool, pool_exists
+from synpref_ray.tables.pools import content_digest, open_pool, pool_exists
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 
 INGEST_VERSION = 1
-_MAX_NAMED_FILES = 5  # ours: enough to see which kind is meant
 _MAX_NAMED_COLUMNS = 20  # ours: enough to see which column is meant
 INLINE_FILES = 4  # ours: so few files,
 INLINE_BYTES = 32 * 2**20  # ours: and so small, are done before Ray has started its workers
@@ -68,102 +64,6 @@ EXPECTED_REASONS = (
     DropReason.BEYOND_MAX_PAIRS,
 )
 """Reasons that say nothing about a wrong format, however many rows have them."""
-
-
-class IngestConfig(JobConfig):
-    """What to read, and how pools are cut. Give `sources`, or `data`: a folder whose file names begin with the pool they feed."""
-
-    data: str = ""
-    """A folder, file or pattern of pair files; the beginning of a file's name says which pool it feeds (seed, unverified, else wild)."""
-    sources: tuple[SourceConfig, ...] = ()
-    """Sources of pairs, in place of `data`: published sets of the catalogue by name, and files with settings of their own."""
-    copies: str = ""
-    """A folder with local copies of catalogue sources, a folder for each by its name; for those without a path."""
-    from_hub: bool = False
-    """Whether catalogue sources without a path or a copy are streamed from the Hugging Face hub."""
-    columns: PairColumns = PairColumns()
-    """Which columns hold what, for `data`; a source of `sources` says it itself."""
-    decontaminate: DecontaminateConfig = DecontaminateConfig()
-    """Which benchmarks' prompts no pair may hold."""
-    max_pairs_per_shard: int = Field(default=MAX_PAIRS_PER_SHARD, ge=1)
-    """The most pairs in a file of a pool."""
-    max_bytes_per_shard: int = Field(default=MAX_BYTES_PER_SHARD, ge=1)
-    """About the most bytes of pairs in a file of a pool."""
-    max_rejected_fraction: float = Field(default=0.5, ge=0.0, le=1.0)  # ours: duplicates aside, most rows refused means a wrong format
-    """A file of which more rows are refused ends the job."""
-
-
-def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:
-    """Return the sources of a config, those under `data` found by name.
-
-    Our choice: a file (or the first folder under `data`) whose name begins with seed, unverified or wild feeds that pool; any other feeds wild.
-    A source is named by its file's path under `data` (under the last folder before the first wildcard of a pattern), never by where `data` lies.
-
-    Raises:
-        ConfigError: neither or both of `data` and `sources` are given.
-        InputError: nothing is there.
-    """
-    if bool(config.data) == bool(config.sources):
-        raise ConfigError("give either data=FOLDER or a list of sources, not both and not neither")
-    if config.sources:
-        placed = tuple(_place(with_catalogue(source), config) for source in config.sources)
-        check_source_names(placed)
-        return placed
-    found = list_source_files(SourceConfig(name="data", path=config.data))
-    folder = _data_folder(config.data)
-    sources = []
-    for file in found:
-        name = posixpath.relpath(filesystem_of(file)[1], folder)
-        route = next((route for route in Route if name.startswith(route.value)), Route.WILD)
-        sources.append(SourceConfig(name=name, path=file, route=route, columns=config.columns))
-    return tuple(sources)
-
-
-def passed_over_hint(config: IngestConfig) -> list[str]:
-    """Return a line that names the files which no source reads since their names end otherwise; none where there is no such file."""
-    sources = [SourceConfig(name="data", path=config.data)] if config.data else resolve_sources(config)
-    over = [file for source in sources if source.path for file in find_source_files(source).passed_over]
-    if not over:
-        return []
-    names = ", ".join(posixpath.basename(file) for file in over[:_MAX_NAMED_FILES])
-    more = f" and {len(over) - _MAX_NAMED_FILES} more" if len(over) > _MAX_NAMED_FILES else ""
-    remedy = "for CSV and JSON arrays declare a source with its format (docs/sources.md)" if config.data else "say format where they are pairs"
-    return [f"passed over by name: {names}{more}; {remedy}"]
-
-
-def _place(source: SourceConfig, config: IngestConfig) -> SourceConfig:
-    """Say where a source is read: its path, its local copy, or (an empty path) the hub."""
-    path = source.path or (f"{config.copies.rstrip('/')}/{source.name}" if config.copies else "")
-    if not path:
-        if not source.hub.dataset or not config.from_hub:
-            remedy = "give it a path, or copies=FOLDER, or from_hub=true" if source.hub.dataset else "give it a path"
-            raise ConfigError(f"source {source.name!r} has no path; {remedy}")
-        return source
-    if source.hub.files and is_folder(path):
-        path = _pattern_below(path.rstrip("/"), source.hub.files)
-    return source.model_copy(update={"path": path})
-
-
-def _pattern_below(folder: str, files: str) -> str:
-    """Return the pattern of a data set's files in a copy of it, or in a folder of the copy, which has the pattern's last parts alone."""
-    parts = files.split("/")
-    ends = [parts[start:] for start in range(len(parts))]
-    patterns = [f"{folder}/{'/'.join(end)}" for end in ends if end == parts or not end[0].startswith("*") or len(end) > 1]
-    for pattern in patterns:
-        if find_files(pattern).files:
-            return pattern
-    return patterns[0]
-
-
-def _data_folder(data: str) -> str:
-    """Return the folder that source names are relative to, as the file system itself writes it (absolute, `~` resolved)."""
-    _, root = filesystem_of(data)
-    if not is_file(data):
-        if is_folder(data):
-            return str(root)
-        while glob.has_magic(posixpath.dirname(root)):
-            root = posixpath.dirname(root)
-    return str(posixpath.dirname(root))
 
 
 def check_ingest(config: IngestConfig) -> None:
@@ -185,6 +85,8 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
     phases = {"digest": time.monotonic() - started}
     settings = config.model_dump(mode="json", include={"max_pairs_per_shard", "max_bytes_per_shard"})
     settings["sources"] = [_result_settings(source) for source in sources]
+    if config.add:
+        settings["add"] = True
     if config.decontaminate.benchmarks:
         settings["decontaminate"] = _decontamination_settings(config.decontaminate)
     name = fingerprint(
@@ -194,8 +96,11 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
     if not storage.exists(record):
         with Lease(storage, "pools/ingest.lease.json") as lease:
             if not storage.exists(record):  # or another driver made the pools before the lease was ours
-                _refuse_other_pools(storage, name)
-                summary = _ingest(storage, name, sources, files, config, run, phases, inline=inline)
+                if not config.add:
+                    _refuse_other_pools(storage, name)
+                base = pin_base(storage, name) if config.add else {}
+                check_added_benchmarks(storage, base, config.decontaminate)
+                summary = _ingest(storage, name, base, sources, files, config, run, phases, inline=inline)
                 lease.check()
                 storage.write_json(record, summary)
                 run.metrics["phase_seconds"] = {phase: round(seconds, 3) for phase, seconds in phases.items()}
@@ -259,13 +164,14 @@ def _refuse_other_pools(storage: Storage, name: str) -> None:
         if pool_exists(storage, route.value) and open_pool(storage, route.value).fingerprint != name:
             raise RunConflictError(
                 f"{storage.url} holds a pool {route.value!r} made from other files or settings; pools are never overwritten: "
-                "use another workspace, or the config that made it"
+                "add=true adds to them, another workspace begins anew, and the config that made them has nothing to do"
             )
 
 
 def _ingest(
     storage: Storage,
     name: str,
+    base: Base,
     sources: Sequence[SourceConfig],
     files: Sequence[tuple[int, str]],
     config: IngestConfig,
@@ -281,13 +187,20 @@ def _ingest(
     with timed(phases, "read"):
         staged = [StagedFile.model_validate(entry) for entry in run_tasks(_stage_file, stager, arguments, inline=inline, title="read files")]
     _refuse_pairless_sources(storage, name, sources, staged)
-    layout = Layout.of(
+    with timed(phases, "read pools"):
+        held = stage_held(storage, staging, base, inline=inline)
+    found = [
         PairFile(sources[entry.source].route, sources[entry.source].name, entry.file, folder, entry.pieces)
         for (folder, *_), entry in zip(arguments, staged, strict=True)
-    )
+    ]
+    layout = Layout.of([*held, *found])
     comparison = Comparison.of(storage, f"{staging}/compared-{layout.digest[:8]}", layout)
-    plan, pools = make_pools(comparison, name, phases, max_pairs_per_shard=config.max_pairs_per_shard, max_bytes_per_shard=config.max_bytes_per_shard)
-    summary = account(sources, staged, plan, {route: pool.num_rows for route, pool in pools.items()})
+    limits = {"max_pairs_per_shard": config.max_pairs_per_shard, "max_bytes_per_shard": config.max_bytes_per_shard}
+    plan, pools = make_pools(comparison, name, phases, grown=base, **limits)
+    summary = account(sources, staged, plan, {route: made.num_written for route, made in pools.items()})
+    if base:
+        summary["added_to"] = {route.value: pool.version for route, pool in base.items()}
+        summary["pools_in_all"] = {route.value: made.pool.num_rows for route, made in pools.items()}
     if config.decontaminate.benchmarks:
         summary["benchmark_items"] = count_benchmark_items(config.decontaminate)
         summary["compared"] = comparison_facts(config.decontaminate)
@@ -417,7 +330,9 @@ def _closing_table(summary: dict[str, Any]) -> str:
     rows = [("read", str(summary["rows_read"]))]
     if summary.get("records", summary["rows_read"]) != summary["rows_read"]:
         rows.append(("  pairs and rejects that these rows make", str(summary["records"])))
-    rows += [(f"pool {name}", str(count)) for name, count in summary["pools"].items()]
+    in_all = summary.get("pools_in_all", {})
+    rows += [(f"added to pool {name}" if in_all else f"pool {name}", str(count)) for name, count in summary["pools"].items()]
+    rows += [(f"  pairs of {name} in all", str(count)) for name, count in in_all.items()]
     rows += [(f"  of them contradicted, {name}", str(count)) for name, count in summary["contradicted"].items() if count]
     rows += [(f"rejected: {reason}", str(count)) for reason, count in summary["rejected"].items() if count]
     for benchmark, counts in summary.get("benchmark_items", {}).items():
@@ -427,7 +342,7 @@ def _closing_table(summary: dict[str, Any]) -> str:
         rows += [(f"{benchmark}: {_MATCH_WORDS[MatchKind(kind)]}", str(count)) for kind, count in counts.items()]
     if beyond := summary.get("candidates_beyond_max"):
         rows.append(("overlaps of 5 to 12 words beyond max_candidates", str(beyond)))
-    absent = [route.value for route in (Route.SEED, Route.UNVERIFIED) if not summary["pools"].get(route.value)]
+    absent = [route.value for route in (Route.SEED, Route.UNVERIFIED) if not in_all and not summary["pools"].get(route.value)]
     hints = [f"no file fed the pool {name}, which Stage 1 needs: give it files whose names begin with {name}, in a new workspace" for name in absent]
     return "\n".join([format_table(("pairs", "count"), rows), *hints])
 

@@ -7,7 +7,8 @@ from synpref_ray.errors import InputError
 from synpref_ray.ingest.chunk import count_reasons
 from synpref_ray.ingest.readers import read_first_rows
 from synpref_ray.ingest.source import SourceConfig, find_source_files
-from synpref_ray.pipeline.ingest import EXPECTED_REASONS, IngestConfig, passed_over_hint, resolve_sources
+from synpref_ray.pipeline.ingest import EXPECTED_REASONS
+from synpref_ray.pipeline.ingest_sources import IngestConfig, passed_over_hint, resolve_sources
 from synpref_ray.reporting.table import format_table
 
 MAX_LOOKED_AT = 200  # ours: files; on object storage a look takes a few requests

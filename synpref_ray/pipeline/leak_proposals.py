@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.accounts import record_path
 from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, DecontaminateConfig, MatchKind, comparison_facts, read_benchmark_texts
+from synpref_ray.pipeline.ingest_growth import ingests_of
 from synpref_ray.rules.leaks import PROPOSAL_FIELDS
 from synpref_ray.schema import GATHERED_FIELDS, GATHERED_SCHEMA, PAIR_FIELDS, canonical_json
 from synpref_ray.tables.leases import Lease
@@ -36,41 +37,42 @@ def check_compared(pools: Sequence[Pool], benchmarks: DecontaminateConfig) -> No
     Raises:
         InputError: ingest had other benchmarks, other prompts in one, or looked for other overlaps; or its record does not say.
     """
-    given = comparison_facts(benchmarks)
     for pool in pools:
-        path = record_path(pool.fingerprint)
-        if not pool.storage.exists(path):
-            raise InputError(f"pool {pool.name!r} was not made by ingest ({pool.storage.join(path)} does not exist): overlaps were not looked for")
-        record = pool.storage.read_json(path)
-        if "compared" not in record:
-            why = "with none" if "benchmark_items" not in record else "before it recorded them: run it again with its config (nothing is computed)"
-            raise InputError(f"pool {pool.name!r}: the record {pool.storage.join(path)} names no benchmarks; ingest ran {why}")
-        found = record["compared"]
-        absent = sorted(set(given["benchmarks"]) - set(found["benchmarks"]))
-        if absent:
-            had = ", ".join(found["benchmarks"])
-            raise InputError(
-                f"pool {pool.name!r}: ingest did not compare with benchmark {', '.join(absent)} (it had {had}): nothing is known of overlaps"
-            )
-        other = [name for name, digest in given["benchmarks"].items() if found["benchmarks"][name] != digest]
-        if other:
-            raise InputError(
-                f"pool {pool.name!r}: benchmark {', '.join(other)} has other prompts than ingest compared with; give it as ingest had it"
-            )
-        if found["candidates"] != given["candidates"]:
-            ran, asked = str(found["candidates"]).lower(), str(given["candidates"]).lower()
-            raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.candidates={ran}, this config says {asked}: say the same")
-        if found["candidates"] and "max_candidates" not in found:
-            raise InputError(f"pool {pool.name!r}: ingest kept one candidate a pair, as earlier versions did; run it again into another workspace")
-        if found.get("max_candidates") != given.get("max_candidates"):
-            ran, asked = found.get("max_candidates"), given.get("max_candidates")
-            raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.max_candidates={ran}, this config says {asked}: say the same")
+        for name in ingests_of(pool):
+            _check_ingest(pool, record_path(name), comparison_facts(benchmarks))
+
+
+def _check_ingest(pool: Pool, path: str, given: Mapping[str, Any]) -> None:
+    if not pool.storage.exists(path):
+        raise InputError(f"pool {pool.name!r} was not made by ingest ({pool.storage.join(path)} does not exist): overlaps were not looked for")
+    record = pool.storage.read_json(path)
+    if "compared" not in record:
+        why = "with none" if "benchmark_items" not in record else "before it recorded them: run it again with its config (nothing is computed)"
+        raise InputError(f"pool {pool.name!r}: the record {pool.storage.join(path)} names no benchmarks; ingest ran {why}")
+    found = record["compared"]
+    absent = sorted(set(given["benchmarks"]) - set(found["benchmarks"]))
+    if absent:
+        had = ", ".join(found["benchmarks"])
+        raise InputError(
+            f"pool {pool.name!r}: ingest did not compare with benchmark {', '.join(absent)} (it had {had}): nothing is known of overlaps"
+        )
+    other = [name for name, digest in given["benchmarks"].items() if found["benchmarks"][name] != digest]
+    if other:
+        raise InputError(f"pool {pool.name!r}: benchmark {', '.join(other)} has other prompts than ingest compared with; give it as ingest had it")
+    if found["candidates"] != given["candidates"]:
+        ran, asked = str(found["candidates"]).lower(), str(given["candidates"]).lower()
+        raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.candidates={ran}, this config says {asked}: say the same")
+    if found["candidates"] and "max_candidates" not in found:
+        raise InputError(f"pool {pool.name!r}: ingest kept one candidate a pair, as earlier versions did; run it again into another workspace")
+    if found.get("max_candidates") != given.get("max_candidates"):
+        had_max, asked_max = found.get("max_candidates"), given.get("max_candidates")
+        raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.max_candidates={had_max}, this config says {asked_max}: say the same")
 
 
 def read_proposals(pool: Pool, min_words: int) -> pa.Table:
     """Return what ingest reported about a pool's pairs and pairs that it left out: MATCHES_SCHEMA, sorted by pair and item, each item once a pair."""
-    storage, folder = pool.storage, f"decontamination/{pool.fingerprint[:8]}"
-    tables = [storage.read_table(path) for path in storage.list_files(folder, deep=False)]
+    storage, folders = pool.storage, [f"decontamination/{name[:8]}" for name in ingests_of(pool)]
+    tables = [storage.read_table(path) for folder in folders for path in storage.list_files(folder, deep=False)]
     table = pa.concat_tables([MATCHES_SCHEMA.empty_table(), *tables])
     long_enough = pc.or_(pc.greater_equal(table["n"], min_words), pc.not_equal(table["kind"], MatchKind.CANDIDATE.value))
     keys = [("pair_id", "ascending"), ("benchmark", "ascending"), ("item", "ascending"), ("n", "descending"), ("field", "ascending")]

@@ -4,9 +4,9 @@ Paper: Sec. 3.1 (exact dedup over all sources). Our choice: see `ingest/partitio
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 
@@ -20,15 +20,30 @@ from synpref_ray.tables.pools import Pool, Shard, commit_pool, open_pool, pool_e
 INLINE_PAIRS = 20_000  # ours: so few pairs are done before Ray has started its workers
 
 
+@dataclass(frozen=True)
+class MadePool:
+    """A pool, and how many of its pairs this ingest wrote."""
+
+    pool: Pool
+    num_written: int
+
+
 def make_pools(
-    comparison: Comparison, name: str, phases: dict[str, float], *, max_pairs_per_shard: int, max_bytes_per_shard: int
-) -> tuple[IngestPlan, dict[Route, Pool]]:
+    comparison: Comparison,
+    name: str,
+    phases: dict[str, float],
+    *,
+    grown: Mapping[Route, Pool],
+    max_pairs_per_shard: int,
+    max_bytes_per_shard: int,
+) -> tuple[IngestPlan, dict[Route, MadePool]]:
     """Write the pools seed, unverified and wild (none without pairs) and the rejects of duplicates; what was done before is not done again.
 
     Args:
         comparison: of all staged files.
         name: fingerprint of the pools.
         phases: gets the seconds of each pass.
+        grown: the versions of pools that new shards join; the others are made.
         max_pairs_per_shard: ceiling of pairs in a shard.
         max_bytes_per_shard: ceiling of a shard's bytes; a single larger pair gets a shard of its own.
     """
@@ -41,7 +56,7 @@ def make_pools(
     with timed(phases, "cut"):
         plan = make_plan(comparison, gathered, max_pairs_per_shard=max_pairs_per_shard, max_bytes_per_shard=max_bytes_per_shard)
     with timed(phases, "write"):
-        made = {route: _make_pool(comparison, name, route, plan, inline=inline) for route in Route}
+        made = {route: _make_pool(comparison, name, route, grown.get(route), plan, inline=inline) for route in Route}
     return plan, {route: pool for route, pool in made.items() if pool is not None}
 
 
@@ -61,18 +76,24 @@ def _gather_piece(comparison: Comparison, piece: int) -> Gathered:
     return comparison.gather_piece(piece)
 
 
-def _make_pool(comparison: Comparison, name: str, route: Route, plan: IngestPlan, *, inline: bool) -> Pool | None:
+def _make_pool(comparison: Comparison, name: str, route: Route, base: Pool | None, plan: IngestPlan, *, inline: bool) -> MadePool | None:
     storage = comparison.storage
-    is_there = pool_exists(storage, route.value)
-    tasks = [(name[:8], replace(task, parts=()) if is_there else task) for task in plan.tasks if task.route is route]
+    latest = open_pool(storage, route.value) if pool_exists(storage, route.value) else None
+    is_there = latest is not None and latest.fingerprint == name
+    first = max((shard.number + 1 for shard in base.shards), default=0) if base else 0
+    tasks = [(name[:8], first, replace(task, parts=()) if is_there else task) for task in plan.tasks if task.route is route]
     shards = [shard for written in run_tasks(_write_shards, comparison, tasks, inline=inline, title=f"write {route.value}") for shard in written]
-    if is_there:
-        return open_pool(storage, route.value)
-    return commit_pool(storage, route.value, name, shards, {"step": "ingest"}) if shards else None
+    if latest is not None and is_there:
+        return MadePool(latest, latest.num_rows - (base.num_rows if base else 0))
+    if not shards:
+        return MadePool(base, 0) if base else None
+    provenance = {"step": "ingest", **({"grown_from": base.version} if base else {})}
+    pool = commit_pool(storage, route.value, name, [*(base.shards if base else ()), *shards], provenance)
+    return MadePool(pool, sum(shard.rows for shard in shards))
 
 
-def _write_shards(comparison: Comparison, name: str, task: WriteTask) -> list[Shard]:
-    """Write consecutive shards and the rejects of some chunks, every chunk read once; done when its record is there."""
+def _write_shards(comparison: Comparison, name: str, first: int, task: WriteTask) -> list[Shard]:
+    """Write consecutive shards, numbered from `first` on, and the rejects of some chunks, every chunk read once; done when its record is there."""
     storage = comparison.storage
     record = f"{comparison.folder}/written-{task.route.value}-{task.number:05d}.json"
     if storage.exists(record):
@@ -92,7 +113,7 @@ def _write_shards(comparison: Comparison, name: str, task: WriteTask) -> list[Sh
             part = task.parts[place]
             tables.append(take_part(part, pairs, marks))
             if place + 1 == len(task.parts) or task.parts[place + 1].shard != part.shard:
-                shards.append(write_pool_shard(storage, task.route.value, part.shard, pa.concat_tables(tables).combine_chunks()))
+                shards.append(write_pool_shard(storage, task.route.value, first + part.shard, pa.concat_tables(tables).combine_chunks()))
                 tables = []
     storage.write_json(record, [asdict(shard) for shard in shards])
     return shards

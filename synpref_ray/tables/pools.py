@@ -127,19 +127,20 @@ def commit_pool(storage: Storage, name: str, fingerprint: str, shards: list[Shar
     return pool
 
 
-def _versions(storage: Storage, name: str) -> list[int]:
+def pool_versions(storage: Storage, name: str) -> list[int]:
+    """Return the numbers of a pool's committed versions, in order; none where there is no such pool."""
     files = (path.rsplit("/", 1)[-1] for path in storage.list_files(f"pools/{name}/versions"))
     return sorted(int(file.removesuffix(".json")) for file in files if file.removesuffix(".json").isdigit())
 
 
 def pool_exists(storage: Storage, name: str) -> bool:
     """Whether any version of the pool has been committed."""
-    return bool(_versions(storage, name))
+    return bool(pool_versions(storage, name))
 
 
 def open_pool(storage: Storage, name: str, version: int | None = None) -> Pool:
     """Return the latest (or the named) version of a pool; a pool that is not there is an `InputError`."""
-    versions = _versions(storage, name)
+    versions = pool_versions(storage, name)
     if not versions or (version is not None and version not in versions):
         wanted = f"pool {name!r}" + (f" version {version}" if version is not None else "")
         there = ", ".join(list_pools(storage)) or "no pool"

@@ -15,7 +15,7 @@ from synpref_ray.ingest.catalogue import CatalogueRow, catalogue, sources_table,
 from synpref_ray.ingest.chunk import Chunk, count_reasons
 from synpref_ray.ingest.readers import read_pair_file
 from synpref_ray.ingest.source import FileFormat, LabelKind, Route, SourceConfig
-from synpref_ray.pipeline.ingest import IngestConfig
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = Path(__file__).parent / "fixtures"

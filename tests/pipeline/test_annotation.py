@@ -30,7 +30,7 @@ from synpref_ray.llm.guidelines import guideline_for
 from synpref_ray.pipeline import verification
 from synpref_ray.pipeline.annotation import AnnotateConfig
 from synpref_ray.pipeline.gathering import gather_pool
-from synpref_ray.pipeline.ingest import IngestConfig
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.job import EXIT_WAITING, JobConfig, run_verb
 from synpref_ray.pipeline.retrieval import pieces_of
 from synpref_ray.pipeline.steps import StepResult, run_step

@@ -11,7 +11,7 @@ from synpref_ray.pipeline.ablate import AblateConfig
 from synpref_ray.pipeline.annotation import AnnotateConfig
 from synpref_ray.pipeline.attack import AttackConfig
 from synpref_ray.pipeline.demo import DemoConfig
-from synpref_ray.pipeline.ingest import IngestConfig
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.leaks import LeaksConfig
 from synpref_ray.pipeline.plan import PlanConfig
 from synpref_ray.pipeline.preverify import PreverifyConfig

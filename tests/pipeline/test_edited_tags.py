@@ -11,7 +11,7 @@ from synpref_ray.human.results import EDITED_SCHEMA
 from synpref_ray.pipeline import edited_tags
 from synpref_ray.pipeline.edited_tags import human_tags_file, use_edited_tags
 from synpref_ray.pipeline.gold import gather_gold, gold_record, measure_judges, open_gold
-from synpref_ray.pipeline.ingest import IngestConfig
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.llm_steps import GoldTables
 from synpref_ray.pipeline.retrieval import EmbedStepConfig
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step

@@ -16,7 +16,8 @@ from synpref_ray.errors import ConfigError, InputError, RunConflictError
 from synpref_ray.ingest.pii import PII_SCHEMA
 from synpref_ray.pipeline.export import EXPORT_SCHEMA, ExportConfig, check_export, run_export
 from synpref_ray.pipeline.hygiene import HygieneConfig, run_hygiene
-from synpref_ray.pipeline.ingest import IngestConfig, run_ingest
+from synpref_ray.pipeline.ingest import run_ingest
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gate import DECISION_SCHEMA
 from synpref_ray.rules.leaks import LEAKS_SCHEMA

@@ -15,7 +15,8 @@ from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.ingest.catalogue import catalogue
 from synpref_ray.ingest.readers import read_pair_file
 from synpref_ray.ingest.source import list_source_files
-from synpref_ray.pipeline.ingest import IngestConfig, check_ingest, resolve_sources, run_ingest
+from synpref_ray.pipeline.ingest import check_ingest, run_ingest
+from synpref_ray.pipeline.ingest_sources import IngestConfig, resolve_sources
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.pools import open_pool, pool_exists
 

@@ -10,7 +10,8 @@ import pytest
 from synpref_ray.ingest.partition import Comparison, Layout
 from synpref_ray.pipeline import ingest as ingest_job
 from synpref_ray.pipeline import pools as pools_job
-from synpref_ray.pipeline.ingest import IngestConfig, run_ingest
+from synpref_ray.pipeline.ingest import run_ingest
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.pools import content_digest, list_pools, open_pool
 from synpref_ray.tables.storage import Storage

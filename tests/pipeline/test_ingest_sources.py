@@ -8,7 +8,8 @@ import fsspec
 import pytest
 
 from synpref_ray.ingest.source import Route
-from synpref_ray.pipeline.ingest import IngestConfig, resolve_sources, run_ingest
+from synpref_ray.pipeline.ingest import run_ingest
+from synpref_ray.pipeline.ingest_sources import IngestConfig, resolve_sources
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.leases import Lease
 

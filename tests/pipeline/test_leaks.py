@@ -13,7 +13,8 @@ from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.llm.engine import EngineConfig, Request
 from synpref_ray.llm.leak_judge import STATEMENTS, LeakJudgeConfig
 from synpref_ray.llm.spending import Budget
-from synpref_ray.pipeline.ingest import IngestConfig, run_ingest
+from synpref_ray.pipeline.ingest import run_ingest
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.leak_marks import leaked_pairs, open_leaks
 from synpref_ray.pipeline.leak_proposals import gather_proposals
 from synpref_ray.pipeline.leaks import LeakJudgeStepConfig, LeaksConfig, check_leaks, run_leaks

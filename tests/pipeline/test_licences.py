@@ -8,7 +8,8 @@ import pytest
 from synpref_ray.ingest.accounts import normalise_licence
 from synpref_ray.ingest.source import SourceConfig
 from synpref_ray.pipeline.export import ExportConfig
-from synpref_ray.pipeline.ingest import IngestConfig, run_ingest
+from synpref_ray.pipeline.ingest import run_ingest
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.model_card import CardConfig

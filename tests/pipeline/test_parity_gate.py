@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from synpref_ray.bundled import digest_folder
 from synpref_ray.errors import InputError, ParityError
 from synpref_ray.pipeline import training
-from synpref_ray.pipeline.ingest import IngestConfig
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.parity import check_model, measure_in_task, read_parity, require_parity
 from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
 from synpref_ray.reporting.run import Run

@@ -11,7 +11,7 @@ import pytest
 
 from synpref_ray.errors import RunConflictError, SynprefError
 from synpref_ray.pipeline import training, training_batches
-from synpref_ray.pipeline.ingest import IngestConfig
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.training_batches import prepare_set
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.batch_store import decode

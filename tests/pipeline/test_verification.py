@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from synpref_ray.pipeline.ingest import IngestConfig
+from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import GoldConfig

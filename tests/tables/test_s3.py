@@ -18,7 +18,7 @@ from synpref_ray.ingest.readers import digest_file, open_binary
 from synpref_ray.ingest.source import SourceConfig, list_source_files
 from synpref_ray.pipeline.benchmark_files import find_benchmark
 from synpref_ray.pipeline.cluster import probe_workspace
-from synpref_ray.pipeline.ingest import IngestConfig, resolve_sources
+from synpref_ray.pipeline.ingest_sources import IngestConfig, resolve_sources
 from synpref_ray.tables import leases, objects, s3_requests
 from synpref_ray.tables.files import file_size, is_file, is_folder
 from synpref_ray.tables.leases import Lease
