@@ -129,6 +129,7 @@ def make_record(
     record: dict[str, Any] = {
         "round": number,
         "pools": {SEED: inputs.seed, UNVERIFIED: inputs.unverified},
+        "decontamination": inputs.leaks.record(),
         "read": _digests(before) if before else {},
         "wrote": _digests(labels),
         "selected_pairs": pool.num_rows if pool else 0,

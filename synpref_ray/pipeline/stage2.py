@@ -74,7 +74,7 @@ class Stage2Config(JobConfig):
     trust: TrustConfig = TrustConfig()
     merge: MergeConfig = MergeConfig()
     gate: GateConfig = GateConfig()
-    decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are dropped where it was run; off, or the head of a fingerprint
+    decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are dropped where it was run; off, or the head of its report's name
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
     """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
     plan: StagePlan = StagePlan()
