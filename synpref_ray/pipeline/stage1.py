@@ -49,7 +49,17 @@ from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.llm_steps import JudgedPool, Judges, TaggedPools, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.query_selection import Candidates, Selected, report_selection, select_pairs
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
-from synpref_ray.pipeline.round_record import ROUND_FILE, Labels, Training, accuracy_on, closing_table, gold_margins, make_record, selected_path
+from synpref_ray.pipeline.round_record import (
+    ROUND_FILE,
+    Labels,
+    Training,
+    accuracy_on,
+    closing_table,
+    gold_ids,
+    gold_margins,
+    make_record,
+    selected_path,
+)
 from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
 from synpref_ray.pipeline.step_plan import StagePlan
 from synpref_ray.pipeline.tag_reports import report_taggers
@@ -181,6 +191,7 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
     then = _then(config, [], unverified.num_rows, inputs)
     rounds: list[dict[str, Any]] = [make_record(config.storage, run, 0, inputs, None, labels, Training(), then, simulated=config.simulated)]
     selected: set[str] = set()
+    first_gold = gold_ids(labels.gold)
     while then is None:
         number = len(rounds)
         inputs = pin_inputs(storage, number, config.decontamination)
@@ -191,7 +202,7 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
         chosen = _select(config, run, number, labels, rewards, models, unverified, selected | unverified.leaked(inputs))
         pool = _gather(config, number, labels, rewards, chosen, unverified)
         selected |= set(chosen.record["pair_id"].to_pylist())
-        before, training = labels, Training(trained, rewards, gold_margins(labels.gold, rewards), chosen, pool)
+        before, training = labels, Training(trained, rewards, gold_margins(labels.gold, rewards, first_gold), chosen, pool)
         if pool.num_rows:
             sources = {UNVERIFIED: unverified.attributes}, {UNVERIFIED: unverified.embeddings}
             tags, vectors = (
@@ -199,7 +210,8 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
                 for name, schema, source in zip(("attributes", "embeddings"), (ATTRIBUTES_SCHEMA, config.embed.schema), sources, strict=True)
             )
             labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs)
-        then = _then(config, [*(entry["working_gold_accuracy"] for entry in rounds[1:]), training.working_accuracy], pool.num_rows, inputs)
+        accuracies = [*(entry["first_gold_accuracy"] for entry in rounds[1:]), training.first_gold.get("accuracy", 0.0)]
+        then = _then(config, accuracies, pool.num_rows, inputs)
         rounds.append(make_record(config.storage, run, number, inputs, before, labels, training, then, simulated=config.simulated))
     return _finish(config, run, labels, rounds)
 

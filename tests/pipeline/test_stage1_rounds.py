@@ -9,14 +9,16 @@ import pyarrow as pa
 import pytest
 
 from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.pipeline import stage1
 from synpref_ray.pipeline.growth import check_leak_pins
 from synpref_ray.pipeline.stage1 import Stage1Config
 from synpref_ray.reporting.pair_story import tell_pair
 from synpref_ray.rules.leaks import LEAKS, LEAKS_SCHEMA
 from synpref_ray.rules.query_selection import SELECTION_SCHEMA
+from synpref_ray.rules.stop import stop_reason
 from synpref_ray.tables.pools import Pool, content_digest, open_pool
 from synpref_ray.tables.sets import load_set
-from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 from synpref_ray.tables.storage import Storage
 from tests.pipeline.stand_ins import Killed, Models, add_shards, run_rounds, stage1_config, write_truth
 
@@ -198,6 +200,43 @@ def test_a_fixed_budget_holds_and_a_plateau_ends_the_rounds(tmp_path: Path, mode
     run_rounds(config)
     assert [entry["selected_pairs"] for entry in records(config)] == [0, 5, 5]
     assert [entry["decided"]["then"] for entry in records(config)] == [None, None, "plateau"]
+
+
+def accuracy_on_gold(config: Stage1Config, number: int, gold_of: int) -> float:
+    """Return the round's RM's accuracy on the working gold that round `gold_of` left, from the tables that the records name."""
+    before, entry = records(config)[number - 1], records(config)[number]
+    gold = open_pool(config.storage, before["wrote"]["gold_pool"])
+    tables = {name: fingerprint for pool, name, fingerprint in [*before["tables"], *entry["tables"]] if pool == gold.name}
+    rewards, human = (open_sidecar(gold, name, tables[name]).read_all().to_pylist() for name in (f"rewards.best.r{number:02d}", "human"))
+    names = set(load_set(config.storage, f"gold-working-r{gold_of:02d}").read()["pair_id"].to_pylist())
+    right = [(r["margin"] > 0) == (h["human_verdict"] == "chosen") for r, h in zip(rewards, human, strict=True) if r["pair_id"] in names]
+    assert len(right) == len(names)
+    return sum(right) / len(right)
+
+
+def test_a_plateau_is_measured_on_the_gold_of_round_0(finished: Finished) -> None:
+    config = finished.config
+    _, first, second = records(config)
+    assert first["first_gold_accuracy"] == first["working_gold_accuracy"] == pytest.approx(accuracy_on_gold(config, 1, 0))
+    assert second["first_gold_accuracy"] == pytest.approx(accuracy_on_gold(config, 2, 0))
+    assert second["working_gold_accuracy"] == pytest.approx(accuracy_on_gold(config, 2, 1))
+    assert second["best_rm_on_first_gold"]["num_pairs"] == first["best_rm_on_working_gold"]["num_pairs"]
+    assert second["best_rm_on_working_gold"]["num_pairs"] > second["best_rm_on_first_gold"]["num_pairs"]
+
+
+def test_the_plateau_rule_is_given_the_accuracies_on_that_gold(tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[float]] = []
+
+    def noted(accuracies: list[float], **more: Any) -> Any:
+        given.append(list(accuracies))
+        return stop_reason(accuracies, **more)
+
+    monkeypatch.setattr(stage1, "stop_reason", noted)
+    config = start(tmp_path)
+    run_rounds(config)
+    _, first, second = records(config)
+    assert given[-1] == [first["first_gold_accuracy"], second["first_gold_accuracy"]]
+    assert second["first_gold_accuracy"] != second["working_gold_accuracy"]  # or the test would show nothing
 
 
 def decide_leaks(storage: Storage, name: str, decisions: str, row: int) -> set[str]:
