@@ -22,6 +22,7 @@ from synpref_ray.retrieval.embedder import Embedder, EmbedderConfig, add_embeddi
 from synpref_ray.retrieval.exemplars import EXEMPLARS_SCHEMA, ExemplarConfig, add_exemplars
 from synpref_ray.retrieval.index import IndexConfig, PairIndex
 from synpref_ray.retrieval.neighbours import JoinedSearch, NeighbourSearch
+from synpref_ray.retrieval.quantised import LeftOut
 from synpref_ray.retrieval.select import RetrievalConfig, retrieve_pairs
 from synpref_ray.rules.gold import GoldSplit
 from synpref_ray.tables.pools import Pool
@@ -159,7 +160,7 @@ def select_for_errors(
     Args:
         candidates: the parts of the unverified pool, each with its embeddings.
     """
-    with open_neighbours(candidates, frozenset(gold.prompt_groups()), index) as neighbours:
+    with open_neighbours(candidates, LeftOut.of(gold.prompt_groups(), already_selected), index) as neighbours:
         record = retrieve_pairs(read_scored_gold(gold, rewards), neighbours, already_selected, config).slice(0, max_pairs)
     ids = set(record["pair_id"].to_pylist())
     return RetrievedPairs([piece for pool, _ in candidates for piece in pieces_of(pool, ids)], record)
@@ -177,19 +178,21 @@ def read_scored_gold(gold: GoldTables, rewards: Sidecar) -> pa.Table:
 
 
 @contextmanager
-def open_neighbours(candidates: Sequence[tuple[Pool, Sidecar]], left_out: Set[str], index: IndexConfig) -> Iterator[NeighbourSearch]:
-    """Search the embedded pairs of some pools, none of the prompt groups `left_out`: each pool exactly in this process, or by a `PoolIndex`.
+def open_neighbours(candidates: Sequence[tuple[Pool, Sidecar]], left_out: LeftOut, index: IndexConfig) -> Iterator[NeighbourSearch]:
+    """Search the embedded pairs of a pool's parts, without what is left out: exactly in this process, or by a `PoolIndex` for each large part.
 
-    Which it is goes by `IndexConfig.kind` and the pool's size.
+    Which it is `IndexConfig.search_exactly` says, by the pool's size and not the parts'; a part without pairs is passed over.
     """
+    parts = [(pool, embeddings) for pool, embeddings in candidates if pool.num_rows]
+    exactly = index.search_exactly([pool.num_rows for pool, _ in parts])
     with ExitStack() as opened:
         searches: list[NeighbourSearch] = []
-        for pool, embeddings in candidates:
-            if index.is_exact(pool.num_rows):
-                pairs = read_embedded(pool, embeddings)
-                free = pc.invert(pc.is_in(pairs["prompt_group"], value_set=pa.array(sorted(left_out), pa.string())))
-                searches.append(PairIndex.build(pairs.filter(free), index))
-            else:
+        tables = [read_embedded(*part) for part, exact in zip(parts, exactly, strict=True) if exact]
+        if tables:
+            pairs = pa.concat_tables(tables)
+            searches.append(PairIndex.build(pairs.filter(pa.array(left_out.allows(pairs))), index))
+        for (pool, embeddings), exact in zip(parts, exactly, strict=True):
+            if not exact:
                 searches.append(opened.enter_context(build_pool_index(pool, embeddings, index).opened(left_out)))
         yield searches[0] if len(searches) == 1 else JoinedSearch(searches)
 
