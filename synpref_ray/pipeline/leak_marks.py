@@ -11,6 +11,7 @@ from synpref_ray.pipeline.clusters import AUTO, OFF
 from synpref_ray.rules.leaks import LEAKS
 from synpref_ray.schema import Decision
 from synpref_ray.tables.pools import Pool
+from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.sidecars import Sidecar, list_sidecars
 
 
@@ -74,7 +75,6 @@ def leaked_pairs(leaks: Sidecar | None) -> frozenset[str]:
     if leaks is None:
         return frozenset()
     dropped: set[str] = set()
-    for shard in leaks.pool.shards:
-        table = leaks.read(shard.number, ["pair_id", "leak_decision"])
+    for table in read_each(lambda shard: leaks.read(shard.number, ["pair_id", "leak_decision"]), leaks.pool.shards):
         dropped.update(table["pair_id"].filter(pc.equal(table["leak_decision"], Decision.DROP.value)).to_pylist())
     return frozenset(dropped)

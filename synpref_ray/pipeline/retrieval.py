@@ -16,7 +16,7 @@ from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.config import Settings
 from synpref_ray.pipeline.llm_steps import ATTRIBUTE_COLUMNS, GoldTables
 from synpref_ray.pipeline.pool_index import build_pool_index
-from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, plan_sidecars, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.retrieval.embedder import Embedder, EmbedderConfig, add_embeddings, embeddings_schema
 from synpref_ray.retrieval.exemplars import EXEMPLARS_SCHEMA, ExemplarConfig, add_exemplars
@@ -25,7 +25,8 @@ from synpref_ray.retrieval.neighbours import JoinedSearch, NeighbourSearch
 from synpref_ray.retrieval.quantised import LeftOut
 from synpref_ray.retrieval.select import RetrievalConfig, retrieve_pairs
 from synpref_ray.rules.gold import GoldSplit
-from synpref_ray.tables.pools import Pool
+from synpref_ray.tables.pools import Pool, Shard
+from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.selection import Piece
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
 from synpref_ray.versions import versions_of
@@ -67,9 +68,24 @@ class EmbedWorker:
 
 def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], config: EmbedStepConfig) -> list[Sidecar]:
     """Make the sidecar `embeddings` of every (pool, attributes)."""
-    step = Step(
+    result = run_step(_embed_step(name, config), [_to_embed(*pair) for pair in pools])
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
+    return [sidecars[0] for sidecars in result.sidecars]
+
+
+def plan_embeddings(pool: Pool, attributes: Sidecar, config: EmbedStepConfig) -> Sidecar:
+    """Return the embeddings that `embed_pools` would make of a pool, without making them."""
+    return plan_sidecars(_embed_step("", config), [_to_embed(pool, attributes)])[0][0]
+
+
+def _to_embed(pool: Pool, attributes: Sidecar) -> StepInput:
+    return StepInput(pool, ("prompt",), ((attributes, ATTRIBUTE_COLUMNS),))
+
+
+def _embed_step(title: str, config: EmbedStepConfig) -> Step:
+    return Step(
         name="embed",
-        title=name,
+        title=title,
         version=EMBED_VERSION,
         worker=EmbedWorker,
         outputs=(Output("embeddings", config.schema),),
@@ -86,9 +102,6 @@ def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], conf
         model=config.embedder.model,
         max_failed_fraction=1.0,  # what has no attributes was counted by the tagger
     )
-    result = run_step(step, [StepInput(pool, ("prompt",), ((attributes, ATTRIBUTE_COLUMNS),)) for pool, attributes in pools])
-    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
-    return [sidecars[0] for sidecars in result.sidecars]
 
 
 class ExemplarWorker:
@@ -108,10 +121,25 @@ def find_exemplars(
     run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], gold: GoldTables, max_exemplars: int, index: IndexConfig
 ) -> list[Sidecar]:
     """Make the sidecar `exemplars` of every (pool, embeddings): nearest working gold of other prompts."""
+    result = run_step(_exemplar_step(name, gold, max_exemplars, index), [_to_find_exemplars(*pair) for pair in pools])
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
+    return [sidecars[0] for sidecars in result.sidecars]
+
+
+def plan_exemplars(pool: Pool, embeddings: Sidecar, gold: GoldTables, max_exemplars: int, index: IndexConfig) -> Sidecar:
+    """Return the exemplars that `find_exemplars` would make of a pool, without making them."""
+    return plan_sidecars(_exemplar_step("", gold, max_exemplars, index), [_to_find_exemplars(pool, embeddings)])[0][0]
+
+
+def _to_find_exemplars(pool: Pool, embeddings: Sidecar) -> StepInput:
+    return StepInput(pool, ("prompt_group",), ((embeddings, {**EMBEDDING, "drop_reason": "drop_reason"}),))
+
+
+def _exemplar_step(title: str, gold: GoldTables, max_exemplars: int, index: IndexConfig) -> Step:
     config = ExemplarConfig(max_exemplars=max_exemplars)
-    step = Step(
+    return Step(
         name="exemplars",
-        title=name,
+        title=title,
         version=EXEMPLARS_VERSION,
         worker=ExemplarWorker,
         outputs=(Output("exemplars", EXEMPLARS_SCHEMA),),
@@ -120,10 +148,6 @@ def find_exemplars(
         worker_arguments=lambda _: {"gold": gold, "config": config, "index": index},
         max_failed_fraction=1.0,
     )
-    inputs = [StepInput(pool, ("prompt_group",), ((embeddings, {**EMBEDDING, "drop_reason": "drop_reason"}),)) for pool, embeddings in pools]
-    result = run_step(step, inputs)
-    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
-    return [sidecars[0] for sidecars in result.sidecars]
 
 
 def read_embedded(pool: Pool, embeddings: Sidecar, more: Mapping[str, str] | None = None, beside: Sidecar | None = None) -> pa.Table:
@@ -200,10 +224,10 @@ def open_neighbours(candidates: Sequence[tuple[Pool, Sidecar]], left_out: LeftOu
 def pieces_of(pool: Pool, pair_ids: Set[str]) -> list[Piece]:
     """Return where the named pairs stand in the pool, in pool order."""
     wanted = pa.array(sorted(pair_ids), pa.string())
-    pieces = []
-    for shard in pool.shards:
+
+    def rows_of(shard: Shard) -> list[int]:
         found = pc.is_in(pool.read(shard.number, ["pair_id"])["pair_id"], value_set=wanted)
-        rows = np.flatnonzero(np.asarray(found))
-        if len(rows):
-            pieces.append(Piece(pool, shard.number, tuple(rows.tolist())))
-    return pieces
+        rows: list[int] = np.flatnonzero(np.asarray(found)).tolist()
+        return rows
+
+    return [Piece(pool, shard.number, rows) for shard, rows in zip(pool.shards, read_each(rows_of, pool.shards), strict=True) if rows]
