@@ -49,7 +49,7 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
 from synpref_ray.schema import DropReason
 from synpref_ray.tables.files import file_size, filesystem_of, find_files, is_file, is_folder
-from synpref_ray.tables.leases import Lease
+from synpref_ray.tables.leases import Hold, Lease
 from synpref_ray.tables.pools import MAX_BYTES_PER_SHARD, MAX_PAIRS_PER_SHARD, content_digest, open_pool, pool_exists
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
@@ -194,7 +194,7 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
         with Lease(storage, "pools/ingest.lease.json") as lease:
             if not storage.exists(record):  # or another driver made the pools before the lease was ours
                 _refuse_other_pools(storage, name)
-                summary = _ingest(storage, name, sources, files, config, run, phases, inline=inline)
+                summary = _ingest(storage, name, lease.hold, sources, files, config, run, phases, inline=inline)
                 lease.check()
                 storage.write_json(record, summary)
                 run.metrics["phase_seconds"] = {phase: round(seconds, 3) for phase, seconds in phases.items()}
@@ -265,6 +265,7 @@ def _refuse_other_pools(storage: Storage, name: str) -> None:
 def _ingest(
     storage: Storage,
     name: str,
+    hold: Hold,
     sources: Sequence[SourceConfig],
     files: Sequence[tuple[int, str]],
     config: IngestConfig,
@@ -285,12 +286,14 @@ def _ingest(
         for (folder, *_), entry in zip(arguments, staged, strict=True)
     )
     comparison = Comparison.of(storage, f"{staging}/compared-{layout.digest[:8]}", layout)
-    plan, pools = make_pools(comparison, name, phases, max_pairs_per_shard=config.max_pairs_per_shard, max_bytes_per_shard=config.max_bytes_per_shard)
+    sizes = {"max_pairs_per_shard": config.max_pairs_per_shard, "max_bytes_per_shard": config.max_bytes_per_shard}
+    plan, pools = make_pools(comparison, name, hold, phases, **sizes)
     summary = account(sources, staged, plan, {route: pool.num_rows for route, pool in pools.items()})
     if config.decontaminate.benchmarks:
         summary["benchmark_items"] = count_benchmark_items(config.decontaminate)
         summary["compared"] = comparison_facts(config.decontaminate)
     with timed(phases, "clean up"):
+        hold.check()  # the successor of a driver that was taken for dead works on the same staged files
         _clear(storage, staging)
     rejected = {reason: count for reason, count in summary["rejected"].items() if count}
     run.step("ingest", rows=summary["rows_read"], computed=summary["rows_read"], rejected=rejected, seconds=time.monotonic() - started)

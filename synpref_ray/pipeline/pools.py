@@ -15,22 +15,27 @@ from synpref_ray.ingest.partition import Comparison, Gathered
 from synpref_ray.ingest.plan import IngestPlan, StagedChunk, WriteTask, chunk_marks, duplicate_rejects, make_plan, take_part
 from synpref_ray.ingest.source import Route
 from synpref_ray.pipeline.tasks import run_tasks
+from synpref_ray.tables.leases import Hold
 from synpref_ray.tables.pools import Pool, Shard, commit_pool, open_pool, pool_exists, write_pool_shard
 
 INLINE_PAIRS = 20_000  # ours: so few pairs are done before Ray has started its workers
 
 
 def make_pools(
-    comparison: Comparison, name: str, phases: dict[str, float], *, max_pairs_per_shard: int, max_bytes_per_shard: int
+    comparison: Comparison, name: str, hold: Hold, phases: dict[str, float], *, max_pairs_per_shard: int, max_bytes_per_shard: int
 ) -> tuple[IngestPlan, dict[Route, Pool]]:
     """Write the pools seed, unverified and wild (none without pairs) and the rejects of duplicates; what was done before is not done again.
 
     Args:
         comparison: of all staged files.
         name: fingerprint of the pools.
+        hold: the lease under which they are made, checked before each shard and each pool that comes into being.
         phases: gets the seconds of each pass.
         max_pairs_per_shard: ceiling of pairs in a shard.
         max_bytes_per_shard: ceiling of a shard's bytes; a single larger pair gets a shard of its own.
+
+    Raises:
+        RunConflictError: another driver has taken the lease.
     """
     layout = comparison.layout
     inline = layout.num_pairs <= INLINE_PAIRS
@@ -41,7 +46,7 @@ def make_pools(
     with timed(phases, "cut"):
         plan = make_plan(comparison, gathered, max_pairs_per_shard=max_pairs_per_shard, max_bytes_per_shard=max_bytes_per_shard)
     with timed(phases, "write"):
-        made = {route: _make_pool(comparison, name, route, plan, inline=inline) for route in Route}
+        made = {route: _make_pool(comparison, name, hold, route, plan, inline=inline) for route in Route}
     return plan, {route: pool for route, pool in made.items() if pool is not None}
 
 
@@ -61,17 +66,20 @@ def _gather_piece(comparison: Comparison, piece: int) -> Gathered:
     return comparison.gather_piece(piece)
 
 
-def _make_pool(comparison: Comparison, name: str, route: Route, plan: IngestPlan, *, inline: bool) -> Pool | None:
+def _make_pool(comparison: Comparison, name: str, hold: Hold, route: Route, plan: IngestPlan, *, inline: bool) -> Pool | None:
     storage = comparison.storage
     is_there = pool_exists(storage, route.value)
-    tasks = [(name[:8], replace(task, parts=()) if is_there else task) for task in plan.tasks if task.route is route]
+    tasks = [(name[:8], hold, replace(task, parts=()) if is_there else task) for task in plan.tasks if task.route is route]
     shards = [shard for written in run_tasks(_write_shards, comparison, tasks, inline=inline, title=f"write {route.value}") for shard in written]
     if is_there:
         return open_pool(storage, route.value)
-    return commit_pool(storage, route.value, name, shards, {"step": "ingest"}) if shards else None
+    if not shards:
+        return None
+    hold.check()
+    return commit_pool(storage, route.value, name, shards, {"step": "ingest"})
 
 
-def _write_shards(comparison: Comparison, name: str, task: WriteTask) -> list[Shard]:
+def _write_shards(comparison: Comparison, name: str, hold: Hold, task: WriteTask) -> list[Shard]:
     """Write consecutive shards and the rejects of some chunks, every chunk read once; done when its record is there."""
     storage = comparison.storage
     record = f"{comparison.folder}/written-{task.route.value}-{task.number:05d}.json"
@@ -92,6 +100,7 @@ def _write_shards(comparison: Comparison, name: str, task: WriteTask) -> list[Sh
             part = task.parts[place]
             tables.append(take_part(part, pairs, marks))
             if place + 1 == len(task.parts) or task.parts[place + 1].shard != part.shard:
+                hold.check()
                 shards.append(write_pool_shard(storage, task.route.value, part.shard, pa.concat_tables(tables).combine_chunks()))
                 tables = []
     storage.write_json(record, [asdict(shard) for shard in shards])
