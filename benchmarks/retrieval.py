@@ -35,6 +35,7 @@ from synpref_ray.pipeline.pool_index import build_pool_index
 from synpref_ray.pipeline.retrieval import read_embedded
 from synpref_ray.retrieval.index import IndexConfig, PairIndex
 from synpref_ray.retrieval.neighbours import NeighbourSearch
+from synpref_ray.retrieval.quantised import LeftOut
 from synpref_ray.tables.storage import Storage
 
 DATA, EXACT, CODES = "data", "exact", "codes"
@@ -79,7 +80,7 @@ def run_side(side: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with ray_session(RayConfig(num_cpus=max(8, arguments.threads), dashboard=False), storage):
         index = build_pool_index(pool, embeddings, settings(arguments))
         manifest = storage.read_json(f"{index.folder}/manifest.json")
-        with index.opened(frozenset()) as opened:
+        with index.opened(LeftOut()) as opened:
             ids, seconds = timed_search(opened, queries, arguments.rounds)
         peaks = watcher.stop()
     shape = index.shape

@@ -9,10 +9,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 
-from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, run_step, unwrap
+from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, plan_sidecars, run_step, unwrap
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.parts import PartedSidecar
 from synpref_ray.tables.pools import Pool, Shard, commit_pool, list_pools, open_pool, pool_exists, write_pool_shard
+from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece, gather_shards, gather_sidecar, plan_gather, scatter_shard
 from synpref_ray.tables.sidecars import Sidecar, fingerprint
 from synpref_ray.tables.storage import Storage
@@ -98,15 +99,19 @@ def find_covering_pool(storage: Storage, name: str, selected: Sequence[Piece], i
     for pool in sorted(found, key=lambda pool: (pool.num_rows, pool.name)):
         if pool.num_rows < wanted or pool.provenance()["inputs"] != clusters or not is_usable(pool):
             continue
-        held: dict[int, list[npt.NDArray[np.int64]]] = {}
-        for shard in pool.shards:
-            places = pool.read(shard.number, ["source_shard", "source_row"])
-            shards, rows = places["source_shard"].to_numpy(), places["source_row"].to_numpy()
-            for number in np.unique(shards).tolist():
-                held.setdefault(number, []).append(rows[shards == number])
-        if all(piece.shard in held and np.isin(piece.rows, np.concatenate(held[piece.shard])).all() for piece in selected):
+        if _holds(pool, selected):
             return pool
     return None
+
+
+def _holds(pool: Pool, selected: Sequence[Piece]) -> bool:
+    """Whether a gathered pool has all of the selected rows of its source."""
+    held: dict[int, list[npt.NDArray[np.int64]]] = {}
+    for places in read_each(lambda shard: pool.read(shard.number, ["source_shard", "source_row"]), pool.shards):
+        shards, rows = places["source_shard"].to_numpy(), places["source_row"].to_numpy()
+        for number in np.unique(shards).tolist():
+            held.setdefault(number, []).append(rows[shards == number])
+    return all(piece.shard in held and bool(np.isin(piece.rows, np.concatenate(held[piece.shard])).all()) for piece in selected)
 
 
 class _GatherWorker:
@@ -120,22 +125,27 @@ class _GatherWorker:
 
 def gather_sidecars(name: str, schema: pa.Schema, pools: Sequence[tuple[Pool, Mapping[str, Sidecar | PartedSidecar]]]) -> list[Sidecar]:
     """Return, for each gathered pool, the sidecar that its source pools' sidecars say about its pairs (no model runs)."""
-    made = []
-    for pool, sources in pools:
-        light = {source: replace(sidecar, pool=replace(sidecar.pool, shards=())) for source, sidecar in sources.items()}
-        step = Step(
-            name=f"gather {name}",
-            version=GATHER_VERSION,
-            worker=_GatherWorker,
-            outputs=(Output(name, schema),),
-            settings={},
-            digests={f"source:{source}": sidecar.fingerprint for source, sidecar in sources.items()},
-            worker_arguments=lambda _, light=light: {"sidecars": [light], "schema": schema},  # type: ignore[misc]
-            max_failed_fraction=1.0,  # the rejects were counted where they happened
-        )
-        result = run_step(step, [StepInput(pool, ("source_pool", "source_shard", "source_row"))])
-        made.append(result.sidecars[0][0])
-    return made
+    return [run_step(*_gather_step(name, schema, pool, sources)).sidecars[0][0] for pool, sources in pools]
+
+
+def plan_gathered_sidecar(name: str, schema: pa.Schema, pool: Pool, sources: Mapping[str, Sidecar | PartedSidecar]) -> Sidecar:
+    """Return the sidecar that `gather_sidecars` would make of a gathered pool, without making it."""
+    return plan_sidecars(*_gather_step(name, schema, pool, sources))[0][0]
+
+
+def _gather_step(name: str, schema: pa.Schema, pool: Pool, sources: Mapping[str, Sidecar | PartedSidecar]) -> tuple[Step, list[StepInput]]:
+    light = {source: replace(sidecar, pool=replace(sidecar.pool, shards=())) for source, sidecar in sources.items()}
+    step = Step(
+        name=f"gather {name}",
+        version=GATHER_VERSION,
+        worker=_GatherWorker,
+        outputs=(Output(name, schema),),
+        settings={},
+        digests={f"source:{source}": sidecar.fingerprint for source, sidecar in sources.items()},
+        worker_arguments=lambda _: {"sidecars": [light], "schema": schema},
+        max_failed_fraction=1.0,  # the rejects were counted where they happened
+    )
+    return step, [StepInput(pool, ("source_pool", "source_shard", "source_row"))]
 
 
 class _ScatterWorker:

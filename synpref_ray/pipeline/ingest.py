@@ -47,7 +47,7 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
 from synpref_ray.schema import DropReason
 from synpref_ray.tables.files import file_size
-from synpref_ray.tables.leases import Lease
+from synpref_ray.tables.leases import Hold, Lease
 from synpref_ray.tables.pools import content_digest, open_pool, pool_exists
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
@@ -100,7 +100,7 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
                     _refuse_other_pools(storage, name)
                 base = pin_base(storage, name) if config.add else {}
                 check_added_benchmarks(storage, base, config.decontaminate)
-                summary = _ingest(storage, name, base, sources, files, config, run, phases, inline=inline)
+                summary = _ingest(storage, name, lease.hold, base, sources, files, config, run, phases, inline=inline)
                 lease.check()
                 storage.write_json(record, summary)
                 run.metrics["phase_seconds"] = {phase: round(seconds, 3) for phase, seconds in phases.items()}
@@ -171,6 +171,7 @@ def _refuse_other_pools(storage: Storage, name: str) -> None:
 def _ingest(
     storage: Storage,
     name: str,
+    hold: Hold,
     base: Base,
     sources: Sequence[SourceConfig],
     files: Sequence[tuple[int, str]],
@@ -196,7 +197,7 @@ def _ingest(
     layout = Layout.of([*held, *found])
     comparison = Comparison.of(storage, f"{staging}/compared-{layout.digest[:8]}", layout)
     limits = {"max_pairs_per_shard": config.max_pairs_per_shard, "max_bytes_per_shard": config.max_bytes_per_shard}
-    plan, pools = make_pools(comparison, name, phases, grown=base, **limits)
+    plan, pools = make_pools(comparison, name, hold, phases, grown=base, **limits)
     summary = account(sources, staged, plan, {route: made.num_written for route, made in pools.items()})
     if base:
         summary["added_to"] = {route.value: pool.version for route, pool in base.items()}
@@ -205,6 +206,7 @@ def _ingest(
         summary["benchmark_items"] = count_benchmark_items(config.decontaminate)
         summary["compared"] = comparison_facts(config.decontaminate)
     with timed(phases, "clean up"):
+        hold.check()  # the successor of a driver that was taken for dead works on the same staged files
         _clear(storage, staging)
     rejected = {reason: count for reason, count in summary["rejected"].items() if count}
     run.step("ingest", rows=summary["rows_read"], computed=summary["rows_read"], rejected=rejected, seconds=time.monotonic() - started)

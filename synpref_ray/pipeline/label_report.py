@@ -6,9 +6,9 @@ does.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -18,7 +18,8 @@ from synpref_ray.evaluation.label_quality import FlipDetection, LabelQuality, fl
 from synpref_ray.human.simulated import read_truth
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.schema import Decision, LabelSource
-from synpref_ray.tables.pools import open_pool
+from synpref_ray.tables.pools import Shard, open_pool
+from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.sets import load_set
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar, zip_shard
 from synpref_ray.tables.storage import Storage
@@ -59,15 +60,31 @@ def report_labels(storage: Storage, truth: str, *, as_json: bool) -> str:
 
 
 def measure_labels(storage: Storage, truth: str) -> Iterator[Evidence]:
-    """Yield the evidence for Stage 1's last silver and for Stage 2's decisions, as far as they are there: all sources together, then each."""
+    """Yield the evidence for Stage 1's last silver and for Stage 2's decisions, as far as they are there: all sources together, then each.
+
+    The truth is read once, whatever the number of shards, after all decisions are.
+    """
+    decided: dict[str, list[_Decided]] = {}
     if storage.exists("rounds/stage1.json"):
         silver = load_set(storage, **storage.read_json("rounds/stage1.json")["sets"]["silver"])
         labels = {(member.sidecar.pool.name, member.sidecar.fingerprint): member.sidecar for member in silver.members}
-        yield from _measure(SILVER, list(labels.values()), _silver_decisions, truth)
+        decided[SILVER] = [row for sidecar in labels.values() for row in _read_decided(sidecar, _silver_decisions)]
     if storage.exists("rounds/stage2.json"):
         record = storage.read_json("rounds/stage2.json")
         decision = open_sidecar(open_pool(storage, record["pool"]), "decision", record["decision"])
-        yield from _measure(STAGE2, [decision], _decisions, truth)
+        decided[STAGE2] = _read_decided(decision, _decisions)
+    known = read_truth(truth, {row.pair_id for rows in decided.values() for row in rows}) if decided else {}
+    for stage, rows in decided.items():
+        yield from _measure(stage, rows, known)
+
+
+class _Decided(NamedTuple):
+    """A pair about which a stage decided."""
+
+    pair_id: str
+    source: str
+    group: str
+    decision: str
 
 
 def _decisions(table: pa.Table) -> list[str | None]:
@@ -81,25 +98,23 @@ def _silver_decisions(table: pa.Table) -> list[str | None]:
     return [Decision.FLIP.value if flipped and source == LabelSource.SILVER else made.get(source, Decision.DROP.value) for source, flipped in rows]
 
 
-def _measure(stage: str, sidecars: Sequence[Sidecar], decide: Any, truth: str) -> Iterator[Evidence]:
-    rows: dict[str, list[tuple[str, str | None, str]]] = {ALL: []}
-    for sidecar in sidecars:
-        columns: Mapping[str, str] = (
-            {"decision": "decision"} if sidecar.name == "decision" else {"label_source": "label_source", "flipped": "flipped"}
-        )
-        for shard in sidecar.pool.shards:
-            table = zip_shard(sidecar.pool, shard.number, ["prompt_group", "source"], [(sidecar, columns)])
-            ids = table["pair_id"].to_pylist()
-            known = read_truth(truth, ids)
-            for pair_id, decision, source, group in zip(
-                ids, decide(table), table["source"].to_pylist(), table["prompt_group"].to_pylist(), strict=True
-            ):
-                if decision is not None:
-                    row = (decision, known.get(pair_id), group)
-                    rows[ALL].append(row)
-                    rows.setdefault(source, []).append(row)
-    for source, found in rows.items():
-        decisions, better, groups = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [])
+def _read_decided(sidecar: Sidecar, decide: Callable[[pa.Table], list[str | None]]) -> list[_Decided]:
+    columns: Mapping[str, str] = {"decision": "decision"} if sidecar.name == "decision" else {"label_source": "label_source", "flipped": "flipped"}
+
+    def read(shard: Shard) -> list[_Decided]:
+        table = zip_shard(sidecar.pool, shard.number, ["prompt_group", "source"], [(sidecar, columns)])
+        rows = zip(*(table[name].to_pylist() for name in ("pair_id", "source", "prompt_group")), decide(table), strict=True)
+        return [_Decided(*row) for row in rows if row[-1] is not None]
+
+    return [row for rows in read_each(read, sidecar.pool.shards) for row in rows]
+
+
+def _measure(stage: str, decided: Sequence[_Decided], known: Mapping[str, str]) -> Iterator[Evidence]:
+    by_source: dict[str, list[_Decided]] = {ALL: list(decided)}
+    for row in decided:
+        by_source.setdefault(row.source, []).append(row)
+    for source, rows in by_source.items():
+        decisions, better, groups = [row.decision for row in rows], [known.get(row.pair_id) for row in rows], [row.group for row in rows]
         yield Evidence(stage, source, label_quality(decisions, better, groups=groups), flip_detection(decisions, better, groups=groups))
 
 

@@ -6,33 +6,68 @@ taken as it is.
 
 import pyarrow.compute as pc
 
-from synpref_ray.errors import ConfigError
+from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.pipeline.clusters import AUTO, OFF
 from synpref_ray.rules.leaks import LEAKS
 from synpref_ray.schema import Decision
 from synpref_ray.tables.pools import Pool
-from synpref_ray.tables.sidecars import Sidecar, list_sidecars, open_sidecar
+from synpref_ray.tables.reading import read_each
+from synpref_ray.tables.sidecars import Sidecar, list_sidecars
 
 
 def open_leaks(pool: Pool, wanted: str) -> Sidecar | None:
     """Return the decisions about a pool's overlaps with benchmarks.
 
     Args:
-        wanted: `auto` (those that are there for this version of the pool, None if there are none), `off` (None), or the head of a fingerprint.
+        wanted: `auto` (those that are there for this version of the pool, None if there are none), `off` (None), or the head of a name: that of a
+            run's report (`decontamination/judged/NAME.parquet`), which serves all pools that it judged, or that of this pool's own sidecar.
 
     Raises:
-        ConfigError: `auto` finds several.
+        ConfigError: there are several.
         InputError: the named ones are not there.
     """
-    if wanted == OFF:
-        return None
-    if wanted != AUTO:
-        return open_sidecar(pool, LEAKS, wanted)
-    found = list_sidecars(pool, LEAKS)
+    found = find_leaks(pool, wanted)
+    if found is None and wanted not in (AUTO, OFF):
+        raise no_such_leaks(pool, wanted)
+    return found
+
+
+def find_leaks(pool: Pool, wanted: str) -> Sidecar | None:
+    """Return what `open_leaks` does, None also where the named decisions are not there.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    found = list_leaks(pool, wanted)
     if len(found) > 1:
-        heads = ", ".join(sidecar.fingerprint[:8] for sidecar in found)
-        raise ConfigError(f"pool {pool.name!r} has {len(found)} decisions about overlaps with benchmarks ({heads}): say decontamination=HEAD, or off")
+        heads = ", ".join(_name_of(sidecar)[:8] for sidecar in found)
+        raise ConfigError(
+            f"pool {pool.name!r} has {len(found)} decisions about overlaps with benchmarks ({heads}): say decontamination=NAME, or off; "
+            f"the names are those of the reports in {pool.storage.join('decontamination/judged')}"
+        )
     return found[0] if found else None
+
+
+def list_leaks(pool: Pool, wanted: str) -> list[Sidecar]:
+    """Return all decisions about this version of a pool that the setting could mean."""
+    if wanted == OFF:
+        return []
+    found = list_sidecars(pool, LEAKS)
+    return [sidecar for sidecar in found if wanted == AUTO or _name_of(sidecar).startswith(wanted) or sidecar.fingerprint.startswith(wanted)]
+
+
+def no_such_leaks(pool: Pool, wanted: str) -> InputError:
+    """Return the error of a name under which nothing was decided about a pool."""
+    there = ", ".join(_name_of(sidecar)[:8] for sidecar in list_sidecars(pool, LEAKS)) or "none"
+    return InputError(
+        f"decontamination={wanted}: pool {pool.name!r} version {pool.version} has no decisions of that name (there are: {there}); "
+        "run jobs/decontaminate.py over this pool, name another, or say off"
+    )
+
+
+def _name_of(leaks: Sidecar) -> str:
+    """Return the name that the decisions of one run share across its pools."""
+    return str(leaks.manifest.get("digests", {}).get("decisions", leaks.fingerprint))
 
 
 def leaked_pairs(leaks: Sidecar | None) -> frozenset[str]:
@@ -40,7 +75,6 @@ def leaked_pairs(leaks: Sidecar | None) -> frozenset[str]:
     if leaks is None:
         return frozenset()
     dropped: set[str] = set()
-    for shard in leaks.pool.shards:
-        table = leaks.read(shard.number, ["pair_id", "leak_decision"])
+    for table in read_each(lambda shard: leaks.read(shard.number, ["pair_id", "leak_decision"]), leaks.pool.shards):
         dropped.update(table["pair_id"].filter(pc.equal(table["leak_decision"], Decision.DROP.value)).to_pylist())
     return frozenset(dropped)

@@ -309,9 +309,21 @@ def tag_pools(run: Run, name: str, pools: Sequence[Pool], taggers: Sequence[TagS
     A tagger that is added later tags alone; what the others wrote stays.
     """
     tags = {config.tagger.name: _tag_pools(run, f"{name} ({config.tagger.name})", pools, config) for config in taggers}
-    merge = Step(
+    result = run_step(_merge_tags_step(f"{name}, merge", taggers), _tags_to_merge(pools, list(tags.values())))
+    return TaggedPools([sidecars[0] for sidecars in result.sidecars], tags)
+
+
+def plan_tags(pools: Sequence[Pool], taggers: Sequence[TagStepConfig]) -> list[Sidecar]:
+    """Return the merged attributes that `tag_pools` would make, without making them."""
+    sources = [StepInput(pool, PAIR_COLUMNS) for pool in pools]
+    tags = [[sidecars[0] for sidecars in plan_sidecars(_tag_step("", config), sources)] for config in taggers]
+    return [sidecars[0] for sidecars in plan_sidecars(_merge_tags_step("", taggers), _tags_to_merge(pools, tags))]
+
+
+def _merge_tags_step(title: str, taggers: Sequence[TagStepConfig]) -> Step:
+    return Step(
         name="merge tags",
-        title=f"{name}, merge",
+        title=title,
         version=MERGE_VERSION,
         worker=MergeTagsWorker,
         outputs=(Output("attributes", ATTRIBUTES_SCHEMA),),
@@ -319,18 +331,26 @@ def tag_pools(run: Run, name: str, pools: Sequence[Pool], taggers: Sequence[TagS
         worker_arguments=lambda _: {"num_taggers": len(taggers)},
         max_failed_fraction=max(config.max_failed_fraction for config in taggers),
     )
+
+
+def _tags_to_merge(pools: Sequence[Pool], by_tagger: Sequence[Sequence[Sidecar]]) -> list[StepInput]:
     inputs = []
     for index, pool in enumerate(pools):
         columns = [name for name in ATTRIBUTES_SCHEMA.names if name != "pair_id"]
-        beside = tuple((tables[index], {column: f"{n}.{column}" for column in columns}) for n, tables in enumerate(tags.values()))
+        beside = tuple((tables[index], {column: f"{n}.{column}" for column in columns}) for n, tables in enumerate(by_tagger))
         inputs.append(StepInput(pool, (), beside))
-    return TaggedPools([sidecars[0] for sidecars in run_step(merge, inputs).sidecars], tags)
+    return inputs
 
 
 def _tag_pools(run: Run, name: str, pools: Sequence[Pool], config: TagStepConfig) -> list[Sidecar]:
-    step = Step(
+    sources = [StepInput(pool, PAIR_COLUMNS) for pool in pools]
+    return [sidecars[0] for sidecars in run_llm_step(run, name, _tag_step(name, config), sources, config)]
+
+
+def _tag_step(title: str, config: TagStepConfig) -> Step:
+    return Step(
         name="tag",
-        title=name,
+        title=title,
         version=TAG_VERSION,
         worker=TagWorker,
         outputs=(Output(f"attributes.{config.tagger.name}", TAGS_SCHEMA),),
@@ -341,7 +361,6 @@ def _tag_pools(run: Run, name: str, pools: Sequence[Pool], config: TagStepConfig
         model=config.engine.model,
         max_failed_fraction=config.max_failed_fraction,
     )
-    return [sidecars[0] for sidecars in run_llm_step(run, name, step, [StepInput(pool, PAIR_COLUMNS) for pool in pools], config)]
 
 
 def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTables, config: JudgeStepConfig) -> list[Sidecar]:
@@ -350,10 +369,19 @@ def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTabl
     Our choice: gold is part of the fingerprint also where a judge is shown no exemplars, since it decides which pairs are asked about (none of a gold
     prompt), and what is judged follows from it anyway: the selected pairs and the mismatches are other ones when gold is.
     """
+    return [sidecars[0] for sidecars in run_llm_step(run, name, _judge_step(name, gold, config), [_to_judge(judged) for judged in pools], config)]
+
+
+def plan_votes(judged: JudgedPool, gold: GoldTables, config: JudgeStepConfig) -> Sidecar:
+    """Return the votes that `judge_pools` would make of a pool, without making them."""
+    return plan_sidecars(_judge_step("", gold, config), [_to_judge(judged)])[0][0]
+
+
+def _judge_step(title: str, gold: GoldTables, config: JudgeStepConfig) -> Step:
     exemplars = content_digest([gold.pool.digest, gold.attributes.fingerprint, gold.human.fingerprint])
-    step = Step(
+    return Step(
         name="judge",
-        title=name,
+        title=title,
         version=JUDGE_VERSION,
         worker=JudgeWorker,
         outputs=(Output(f"votes.{config.judge.judge}", VOTES_SCHEMA),),
@@ -364,16 +392,13 @@ def judge_pools(run: Run, name: str, pools: Sequence[JudgedPool], gold: GoldTabl
         model=config.engine.model,
         max_failed_fraction=config.max_failed_fraction,
     )
-    inputs = []
-    for judged in pools:
-        beside: list[tuple[Sidecar, Mapping[str, str]]] = [
-            (judged.attributes, ATTRIBUTE_COLUMNS),
-            (judged.exemplars, {"exemplar_ids": "exemplar_ids"}),
-        ]
-        if judged.human is not None:
-            beside.append((judged.human, {"drop_reason": "human_drop_reason"}))
-        inputs.append(StepInput(judged.pool, (*PAIR_COLUMNS, "prompt_group"), tuple(beside)))
-    return [sidecars[0] for sidecars in run_llm_step(run, name, step, inputs, config)]
+
+
+def _to_judge(judged: JudgedPool) -> StepInput:
+    beside: list[tuple[Sidecar, Mapping[str, str]]] = [(judged.attributes, ATTRIBUTE_COLUMNS), (judged.exemplars, {"exemplar_ids": "exemplar_ids"})]
+    if judged.human is not None:
+        beside.append((judged.human, {"drop_reason": "human_drop_reason"}))
+    return StepInput(judged.pool, (*PAIR_COLUMNS, "prompt_group"), tuple(beside))
 
 
 def without_exemplars(config: JudgeStepConfig) -> JudgeStepConfig:

@@ -8,7 +8,7 @@ is written last, as a seal, and the parts are removed then. The driver holds row
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from synpref_ray.pipeline.crashes import MAX_TASK_RETRIES
 from synpref_ray.pipeline.steps import INLINE_ROWS, unwrap
 from synpref_ray.retrieval.embedder import embedding_matrix
 from synpref_ray.retrieval.index import IndexConfig, IndexShape
@@ -25,6 +26,7 @@ from synpref_ray.retrieval.quantised import (
     CandidateScorer,
     CandidateSearch,
     Codes,
+    LeftOut,
     LocalScorer,
     QuantisedIndex,
     Rows,
@@ -48,6 +50,7 @@ from synpref_ray.versions import versions_of
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 1
+HOLDER_RESTARTS = 20  # ours: a search of minutes may lose a node or two; an index that kills every holder should end the job
 TASKS_IN_FLIGHT = 64  # ours: scoring tasks whose results the driver has not merged yet
 
 
@@ -77,13 +80,17 @@ class PoolIndex:
         return self.pool.storage.exists(f"{self.folder}/manifest.json")
 
     @contextmanager
-    def opened(self, left_out: Set[str]) -> Iterator[QuantisedIndex]:
-        """Hold the codes in an actor (small pools: in this process) while searches go on; nothing of the groups `left_out` is found."""
+    def opened(self, left_out: LeftOut) -> Iterator[QuantisedIndex]:
+        """Hold the codes in an actor (small pools: in this process) while searches go on; nothing of what is left out is found.
+
+        An actor that dies reads the codes again, at most `HOLDER_RESTARTS` times, and what it was asked is asked again.
+        """
         if self._is_small:
             codes: CandidateSearch = Codes(load_index(self.pool.storage, self.path), self.config)
             yield QuantisedIndex(self.pool, codes, LocalScorer(self.pool, self.embeddings), self.shape, left_out)
             return
-        holder = _Holder.options(**_resources(self.config)).remote(self)  # type: ignore[attr-defined]  # what @ray.remote adds
+        lives = {"max_restarts": HOLDER_RESTARTS, "max_task_retries": HOLDER_RESTARTS}
+        holder = _Holder.options(**_resources(self.config), **lives).remote(self)  # type: ignore[attr-defined]  # what @ray.remote adds
         try:
             yield QuantisedIndex(self.pool, _RemoteCodes(holder), _RemoteScorer(self), self.shape, left_out)
         finally:
@@ -193,7 +200,7 @@ def _call_here(function: Callable[..., Any], index: PoolIndex, arguments: Sequen
 
 
 def _call_on_ray(function: Callable[..., Any], index: PoolIndex, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    remote = ray.remote(function).options(**_resources(index.config))
+    remote = ray.remote(function).options(max_retries=MAX_TASK_RETRIES, **_resources(index.config))
     shared = ray.put(index)  # once: it holds the lists of shards
     try:
         results: list[Any] = ray.get([remote.remote(shared, *more) for more in arguments])
@@ -249,6 +256,6 @@ class _RemoteScorer(CandidateScorer):
             raise unwrap(error) from error
 
 
-@ray.remote
+@ray.remote(max_retries=MAX_TASK_RETRIES)
 def _score(index: PoolIndex, asked: Asked, candidates: ShardCandidates) -> Scored:
     return score_candidates(index.pool, index.embeddings, asked, candidates)

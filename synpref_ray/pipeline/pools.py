@@ -15,6 +15,7 @@ from synpref_ray.ingest.partition import Comparison, Gathered
 from synpref_ray.ingest.plan import IngestPlan, StagedChunk, WriteTask, chunk_marks, duplicate_rejects, make_plan, take_part
 from synpref_ray.ingest.source import Route
 from synpref_ray.pipeline.tasks import run_tasks
+from synpref_ray.tables.leases import Hold
 from synpref_ray.tables.pools import Pool, Shard, commit_pool, open_pool, pool_exists, write_pool_shard
 
 INLINE_PAIRS = 20_000  # ours: so few pairs are done before Ray has started its workers
@@ -31,6 +32,7 @@ class MadePool:
 def make_pools(
     comparison: Comparison,
     name: str,
+    hold: Hold,
     phases: dict[str, float],
     *,
     grown: Mapping[Route, Pool],
@@ -42,10 +44,14 @@ def make_pools(
     Args:
         comparison: of all staged files.
         name: fingerprint of the pools.
+        hold: the lease under which they are made, checked before each shard and each pool that comes into being.
         phases: gets the seconds of each pass.
         grown: the versions of pools that new shards join; the others are made.
         max_pairs_per_shard: ceiling of pairs in a shard.
         max_bytes_per_shard: ceiling of a shard's bytes; a single larger pair gets a shard of its own.
+
+    Raises:
+        RunConflictError: another driver has taken the lease.
     """
     layout = comparison.layout
     inline = layout.num_pairs <= INLINE_PAIRS
@@ -56,7 +62,7 @@ def make_pools(
     with timed(phases, "cut"):
         plan = make_plan(comparison, gathered, max_pairs_per_shard=max_pairs_per_shard, max_bytes_per_shard=max_bytes_per_shard)
     with timed(phases, "write"):
-        made = {route: _make_pool(comparison, name, route, grown.get(route), plan, inline=inline) for route in Route}
+        made = {route: _make_pool(comparison, name, hold, route, grown.get(route), plan, inline=inline) for route in Route}
     return plan, {route: pool for route, pool in made.items() if pool is not None}
 
 
@@ -76,23 +82,24 @@ def _gather_piece(comparison: Comparison, piece: int) -> Gathered:
     return comparison.gather_piece(piece)
 
 
-def _make_pool(comparison: Comparison, name: str, route: Route, base: Pool | None, plan: IngestPlan, *, inline: bool) -> MadePool | None:
+def _make_pool(comparison: Comparison, name: str, hold: Hold, route: Route, base: Pool | None, plan: IngestPlan, *, inline: bool) -> MadePool | None:
     storage = comparison.storage
     latest = open_pool(storage, route.value) if pool_exists(storage, route.value) else None
     is_there = latest is not None and latest.fingerprint == name
     first = max((shard.number + 1 for shard in base.shards), default=0) if base else 0
-    tasks = [(name[:8], first, replace(task, parts=()) if is_there else task) for task in plan.tasks if task.route is route]
+    tasks = [(name[:8], hold, first, replace(task, parts=()) if is_there else task) for task in plan.tasks if task.route is route]
     shards = [shard for written in run_tasks(_write_shards, comparison, tasks, inline=inline, title=f"write {route.value}") for shard in written]
     if latest is not None and is_there:
         return MadePool(latest, latest.num_rows - (base.num_rows if base else 0))
     if not shards:
         return MadePool(base, 0) if base else None
     provenance = {"step": "ingest", **({"grown_from": base.version} if base else {})}
+    hold.check()
     pool = commit_pool(storage, route.value, name, [*(base.shards if base else ()), *shards], provenance)
     return MadePool(pool, sum(shard.rows for shard in shards))
 
 
-def _write_shards(comparison: Comparison, name: str, first: int, task: WriteTask) -> list[Shard]:
+def _write_shards(comparison: Comparison, name: str, hold: Hold, first: int, task: WriteTask) -> list[Shard]:
     """Write consecutive shards, numbered from `first` on, and the rejects of some chunks, every chunk read once; done when its record is there."""
     storage = comparison.storage
     record = f"{comparison.folder}/written-{task.route.value}-{task.number:05d}.json"
@@ -113,6 +120,7 @@ def _write_shards(comparison: Comparison, name: str, first: int, task: WriteTask
             part = task.parts[place]
             tables.append(take_part(part, pairs, marks))
             if place + 1 == len(task.parts) or task.parts[place + 1].shard != part.shard:
+                hold.check()
                 shards.append(write_pool_shard(storage, task.route.value, first + part.shard, pa.concat_tables(tables).combine_chunks()))
                 tables = []
     storage.write_json(record, [asdict(shard) for shard in shards])

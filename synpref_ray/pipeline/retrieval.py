@@ -16,15 +16,17 @@ from synpref_ray.bundled import digest_folder, resolve_model
 from synpref_ray.config import Settings
 from synpref_ray.pipeline.llm_steps import ATTRIBUTE_COLUMNS, GoldTables
 from synpref_ray.pipeline.pool_index import build_pool_index
-from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, plan_sidecars, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.retrieval.embedder import Embedder, EmbedderConfig, add_embeddings, embeddings_schema
 from synpref_ray.retrieval.exemplars import EXEMPLARS_SCHEMA, ExemplarConfig, add_exemplars
 from synpref_ray.retrieval.index import IndexConfig, PairIndex
 from synpref_ray.retrieval.neighbours import JoinedSearch, NeighbourSearch
+from synpref_ray.retrieval.quantised import LeftOut
 from synpref_ray.retrieval.select import RetrievalConfig, retrieve_pairs
 from synpref_ray.rules.gold import GoldSplit
-from synpref_ray.tables.pools import Pool
+from synpref_ray.tables.pools import Pool, Shard
+from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.selection import Piece
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
 from synpref_ray.versions import versions_of
@@ -66,9 +68,24 @@ class EmbedWorker:
 
 def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], config: EmbedStepConfig) -> list[Sidecar]:
     """Make the sidecar `embeddings` of every (pool, attributes)."""
-    step = Step(
+    result = run_step(_embed_step(name, config), [_to_embed(*pair) for pair in pools])
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
+    return [sidecars[0] for sidecars in result.sidecars]
+
+
+def plan_embeddings(pool: Pool, attributes: Sidecar, config: EmbedStepConfig) -> Sidecar:
+    """Return the embeddings that `embed_pools` would make of a pool, without making them."""
+    return plan_sidecars(_embed_step("", config), [_to_embed(pool, attributes)])[0][0]
+
+
+def _to_embed(pool: Pool, attributes: Sidecar) -> StepInput:
+    return StepInput(pool, ("prompt",), ((attributes, ATTRIBUTE_COLUMNS),))
+
+
+def _embed_step(title: str, config: EmbedStepConfig) -> Step:
+    return Step(
         name="embed",
-        title=name,
+        title=title,
         version=EMBED_VERSION,
         worker=EmbedWorker,
         outputs=(Output("embeddings", config.schema),),
@@ -85,9 +102,6 @@ def embed_pools(run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], conf
         model=config.embedder.model,
         max_failed_fraction=1.0,  # what has no attributes was counted by the tagger
     )
-    result = run_step(step, [StepInput(pool, ("prompt",), ((attributes, ATTRIBUTE_COLUMNS),)) for pool, attributes in pools])
-    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
-    return [sidecars[0] for sidecars in result.sidecars]
 
 
 class ExemplarWorker:
@@ -107,10 +121,25 @@ def find_exemplars(
     run: Run, name: str, pools: Sequence[tuple[Pool, Sidecar]], gold: GoldTables, max_exemplars: int, index: IndexConfig
 ) -> list[Sidecar]:
     """Make the sidecar `exemplars` of every (pool, embeddings): nearest working gold of other prompts."""
+    result = run_step(_exemplar_step(name, gold, max_exemplars, index), [_to_find_exemplars(*pair) for pair in pools])
+    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
+    return [sidecars[0] for sidecars in result.sidecars]
+
+
+def plan_exemplars(pool: Pool, embeddings: Sidecar, gold: GoldTables, max_exemplars: int, index: IndexConfig) -> Sidecar:
+    """Return the exemplars that `find_exemplars` would make of a pool, without making them."""
+    return plan_sidecars(_exemplar_step("", gold, max_exemplars, index), [_to_find_exemplars(pool, embeddings)])[0][0]
+
+
+def _to_find_exemplars(pool: Pool, embeddings: Sidecar) -> StepInput:
+    return StepInput(pool, ("prompt_group",), ((embeddings, {**EMBEDDING, "drop_reason": "drop_reason"}),))
+
+
+def _exemplar_step(title: str, gold: GoldTables, max_exemplars: int, index: IndexConfig) -> Step:
     config = ExemplarConfig(max_exemplars=max_exemplars)
-    step = Step(
+    return Step(
         name="exemplars",
-        title=name,
+        title=title,
         version=EXEMPLARS_VERSION,
         worker=ExemplarWorker,
         outputs=(Output("exemplars", EXEMPLARS_SCHEMA),),
@@ -119,10 +148,6 @@ def find_exemplars(
         worker_arguments=lambda _: {"gold": gold, "config": config, "index": index},
         max_failed_fraction=1.0,
     )
-    inputs = [StepInput(pool, ("prompt_group",), ((embeddings, {**EMBEDDING, "drop_reason": "drop_reason"}),)) for pool, embeddings in pools]
-    result = run_step(step, inputs)
-    run.step(name, rows=result.rows, computed=result.rows_computed, rejected=result.rejected, seconds=result.seconds)
-    return [sidecars[0] for sidecars in result.sidecars]
 
 
 def read_embedded(pool: Pool, embeddings: Sidecar, more: Mapping[str, str] | None = None, beside: Sidecar | None = None) -> pa.Table:
@@ -159,7 +184,7 @@ def select_for_errors(
     Args:
         candidates: the parts of the unverified pool, each with its embeddings.
     """
-    with open_neighbours(candidates, frozenset(gold.prompt_groups()), index) as neighbours:
+    with open_neighbours(candidates, LeftOut.of(gold.prompt_groups(), already_selected), index) as neighbours:
         record = retrieve_pairs(read_scored_gold(gold, rewards), neighbours, already_selected, config).slice(0, max_pairs)
     ids = set(record["pair_id"].to_pylist())
     return RetrievedPairs([piece for pool, _ in candidates for piece in pieces_of(pool, ids)], record)
@@ -177,19 +202,21 @@ def read_scored_gold(gold: GoldTables, rewards: Sidecar) -> pa.Table:
 
 
 @contextmanager
-def open_neighbours(candidates: Sequence[tuple[Pool, Sidecar]], left_out: Set[str], index: IndexConfig) -> Iterator[NeighbourSearch]:
-    """Search the embedded pairs of some pools, none of the prompt groups `left_out`: each pool exactly in this process, or by a `PoolIndex`.
+def open_neighbours(candidates: Sequence[tuple[Pool, Sidecar]], left_out: LeftOut, index: IndexConfig) -> Iterator[NeighbourSearch]:
+    """Search the embedded pairs of a pool's parts, without what is left out: exactly in this process, or by a `PoolIndex` for each large part.
 
-    Which it is goes by `IndexConfig.kind` and the pool's size.
+    Which it is `IndexConfig.search_exactly` says, by the pool's size and not the parts'; a part without pairs is passed over.
     """
+    parts = [(pool, embeddings) for pool, embeddings in candidates if pool.num_rows]
+    exactly = index.search_exactly([pool.num_rows for pool, _ in parts])
     with ExitStack() as opened:
         searches: list[NeighbourSearch] = []
-        for pool, embeddings in candidates:
-            if index.is_exact(pool.num_rows):
-                pairs = read_embedded(pool, embeddings)
-                free = pc.invert(pc.is_in(pairs["prompt_group"], value_set=pa.array(sorted(left_out), pa.string())))
-                searches.append(PairIndex.build(pairs.filter(free), index))
-            else:
+        tables = [read_embedded(*part) for part, exact in zip(parts, exactly, strict=True) if exact]
+        if tables:
+            pairs = pa.concat_tables(tables)
+            searches.append(PairIndex.build(pairs.filter(pa.array(left_out.allows(pairs))), index))
+        for (pool, embeddings), exact in zip(parts, exactly, strict=True):
+            if not exact:
                 searches.append(opened.enter_context(build_pool_index(pool, embeddings, index).opened(left_out)))
         yield searches[0] if len(searches) == 1 else JoinedSearch(searches)
 
@@ -197,10 +224,10 @@ def open_neighbours(candidates: Sequence[tuple[Pool, Sidecar]], left_out: Set[st
 def pieces_of(pool: Pool, pair_ids: Set[str]) -> list[Piece]:
     """Return where the named pairs stand in the pool, in pool order."""
     wanted = pa.array(sorted(pair_ids), pa.string())
-    pieces = []
-    for shard in pool.shards:
+
+    def rows_of(shard: Shard) -> list[int]:
         found = pc.is_in(pool.read(shard.number, ["pair_id"])["pair_id"], value_set=wanted)
-        rows = np.flatnonzero(np.asarray(found))
-        if len(rows):
-            pieces.append(Piece(pool, shard.number, tuple(rows.tolist())))
-    return pieces
+        rows: list[int] = np.flatnonzero(np.asarray(found)).tolist()
+        return rows
+
+    return [Piece(pool, shard.number, rows) for shard, rows in zip(pool.shards, read_each(rows_of, pool.shards), strict=True) if rows]

@@ -5,7 +5,7 @@ accuracies carry a 95 % interval, bootstrapped over prompts.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -55,11 +55,12 @@ class Labels:
 
 
 class GoldMargin(NamedTuple):
-    """A reward model's margin in favour of the human verdict on one gold pair."""
+    """A reward model's margin in favour of the human verdict on one gold pair; `is_first`: gold since round 0."""
 
     split: str
     prompt_group: str
     margin: float
+    is_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,26 @@ class Training:
     pool: Pool | None = None
 
     @property
-    def working_accuracy(self) -> float:
-        """The best RM's accuracy on working gold, which the stopping rule goes by."""
-        return float(accuracy_on(self.margins, GoldSplit.WORKING).get("accuracy", 0.0))
+    def first_gold(self) -> dict[str, Any]:
+        """The best RM's accuracy on the working gold of round 0, which the stopping rule goes by; empty where none of it was scored.
+
+        Our choice: gold grows, and what joins are pairs that an RM was unsure about or wrong on, so accuracies on each round's own gold are of other,
+        harder pairs; those of round 0 are the same for every round.
+        """
+        return accuracy_on([margin for margin in self.margins if margin.is_first], GoldSplit.WORKING)
 
 
-def gold_margins(gold: GoldTables, rewards: Sidecar) -> list[GoldMargin]:
-    """Return the margin in favour of the human verdict for every scored gold pair."""
+def gold_ids(gold: GoldTables) -> frozenset[str]:
+    """Return the pair_ids of all gold."""
+    return frozenset(gold.pool.read_all(["pair_id"])["pair_id"].to_pylist())
+
+
+def gold_margins(gold: GoldTables, rewards: Sidecar, first: Set[str] = frozenset()) -> list[GoldMargin]:
+    """Return the margin in favour of the human verdict for every scored gold pair.
+
+    Args:
+        first: pair_ids of round 0's gold.
+    """
     beside: list[tuple[Sidecar, Mapping[str, str]]] = [
         (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
         (rewards, {"margin": "margin"}),
@@ -91,7 +105,7 @@ def gold_margins(gold: GoldTables, rewards: Sidecar) -> list[GoldMargin]:
         for row in zip_shard(gold.pool, shard.number, ["prompt_group"], beside).to_pylist():
             if row["margin"] is not None:
                 margin = row["margin"] if row["human_verdict"] == Verdict.CHOSEN else -row["margin"]
-                found.append(GoldMargin(row["gold_split"], row["prompt_group"], margin))
+                found.append(GoldMargin(row["gold_split"], row["prompt_group"], margin, row["pair_id"] in first))
     return found
 
 
@@ -116,6 +130,8 @@ def make_record(
 ) -> dict[str, Any]:
     """Write a round's record: what its RM read (`read`, measured on that round's gold), and what the round made of it (`wrote`, `set_sizes`).
 
+    The stopping rule reads `first_gold_accuracy`, on the working gold of round 0; `working_gold_accuracy` is on all working gold of the round.
+
     Args:
         before: the labels that the round's RM was trained and measured on; None for the seed.
         labels: those that the round left.
@@ -129,6 +145,7 @@ def make_record(
     record: dict[str, Any] = {
         "round": number,
         "pools": {SEED: inputs.seed, UNVERIFIED: inputs.unverified},
+        "decontamination": inputs.leaks.record(),
         "read": _digests(before) if before else {},
         "wrote": _digests(labels),
         "selected_pairs": pool.num_rows if pool else 0,
@@ -149,7 +166,9 @@ def make_record(
         "judge_report": dict(labels.judge_report),
         "training": dict(training.summary) if training.summary else None,
         "working_gold_accuracy": working.get("accuracy", 0.0),
+        "first_gold_accuracy": training.first_gold.get("accuracy", 0.0),
         "best_rm_on_working_gold": working,
+        "best_rm_on_first_gold": training.first_gold,
         "best_rm_on_audit_gold": audit,
     }
     storage.write_json(f"rounds/{number:02d}/{ROUND_FILE}", record)

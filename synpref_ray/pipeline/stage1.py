@@ -34,20 +34,32 @@ from synpref_ray.pipeline.gold import (
 from synpref_ray.pipeline.growth import (
     UNVERIFIED,
     RoundInputs,
+    check_leak_pins,
     choose_round_clusters,
     leaked_so_far,
     open_seed,
     peek_inputs,
     pin_inputs,
+    seed_leaks,
     unverified_parts,
 )
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.leak_marks import leaked_pairs, open_leaks
+from synpref_ray.pipeline.leak_marks import leaked_pairs
 from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.llm_steps import JudgedPool, Judges, TaggedPools, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.query_selection import Candidates, Selected, report_selection, select_pairs
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
-from synpref_ray.pipeline.round_record import ROUND_FILE, Labels, Training, accuracy_on, closing_table, gold_margins, make_record, selected_path
+from synpref_ray.pipeline.round_record import (
+    ROUND_FILE,
+    Labels,
+    Training,
+    accuracy_on,
+    closing_table,
+    gold_ids,
+    gold_margins,
+    make_record,
+    selected_path,
+)
 from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
 from synpref_ray.pipeline.step_plan import StagePlan
 from synpref_ray.pipeline.tag_reports import report_taggers
@@ -97,7 +109,7 @@ class Stage1Config(JobConfig):
     retrieval: RetrievalConfig = RetrievalConfig()
     selection: SelectionConfig = SelectionConfig()
     near_duplicates: str = AUTO  # ours: prompts go by the clusters of jobs/hygiene.py where it was run; off, or the head of a comparison's name
-    decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are left out where it was run; off, or the head of a fingerprint
+    decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are left out where it was run; off, or the head of its report's name
     stop: StopConfig = StopConfig()
     max_pairs_per_round: int = Field(default=250_000, ge=1)  # ours: about a million pairs in eight rounds would be 125,000 each
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
@@ -125,6 +137,7 @@ class Stage1Config(JobConfig):
 def check_stage1(config: Stage1Config) -> None:
     """Check pools, models and the verdict file, without loading a model."""
     choose_round_clusters(config.storage, config.near_duplicates, peek_inputs(config.storage, 0))
+    check_leak_pins(config.storage, config.decontamination, config.stop.max_rounds)
     for model in (config.train.backbone, config.gold_train.backbone, config.embed.embedder.model):
         resolve_model(model)
     for step in (*config.taggers, *config.judges):
@@ -166,21 +179,22 @@ def report_verdict_file(config: AnnotatorConfig, run: Run, pools: Sequence[Pool]
 def run_stage1(config: Stage1Config, run: Run) -> str:
     """Run Stage 1 to its end; return the closing table."""
     storage = config.storage
-    inputs = pin_inputs(storage, 0)
+    inputs = pin_inputs(storage, 0, config.decontamination)
     clusters = choose_round_clusters(storage, config.near_duplicates, inputs)
     seed = replace(open_seed(storage, inputs), clusters=clusters)
     report_verdict_file(config.annotator, run, [seed, open_pool(storage, UNVERIFIED)])
     unverified = _Unverified(config, run, clusters)
     attributes, embeddings = unverified.begin(seed, inputs)
-    labels = _label(config, run, 0, [], seed, attributes, embeddings, config.annotator.seed_pairs, open_leaks(seed, config.decontamination))
+    labels = _label(config, run, 0, [], seed, attributes, embeddings, config.annotator.seed_pairs, seed_leaks(seed, inputs))
     if small := describe_small_gold(labels.gold_sizes):
         logger.warning("%s", small)
     then = _then(config, [], unverified.num_rows, inputs)
     rounds: list[dict[str, Any]] = [make_record(config.storage, run, 0, inputs, None, labels, Training(), then, simulated=config.simulated)]
     selected: set[str] = set()
+    first_gold = gold_ids(labels.gold)
     while then is None:
         number = len(rounds)
-        inputs = pin_inputs(storage, number)
+        inputs = pin_inputs(storage, number, config.decontamination)
         unverified.extend(number, inputs)
         best, trained = _train_best(config, run, number, labels, config.round_parity)
         models = {f"best.r{number:02d}": best}
@@ -188,7 +202,7 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
         chosen = _select(config, run, number, labels, rewards, models, unverified, selected | unverified.leaked(inputs))
         pool = _gather(config, number, labels, rewards, chosen, unverified)
         selected |= set(chosen.record["pair_id"].to_pylist())
-        before, training = labels, Training(trained, rewards, gold_margins(labels.gold, rewards), chosen, pool)
+        before, training = labels, Training(trained, rewards, gold_margins(labels.gold, rewards, first_gold), chosen, pool)
         if pool.num_rows:
             sources = {UNVERIFIED: unverified.attributes}, {UNVERIFIED: unverified.embeddings}
             tags, vectors = (
@@ -196,7 +210,8 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
                 for name, schema, source in zip(("attributes", "embeddings"), (ATTRIBUTES_SCHEMA, config.embed.schema), sources, strict=True)
             )
             labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs)
-        then = _then(config, [*(entry["working_gold_accuracy"] for entry in rounds[1:]), training.working_accuracy], pool.num_rows, inputs)
+        accuracies = [*(entry["first_gold_accuracy"] for entry in rounds[1:]), training.first_gold.get("accuracy", 0.0)]
+        then = _then(config, accuracies, pool.num_rows, inputs)
         rounds.append(make_record(config.storage, run, number, inputs, before, labels, training, then, simulated=config.simulated))
     return _finish(config, run, labels, rounds)
 
@@ -245,7 +260,7 @@ class _Unverified:
 
     def leaked(self, inputs: RoundInputs) -> frozenset[str]:
         """Return the pairs that give benchmark items away, never to be selected."""
-        return leaked_so_far(self.parts, inputs.unverified, self._config.decontamination)
+        return leaked_so_far(self._config.storage, inputs)
 
     def _read(self, suffix: str, inputs: RoundInputs, first: list[Pool]) -> tuple[TaggedPools, list[Sidecar]]:
         parts = [replace(part, clusters=self._clusters) for part in unverified_parts(self._config.storage, inputs)]

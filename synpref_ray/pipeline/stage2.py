@@ -18,13 +18,13 @@ from pydantic import Field
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import AUTO, read_by_clusters
-from synpref_ray.pipeline.gathering import find_covering_pool, gather_pool, gather_sidecars, scatter_sidecar
+from synpref_ray.pipeline.gathering import find_covering_pool, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecar
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, open_gold, report_judges
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import open_leaks
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, Judges, Taggers, judge_pools, tag_pools
+from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, Judges, Taggers, judge_pools, plan_tags, plan_votes, tag_pools
 from synpref_ray.pipeline.parity import require_parity
-from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
+from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars, plan_embeddings, plan_exemplars
 from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD
 from synpref_ray.pipeline.step_plan import (
@@ -49,10 +49,11 @@ from synpref_ray.rules.judges import JudgeTrust, TrustConfig, describe_trust
 from synpref_ray.rules.verdicts import VERDICT_SCHEMA, MergeConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, Decision
 from synpref_ray.tables.models import StoredModel
-from synpref_ray.tables.pools import Pool, open_pool
+from synpref_ray.tables.pools import Pool, Shard, open_pool
+from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece
 from synpref_ray.tables.sets import Member, save_set
-from synpref_ray.tables.sidecars import Sidecar, list_sidecars
+from synpref_ray.tables.sidecars import Sidecar
 
 GATE_VERSION = 2
 STAGE2_RECORD = "rounds/stage2.json"
@@ -74,7 +75,7 @@ class Stage2Config(JobConfig):
     trust: TrustConfig = TrustConfig()
     merge: MergeConfig = MergeConfig()
     gate: GateConfig = GateConfig()
-    decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are dropped where it was run; off, or the head of a fingerprint
+    decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are dropped where it was run; off, or the head of its report's name
     gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
     """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
     plan: StagePlan = StagePlan()
@@ -184,7 +185,7 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     models = {"best": before.best, "gold": before.gold_rm}
     rewards = score_pools(run, "score, both RMs", [pool], models, config.score, config.parity).sidecars[0]
     margins: list[tuple[Sidecar, Mapping[str, str]]] = [(rewards[0], {"margin": "margin_best"}), (rewards[1], {"margin": "margin_gold"})]
-    asked = _gather_mismatches(config, run, pool, [*margins, *left_out])
+    asked = _gather_mismatches(config, run, pool, before.gold, [*margins, *left_out])
     mismatches = asked.pool
     judges = _Judges({}, {}, {})
     if mismatches.num_rows:
@@ -209,10 +210,11 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     return _finish(config, run, pool, decision, asked.num_pairs, judges, before)
 
 
-def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> _Mismatches:
+def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTables, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> _Mismatches:
     """Return which pairs a judge is asked about, how many, and a gathered pool that holds them.
 
-    Our choice: where other settings asked about these pairs and more, and all judges have answered, that pool is taken: new thresholds ask no model.
+    Our choice: where other thresholds asked about these pairs and more, and all judges have answered under the settings of today, that pool is taken:
+    new thresholds ask no model. A pool with answers under other settings is not: all of its pairs would be asked about again, and not these alone.
     """
     started = time.monotonic()
     step = Step(
@@ -224,18 +226,36 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, margins: list
         worker_arguments=lambda _: {"gate": config.gate},
     )
     selected = run_step(step, [StepInput(pool, (), tuple(margins))]).sidecars[0][0]
-    pieces = []
-    for shard in pool.shards:
-        rows = np.flatnonzero(np.asarray(selected.read(shard.number, ["ask_judge"])["ask_judge"]))
-        if len(rows):
-            pieces.append(Piece(pool, shard.number, rows.tolist()))
-    name, votes = f"{pool.name}-mismatches", [f"votes.{judge.judge.judge}" for judge in config.judges]
-    gathered = find_covering_pool(config.storage, name, pieces, lambda other: all(list_sidecars(other, table) for table in votes))
+
+    def asked_of(shard: Shard) -> list[int]:
+        rows: list[int] = np.flatnonzero(np.asarray(selected.read(shard.number, ["ask_judge"])["ask_judge"])).tolist()
+        return rows
+
+    found = zip(pool.shards, read_each(asked_of, pool.shards), strict=True)
+    pieces = [Piece(pool, shard.number, rows) for shard, rows in found if rows]
+    name = f"{pool.name}-mismatches"
+    gathered = find_covering_pool(
+        config.storage, name, pieces, lambda other: all(votes.is_sealed for votes in _plan_votes(config, pool, other, gold))
+    )
     if gathered is None:  # named by its rows: same pairs, same votes
         gathered = gather_pool(config.storage, name, pieces, inputs={}, max_pairs=config.gathered_shard_pairs)
     num_asked = sum(len(piece.rows) for piece in pieces)
     run.step("gather mismatches", rows=pool.num_rows, computed=0, rejected={}, seconds=time.monotonic() - started, selected=num_asked)
     return _Mismatches(selected, num_asked, gathered)
+
+
+def _plan_votes(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTables) -> list[Sidecar]:
+    """Return the votes that `_judge` would make of a gathered pool, without making them."""
+    if config.tag_scope == "all":
+        attributes = plan_gathered_sidecar("attributes", ATTRIBUTES_SCHEMA, mismatches, {pool.name: plan_tags([pool], config.taggers)[0]})
+    else:
+        attributes = plan_tags([mismatches], config.taggers)[0]
+    embeddings = plan_embeddings(mismatches, attributes, config.embed)
+    votes = []
+    for judge in config.judges:
+        exemplars = plan_exemplars(mismatches, embeddings, gold, judge.judge.max_exemplars, config.index)
+        votes.append(plan_votes(JudgedPool(mismatches, attributes, exemplars, None), gold, judge))
+    return votes
 
 
 def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: GoldTables) -> tuple[Sidecar, _Judges]:
@@ -280,8 +300,8 @@ def _finish(
     before: Stage1Result,
 ) -> str:
     names, reasons = ["decision", "decision_reason"], Counter[tuple[str, str]]()
-    for shard in pool.shards:
-        counted = decision.read(shard.number, names).group_by(names).aggregate([([], "count_all")])
+    for table in read_each(lambda shard: decision.read(shard.number, names), pool.shards):
+        counted = table.group_by(names).aggregate([([], "count_all")])
         reasons.update({(row["decision"], row["decision_reason"]): row["count_all"] for row in counted.to_pylist()})
     kept = (("decision", (Decision.KEEP.value,)),)
     both = (("decision", (Decision.KEEP.value, Decision.FLIP.value)),)

@@ -33,7 +33,9 @@ from synpref_ray.tables.storage import Storage
 
 logger = logging.getLogger(__name__)
 
+CODEWORDS = 256  # of a sub-quantiser of codes: one byte
 INDEX_COLUMNS = ("pair_id", "prompt_group", "embedding")
+_LEAST_PER_WORD = 4  # ours: fewer vectors for a list or a codeword make codes that are hardly worth a search's second pass
 _SLACK = 8  # candidates beyond those asked for, so that a tie at the border seldom needs a second search
 _GPU_MAX_DEPTH = 2048  # FAISS on GPU returns no more candidates per query
 _MAX_CANDIDATES = 1 << 22  # per FAISS call: 4 M scores and row numbers are 48 MiB
@@ -43,7 +45,7 @@ class IndexConfig(Settings):
     """Which index is built over a pool, and where it searches. Exemplars are always searched exactly; zeros stand for the rules of `shape`."""
 
     kind: Literal["auto", "exact", "ivf_pq"] = "auto"
-    exact_below: int = Field(default=300_000, ge=1)  # ours: auto is exact below so many pairs: 0.5 GB of 384 floats, 1.2 GB of 1,024
+    exact_below: int = Field(default=300_000, ge=1)  # ours: auto is exact below so many pairs of a pool: 0.5 GB of 384 floats, 1.2 GB of 1,024
     nlist: int = Field(default=0, ge=0)  # inverted lists; 0: the power of two nearest to 4 √P, as FAISS's guide has it
     nprobe: int = Field(default=0, ge=0)  # lists searched for a query; 0: a 32nd of them, at least 8
     m: int = Field(default=48, ge=1)  # ours: bytes of a code; with its row number 56 a vector, with lists and rotation of a million pairs 63
@@ -56,9 +58,20 @@ class IndexConfig(Settings):
     num_threads: int = Field(default=2, ge=1)
     """Threads of a search."""
 
-    def is_exact(self, num_pairs: int) -> bool:
-        """Whether a pool of this size is searched exactly."""
-        return self.kind == "exact" or (self.kind == "auto" and num_pairs < self.exact_below)
+    def search_exactly(self, sizes: Sequence[int]) -> list[bool]:
+        """Return which parts of a pool are searched exactly, given the pairs of each; the others get an index of codes.
+
+        What counts is the pool, not the part: under `auto` the smallest parts are exact as long as they have fewer than `exact_below` pairs
+        together. A part that is too small to train codes on is exact whatever `kind` says.
+        """
+        least, held = _LEAST_PER_WORD * max(CODEWORDS, self.nlist), 0
+        exact = [False] * len(sizes)
+        for part in sorted(range(len(sizes)), key=lambda part: (sizes[part], part)):
+            fits = self.kind == "auto" and held + sizes[part] < self.exact_below
+            if self.kind == "exact" or fits or sizes[part] < least:
+                exact[part] = True
+                held += sizes[part]
+        return exact
 
     def shape(self, num_pairs: int, dimension: int) -> "IndexShape":
         """Return the shape of an index over so many pairs.

@@ -14,7 +14,7 @@ Shapes: P pairs, Q queries, E embedding size, K neighbours, C candidates a query
 import logging
 import tempfile
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import ConfigError, InputError, SchemaError
 from synpref_ray.retrieval.embedder import embedding_matrix
-from synpref_ray.retrieval.index import IndexConfig, IndexShape, check_gpu
+from synpref_ray.retrieval.index import CODEWORDS, IndexConfig, IndexShape, check_gpu
 from synpref_ray.retrieval.neighbours import Matrix, Neighbours, check_queries
 from synpref_ray.schema import stable_hash
 from synpref_ray.tables.pools import Pool
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
 
-CODEWORDS = 256  # of a sub-quantiser: one byte
 _GPU_MAX = 2048  # candidates a query, and lists probed, on a GPU
 _ROTATION_ROUNDS, _ROTATION_FIRST_ROUND = 16, 12  # ours, of k-means inside OPQ; FAISS's own 50 and 40 take most of the training
 _MIN_CANDIDATES = 256  # ours: of a query; a search for few neighbours costs little more with these
@@ -188,12 +187,35 @@ class Codes:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What no query may find: all pairs of some prompt groups, and some pairs (an array of strings, since these may be a million)."""
+
+    groups: frozenset[str] = frozenset()
+    pairs: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
+
+    @classmethod
+    def of(cls, groups: Set[str] = frozenset(), pairs: Set[str] = frozenset()) -> "LeftOut":
+        """Return both, given as sets."""
+        return cls(frozenset(groups), pa.array(sorted(pairs), pa.string()))
+
+    def allows(self, rows: pa.Table) -> npt.NDArray[np.bool_]:
+        """Return which rows (pair_id, prompt_group) may be found."""
+        allowed = np.ones(rows.num_rows, dtype=bool)
+        if self.groups:
+            allowed &= ~np.asarray(pc.is_in(rows["prompt_group"], value_set=pa.array(sorted(self.groups), pa.string())))
+        if len(self.pairs):
+            here = self.pairs.filter(pc.is_in(self.pairs, value_set=rows["pair_id"].combine_chunks()))  # few: the smaller of the two is hashed
+            allowed &= ~np.asarray(pc.is_in(rows["pair_id"], value_set=here))
+        return allowed
+
+
+@dataclass(frozen=True)
 class Asked:
-    """Queries whose candidates are scored together: (Q, E), the prompt group that each may not find (None: any), and groups that none may."""
+    """Queries whose candidates are scored together: (Q, E), the prompt group that each may not find (None: any), and what none may."""
 
     queries: Matrix
     excluded: tuple[str | None, ...]
-    left_out: Set[str]
+    left_out: LeftOut
 
 
 @dataclass(frozen=True)
@@ -226,10 +248,7 @@ def score_candidates(pool: Pool, embeddings: Sidecar, asked: Asked, candidates: 
     needed, places = np.unique(candidates.rows, return_inverse=True)
     rows = shard.take(pa.array(needed))
     groups = rows["prompt_group"].combine_chunks()
-    if asked.left_out:
-        allowed = ~np.asarray(pc.is_in(groups, value_set=pa.array(sorted(asked.left_out), pa.string())))
-    else:
-        allowed = np.ones(len(needed), dtype=bool)
+    allowed = asked.left_out.allows(rows)
     theirs = pa.array(asked.excluded, pa.string()).take(pa.array(candidates.owners))
     same = np.asarray(pc.fill_null(pc.equal(groups.take(pa.array(places)), theirs), False))
     kept = allowed[places] & ~same
@@ -261,10 +280,10 @@ class QuantisedIndex:
     Args:
         pool: whose rows the codes number.
         codes: over every embedded pair of the pool.
-        left_out: prompt groups of which nothing may be found.
+        left_out: what may not be found.
     """
 
-    def __init__(self, pool: Pool, codes: CandidateSearch, scorer: CandidateScorer, shape: IndexShape, left_out: Set[str] = frozenset()):
+    def __init__(self, pool: Pool, codes: CandidateSearch, scorer: CandidateScorer, shape: IndexShape, left_out: LeftOut):
         self._pool = pool
         self._codes = codes
         self._scorer = scorer

@@ -97,12 +97,13 @@ def select_neighbours(gold: Sequence[GoldError], neighbours: Neighbours, already
 def retrieve_pairs(gold: pa.Table, index: NeighbourSearch, already_selected: Set[str], config: RetrievalConfig) -> pa.Table:
     """Retrieve the pairs that the best RM's errors on working gold call for.
 
-    Lists that run out are searched deeper, until every gold pair has its k(p) or the index is exhausted. A gold pair never retrieves its
-    own prompt.
+    Lists that run out are searched deeper, until every gold pair has its k(p) or the index is exhausted; the other gold pairs are not asked
+    about again. A gold pair never retrieves its own prompt.
 
     Args:
         gold: working gold with `RETRIEVAL_REQUIRES`; rows without a reward or an embedding call for nothing, and are counted in the log.
-        index: over unverified pairs. Leave out pairs of gold prompts: they can become neither silver nor gold of the other part.
+        index: over unverified pairs. Leave out pairs of gold prompts: they can become neither silver nor gold of the other part. Leave out those
+            already selected too: they are never given again, but where they are found, lists run out and have to be searched deeper.
 
     Returns:
         `RETRIEVED_SCHEMA`, in order of selection, no pair twice.
@@ -113,15 +114,18 @@ def retrieve_pairs(gold: pa.Table, index: NeighbourSearch, already_selected: Set
         logger.warning("%d of %d gold pairs have no reward or no embedding and retrieve nothing", gold.num_rows - usable.num_rows, gold.num_rows)
     errors = _errors(usable)
     queries, groups = embedding_matrix(usable.column("embedding")), usable.column("prompt_group").to_pylist()
-    depth = _FIRST_DEPTH * config.k_max
-    neighbours = index.search(queries, depth, exclude_groups=groups)
+    depths = [_FIRST_DEPTH * config.k_max] * len(errors)
+    neighbours = index.search(queries, _FIRST_DEPTH * config.k_max, exclude_groups=groups)
     while True:
         selection = select_neighbours(errors, neighbours, already_selected, config.k_max)
-        deeper = [position for position in selection.short if len(neighbours.ids[position]) == depth]
+        deeper = [position for position in selection.short if len(neighbours.ids[position]) == depths[position]]
         if not deeper:
             break
-        depth *= 2
-        neighbours = index.search(queries, depth, exclude_groups=groups)
+        by_depth = {depth: [position for position in deeper if depths[position] == depth] for depth in sorted({depths[p] for p in deeper})}
+        for depth, asked in by_depth.items():
+            found = index.search(queries[asked], 2 * depth, exclude_groups=[groups[position] for position in asked])
+            for position, ids, scores in zip(asked, found.ids, found.scores, strict=True):
+                neighbours.ids[position], neighbours.scores[position], depths[position] = ids, scores, 2 * depth
     if selection.short:
         logger.warning("%d of %d gold pairs got fewer pairs than they called for: the index is exhausted", len(selection.short), len(errors))
     return _to_table(selection.retrieved)

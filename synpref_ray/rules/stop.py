@@ -28,10 +28,11 @@ def stop_reason(gold_accuracies: Sequence[float], *, num_new_pairs: int, config:
     """Return why to stop after the rounds so far, or None to go on.
 
     Our choice: a plateau is `plateau_rounds` rounds in a row whose best accuracy exceeds the best before them by no more than `min_gain`;
-    so one bad round between two good ones stops nothing.
+    so one bad round between two good ones stops nothing. Our choice: accuracies are on the working gold of round 0, the same pairs for all
+    rounds, because gold that joins later is of pairs that an RM found hard, and would look like a loss.
 
     Args:
-        gold_accuracies: one per finished round, in order, all on the same gold (working gold; audit gold steers nothing).
+        gold_accuracies: one per finished round, in order, all on the working gold of round 0 (audit gold steers nothing).
         num_new_pairs: what the last round's retrieval brought.
     """
     if len(gold_accuracies) >= config.max_rounds:

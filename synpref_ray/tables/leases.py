@@ -14,8 +14,8 @@ On S3 a renewal is conditional too (If-Match), so that a holder that slept canno
 
 That keeps honest drivers apart; it is not a fence. A holder that was silent for too long (suspended, cut off from storage) loses its place without
 being stopped, and on object storage a driver that stalls in the middle of a removal, for so long that its claim expires, can still remove a younger
-lease. So holders call `check` before they seal what they made: it narrows such a race to the moment between the check and the seal, and there writes
-are atomic and repeatable.
+lease. So holders call `check` before they seal what they made, and where a rival could write other content under the same name, before each such
+write, in workers too (`Hold`): it narrows such a race to the moment between the check and the write, and there writes are atomic and repeatable.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -45,6 +46,24 @@ NO_LOCKS = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTS
 """What flock says on file systems that cannot lock a folder."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A lease that was taken, as a worker gets it to check it; small enough to travel."""
+
+    storage: Storage
+    path: str
+    owner: str
+
+    def check(self) -> None:
+        """Raise `RunConflictError` if another driver has taken the lease since, or it is gone."""
+        try:
+            holder = _parse(self.storage.read_bytes(self.path))
+        except InputError:
+            holder = None
+        if holder is None or holder.get("owner") != self.owner:
+            raise RunConflictError(f"{self.storage.join(self.path)} was taken over by another driver (this one was silent too long)")
 
 
 class Lease:
@@ -87,10 +106,14 @@ class Lease:
         if content is not None and self._owns(content):
             self._remove(content)
 
+    @property
+    def hold(self) -> Hold:
+        """What workers check."""
+        return Hold(self._storage, self._path, self._owner)
+
     def check(self) -> None:
         """Raise `RunConflictError` if another driver has taken the lease since."""
-        if not self._is_ours():
-            raise RunConflictError(f"{self._storage.join(self._path)} was taken over by another driver (this one was silent too long)")
+        self.hold.check()
 
     def _is_ours(self) -> bool:
         content = self._read()

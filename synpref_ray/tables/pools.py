@@ -14,7 +14,7 @@ import pyarrow as pa
 from synpref_ray.errors import InputError, RunConflictError, SchemaError
 from synpref_ray.schema import canonical_json
 from synpref_ray.tables.prompt_clusters import cluster_groups
-from synpref_ray.tables.storage import Storage, encode_json
+from synpref_ray.tables.storage import Storage, encode_json, encode_table
 
 SHARD_NUMBER_KEY = b"synpref_ray.shard"
 MAX_PAIRS_PER_SHARD = 8192  # ours: 8k pairs of typical text are a few tens of MB, one task's worth of memory
@@ -98,9 +98,22 @@ def with_shard_number(table: pa.Table, number: int) -> pa.Table:
 
 
 def write_pool_shard(storage: Storage, pool: str, number: int, table: pa.Table) -> Shard:
-    """Write one shard of a pool that is being made; it comes into being when `commit_pool` lists it."""
-    data = storage.write_table(shard_path(f"pools/{pool}", number), with_shard_number(table, number))
-    return Shard(number, table.num_rows, len(data), hashlib.blake2b(data, digest_size=16).hexdigest())
+    """Write one shard of a pool that is being made; it comes into being when `commit_pool` lists it.
+
+    A file of that name may be there: of a driver that was killed, which is replaced; or the same bytes, which stay. So a driver that was taken for
+    dead cannot change what its successor has committed.
+
+    Raises:
+        RunConflictError: the shard is part of a committed version, with other bytes.
+    """
+    path, data = shard_path(f"pools/{pool}", number), encode_table(with_shard_number(table, number))
+    shard = Shard(number, table.num_rows, len(data), hashlib.blake2b(data, digest_size=16).hexdigest())
+    if storage.create_exclusive(path, data) or storage.read_bytes(path) == data:
+        return shard
+    if pool_exists(storage, pool) and any(listed.number == number for listed in open_pool(storage, pool).shards):
+        raise RunConflictError(f"{storage.join(path)} is part of the pool {pool!r}, and shards are never rewritten: another driver made it meanwhile")
+    storage.write_bytes(path, data)
+    return shard
 
 
 def commit_pool(storage: Storage, name: str, fingerprint: str, shards: list[Shard], provenance: dict[str, Any]) -> Pool:

@@ -182,11 +182,16 @@ class Storage:
 
     def write_table(self, path: str, table: pa.Table) -> bytes:
         """Write a table as zstd Parquet, atomically, and return the bytes written; equal tables give equal bytes."""
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        data = buffer.getvalue()
+        data = encode_table(table)
         self.write_bytes(path, data)
         return data
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """Return a table as zstd Parquet; equal tables give equal bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 def encode_json(value: Any) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from benchmarks._stage_models import PairMaker, StandInEmbedder, hashed, make_shard, rewards_of, stage2_config, stand_ins, write_stage1
 from benchmarks.stages import BARE, OURS, STORE, gates_of, report, score_bare, score_ours, text_bytes, timed_stage2, wrong_of
 from synpref_ray.schema import REWARDS_SCHEMA
-from synpref_ray.tables.pools import Pool, commit_pool, list_pools
+from synpref_ray.tables.pools import Pool, commit_pool, list_pools, open_pool
 from synpref_ray.tables.sidecars import open_sidecar
 from synpref_ray.tables.storage import Storage
 
@@ -52,9 +52,17 @@ def test_stage_2_with_stand_ins(ray: ModuleType, tmp_path: Path) -> None:
         assert again["decisions"]["flip"] < first["decisions"]["flip"]
         assert again["judged"] < first["judged"]
         assert len([name for name in list_pools(pool.storage) if name.startswith("wild-mismatches-")]) == 1
+        # another judge under that bar is asked about the pairs of that bar alone, not about all that the first one was asked about
+        judge = {"judge": "stand-in", "max_input_tokens": 100_000, "max_exemplars": 1}
+        judges = [{"engine": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"}, "judge": judge}]
+        asked = timed_stage2(pool.storage, 1, gate={"min_flip_confidence": 0.6}, judges=judges)
+        assert asked["judged"] == again["judged"]
+        pools = [open_pool(pool.storage, name) for name in list_pools(pool.storage) if name.startswith("wild-mismatches-")]
+        assert sorted(found.num_rows for found in pools) == [again["judged"], first["judged"]]
         # a workspace that knew the second bar from the start decides the same
         other = small_workspace(tmp_path / "other", [60, 0, 50])
         assert timed_stage2(other.storage, 1, gate={"min_flip_confidence": 0.6})["decisions"] == again["decisions"]
+        timed_stage2(pool.storage, 1, gate={"min_flip_confidence": 0.6})  # the first judge's decisions are the record's again
         here, there = (open_sidecar(one, "decision", one.storage.read_json("rounds/stage2.json")["decision"]).read_all() for one in (pool, other))
         assert here.equals(there)
         score_ours(pool, 1)

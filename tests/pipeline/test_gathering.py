@@ -1,5 +1,6 @@
 """Gathered pools: named by their rows, found again by who needs fewer, and scattered back by the shards that they took from alone."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,3 +89,16 @@ def test_a_pool_that_holds_more_serves_who_needs_less(tmp_path: Path) -> None:
     other_groups = replace(pool, clusters="c" * 32)  # prompts are grouped otherwise there
     assert find_covering_pool(storage, "few", pieces(other_groups, {0: (3,)}), lambda _: True) is None
     assert open_pool(storage, some.name).num_rows == 3
+
+
+def test_a_pool_is_looked_through_many_shards_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(tmp_path, "wild", [4, 2, 3, 5])
+    gathered = gather_pool(pool.storage, "few", pieces(pool, ROWS), inputs={}, max_pairs=2)
+    together, read_one = threading.Barrier(3, timeout=60), Pool.read
+
+    def read(self: Pool, number: int, columns: list[str] | None = None) -> pa.Table:
+        together.wait()  # its three shards, or nobody goes on
+        return read_one(self, number, columns)
+
+    monkeypatch.setattr(Pool, "read", read)
+    assert find_covering_pool(pool.storage, "few", pieces(pool, {3: (4,)}), lambda _: True) == gathered

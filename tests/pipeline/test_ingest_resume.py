@@ -2,11 +2,13 @@
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from synpref_ray.errors import RunConflictError
 from synpref_ray.ingest.partition import Comparison, Layout
 from synpref_ray.pipeline import ingest as ingest_job
 from synpref_ray.pipeline import pools as pools_job
@@ -151,3 +153,37 @@ def test_a_kill_while_staged_files_are_removed_is_survived(
     for path in config.storage.list_files("staging")[::3]:
         config.storage.delete(path)
     assert ingest(config) == wanted
+
+
+@pytest.mark.parametrize("at", ["read", "shard", "commit", "clean up"])
+def test_a_driver_that_was_taken_for_dead_writes_no_more(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """It stalls at some point, another takes its lease, and it wakes up."""
+    config = config_of(corpus, tmp_path)
+    storage, taken = config.storage, [False]
+    module, name = {
+        "read": (ingest_job, "make_pools"),
+        "shard": (pools_job, "write_pool_shard"),
+        "commit": (pools_job, "commit_pool"),
+        "clean up": (ingest_job, "account"),
+    }[at]
+    stalled = getattr(module, name)
+
+    def stall(*arguments: Any, **named: Any) -> Any:
+        result = stalled(*arguments, **named) if at != "read" else None
+        if not taken[0]:
+            taken[0] = True
+            storage.write_json(
+                "pools/ingest.lease.json", {"owner": "x", "host": "elsewhere", "pid": 1, "process_started": 0.0, "renewed": time.time()}
+            )
+        return stalled(*arguments, **named) if at == "read" else result
+
+    monkeypatch.setattr(module, name, stall)
+    with pytest.raises(RunConflictError, match="taken over by another driver"):
+        run_ingest(config, Run(storage, "ingest", config))
+    assert taken[0]
+    shards = [path for path in storage.list_files("pools") if "/shard-" in path]
+    seed = len(open_pool(storage, "seed").shards) if at in ("commit", "clean up") else 0
+    assert len(shards) == {"read": 0, "shard": 1, "commit": seed, "clean up": 19}[at]
+    assert list_pools(storage) == {"read": [], "shard": [], "commit": ["seed"], "clean up": ["seed", "unverified", "wild"]}[at]
+    assert storage.list_files("staging")  # what the successor works on is still there
+    assert json.loads(storage.read_bytes("pools/ingest.lease.json"))["owner"] == "x"

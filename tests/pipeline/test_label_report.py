@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs import report
+from synpref_ray.human import simulated
+from synpref_ray.pipeline.label_report import measure_labels
 from synpref_ray.rules.gate import DECISION_SCHEMA
 from synpref_ray.rules.labels import LABEL_SCHEMA
 from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
@@ -69,6 +72,20 @@ def test_flips_are_counted_by_stage_and_source(workspace: tuple[Storage, Path], 
     text = capsys.readouterr().out
     assert "66.7 %" in text
     assert "1 labelled pairs that it lacks are left out" in text
+
+
+def test_the_truth_is_read_once_for_all_stages_and_shards(workspace: tuple[Storage, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, truth = workspace
+    opened: list[str] = []
+    open_once = simulated.open_file
+
+    def noted(url: str) -> IO[bytes]:
+        opened.append(url)
+        return open_once(url)
+
+    monkeypatch.setattr(simulated, "open_file", noted)
+    assert len(list(measure_labels(storage, str(truth)))) == 6
+    assert opened == [str(truth)]
 
 
 @pytest.mark.parametrize(("argument", "said"), [("format=text", "name the file"), ("truth=absent.parquet", "there is no truth file absent.parquet")])

@@ -133,10 +133,16 @@ def test_a_second_run_asks_nobody_and_another_judge_is_asked_alone(tmp_path: Pat
     with pytest.raises(ConfigError, match="2 decisions about overlaps"):
         open_leaks(open_pool(first.storage, "seed"), "auto")
     assert open_leaks(open_pool(first.storage, "seed"), "off") is None
-    head = first.metrics["decontamination"]["sidecars"]["seed"]
-    named = open_leaks(open_pool(first.storage, "seed"), head[:8])
-    assert named is not None
-    assert named.fingerprint == head
+    report = Path(first.metrics["decontamination"]["report"]).stem
+    for pool, head in first.metrics["decontamination"]["sidecars"].items():
+        for wanted in (report, head[:8]):  # the name that all pools of the run share, and the sidecar's own
+            named = open_leaks(open_pool(first.storage, pool), wanted)
+            assert named is not None
+            assert named.fingerprint == head
+    with pytest.raises(
+        InputError, match=r"decontamination=none-such: pool 'seed' version 0 has no decisions of that name \(there are: \w{8}, \w{8}\)"
+    ):
+        open_leaks(open_pool(first.storage, "seed"), "none-such")
 
 
 def two_items(root: Path, **more: Any) -> dict[str, Any]:

@@ -8,13 +8,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.pipeline import stage1
+from synpref_ray.pipeline.growth import check_leak_pins
 from synpref_ray.pipeline.stage1 import Stage1Config
 from synpref_ray.reporting.pair_story import tell_pair
 from synpref_ray.rules.leaks import LEAKS, LEAKS_SCHEMA
 from synpref_ray.rules.query_selection import SELECTION_SCHEMA
-from synpref_ray.tables.pools import Pool, open_pool
+from synpref_ray.rules.stop import stop_reason
+from synpref_ray.tables.pools import Pool, content_digest, open_pool
 from synpref_ray.tables.sets import load_set
-from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 from synpref_ray.tables.storage import Storage
 from tests.pipeline.stand_ins import Killed, Models, add_shards, run_rounds, stage1_config, write_truth
 
@@ -198,19 +202,125 @@ def test_a_fixed_budget_holds_and_a_plateau_ends_the_rounds(tmp_path: Path, mode
     assert [entry["decided"]["then"] for entry in records(config)] == [None, None, "plateau"]
 
 
+def accuracy_on_gold(config: Stage1Config, number: int, gold_of: int) -> float:
+    """Return the round's RM's accuracy on the working gold that round `gold_of` left, from the tables that the records name."""
+    before, entry = records(config)[number - 1], records(config)[number]
+    gold = open_pool(config.storage, before["wrote"]["gold_pool"])
+    tables = {name: fingerprint for pool, name, fingerprint in [*before["tables"], *entry["tables"]] if pool == gold.name}
+    rewards, human = (open_sidecar(gold, name, tables[name]).read_all().to_pylist() for name in (f"rewards.best.r{number:02d}", "human"))
+    names = set(load_set(config.storage, f"gold-working-r{gold_of:02d}").read()["pair_id"].to_pylist())
+    right = [(r["margin"] > 0) == (h["human_verdict"] == "chosen") for r, h in zip(rewards, human, strict=True) if r["pair_id"] in names]
+    assert len(right) == len(names)
+    return sum(right) / len(right)
+
+
+def test_a_plateau_is_measured_on_the_gold_of_round_0(finished: Finished) -> None:
+    config = finished.config
+    _, first, second = records(config)
+    assert first["first_gold_accuracy"] == first["working_gold_accuracy"] == pytest.approx(accuracy_on_gold(config, 1, 0))
+    assert second["first_gold_accuracy"] == pytest.approx(accuracy_on_gold(config, 2, 0))
+    assert second["working_gold_accuracy"] == pytest.approx(accuracy_on_gold(config, 2, 1))
+    assert second["best_rm_on_first_gold"]["num_pairs"] == first["best_rm_on_working_gold"]["num_pairs"]
+    assert second["best_rm_on_working_gold"]["num_pairs"] > second["best_rm_on_first_gold"]["num_pairs"]
+
+
+def test_the_plateau_rule_is_given_the_accuracies_on_that_gold(tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[float]] = []
+
+    def noted(accuracies: list[float], **more: Any) -> Any:
+        given.append(list(accuracies))
+        return stop_reason(accuracies, **more)
+
+    monkeypatch.setattr(stage1, "stop_reason", noted)
+    config = start(tmp_path)
+    run_rounds(config)
+    _, first, second = records(config)
+    assert given[-1] == [first["first_gold_accuracy"], second["first_gold_accuracy"]]
+    assert second["first_gold_accuracy"] != second["working_gold_accuracy"]  # or the test would show nothing
+
+
+def decide_leaks(storage: Storage, name: str, decisions: str, row: int) -> set[str]:
+    """Drop the same row of every shard of a pool, as a run of jobs/decontaminate.py of that name would; return the pair_ids."""
+    pool = open_pool(storage, name)
+    leaks = Sidecar(pool, LEAKS, content_digest([pool.digest, decisions]))
+    for shard in pool.shards:
+        ids = ids_of(pool, shard.number)
+        rows = [{"pair_id": i, "leak_decision": "drop" if place == row else None, "num_proposals": 0} for place, i in enumerate(ids)]
+        leaks.write(shard.number, pa.Table.from_pylist(rows, schema=LEAKS_SCHEMA))
+    sealed = {"pool_digest": pool.digest, "fingerprint": leaks.fingerprint, "rejected": {}, "digests": {"decisions": decisions}}
+    storage.write_json(f"{leaks.folder}/manifest.json", sealed)
+    return {ids_of(pool, shard.number)[row] for shard in pool.shards}
+
+
+def all_selected(config: Stage1Config) -> set[str]:
+    return {row["pair_id"] for number in range(1, len(records(config))) for row in picks(config, number)}
+
+
 def test_a_pair_that_was_found_to_leak_stays_out_when_the_pool_has_grown(tmp_path: Path, models: Models) -> None:
     config = start(tmp_path, retrieval={"k_max": 8}, stop={"max_rounds": 6})
-    pool = open_pool(config.storage, "unverified")
-    for shard in pool.shards:
-        rows = [{"pair_id": i, "leak_decision": "drop" if row == 0 else None, "num_proposals": 0} for row, i in enumerate(ids_of(pool, shard.number))]
-        Sidecar(pool, LEAKS, "d" * 32).write(shard.number, pa.Table.from_pylist(rows, schema=LEAKS_SCHEMA))
-    sealed = {"pool_digest": pool.digest, "fingerprint": "d" * 32, "rejected": {}}
-    config.storage.write_json(f"pools/unverified/{LEAKS}/dddddddd/manifest.json", sealed)
-    add_shards(config.storage, "unverified", [6])
+    leaked = decide_leaks(config.storage, "unverified", "d" * 32, 0)
+    grown = add_shards(config.storage, "unverified", [6])
     run_rounds(config)
-    selected = {row["pair_id"] for number in range(1, len(records(config))) for row in picks(config, number)}
-    grown = open_pool(config.storage, "unverified")
-    assert selected == {i for shard in grown.shards for i in ids_of(grown, shard.number)} - {ids_of(pool, shard.number)[0] for shard in pool.shards}
+    assert all_selected(config) == {i for shard in grown.shards for i in ids_of(grown, shard.number)} - leaked
+
+
+def test_leaks_decided_twice_are_refused_before_any_model_and_one_name_serves_every_pool(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, retrieval={"k_max": 64}, stop={"max_rounds": 6})
+    both = {
+        run: {name: decide_leaks(config.storage, name, run, row) for name in ("seed", "unverified")} for run, row in (("a" * 32, 0), ("b" * 32, 1))
+    }
+    with pytest.raises(ConfigError, match=r"pool 'seed' has 2 decisions .*(aaaaaaaa, bbbbbbbb|bbbbbbbb, aaaaaaaa).*decontamination=NAME"):
+        check_leak_pins(config.storage, config.decontamination, 6)
+    with pytest.raises(ConfigError, match="2 decisions"):
+        run_rounds(config)
+    unknown = config.model_copy(update={"decontamination": "cafe"})
+    with pytest.raises(InputError, match="decontamination=cafe: pool 'seed' version 0 has no decisions of that name"):
+        run_rounds(unknown)
+    assert models.num_shards == 0
+    named = config.model_copy(update={"decontamination": "b" * 8})
+    check_leak_pins(named.storage, named.decontamination, 6)
+    run_rounds(named)
+    unverified = open_pool(config.storage, "unverified")
+    assert all_selected(named) == {i for shard in unverified.shards for i in ids_of(unverified, shard.number)} - both["b" * 32]["unverified"]
+    gold = open_pool(config.storage, config.storage.read_json("rounds/stage1.json")["gold"]["pool"])
+    assert not both["b" * 32]["seed"] & set(gold.read_all(["pair_id"])["pair_id"].to_pylist())
+
+
+def test_a_name_must_cover_both_pools(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, decontamination="aaaa")
+    decide_leaks(config.storage, "seed", "a" * 32, 0)
+    with pytest.raises(InputError, match="pool 'unverified' version 0 has no decisions of that name"):
+        run_rounds(config)
+    assert models.num_shards == 0
+
+
+def test_a_round_keeps_the_leaks_that_it_began_with(tmp_path: Path, models: Models, caplog: pytest.LogCaptureFixture) -> None:
+    config = start(tmp_path, stop={"max_rounds": 1})
+    decide_leaks(config.storage, "unverified", "a" * 32, 0)
+    run_rounds(config)
+    before, shards = records(config), models.num_shards
+    pinned = before[0]["decontamination"]
+    assert (pinned["seed"], list(pinned["unverified"])) == (None, ["0"])
+    assert before[1]["decontamination"] == pinned
+    for name in ("seed", "unverified"):
+        decide_leaks(config.storage, name, "b" * 32, 1)  # of version 0 too: `auto` alone could not tell which
+    run_rounds(config)
+    assert records(config) == before
+    assert models.num_shards == shards
+    assert "not those which round 0 began with" in caplog.text
+    add_shards(config.storage, "unverified", [30])
+    joined = decide_leaks(config.storage, "unverified", "c" * 32, 1)
+    more = config.model_copy(update={"stop": config.stop.model_copy(update={"max_rounds": 3})})
+    with pytest.raises(InputError, match="decontamination=cafe: pool 'unverified' version 1 has no decisions of that name"):
+        check_leak_pins(more.storage, "cafe", 3)
+    check_leak_pins(more.storage, more.decontamination, 3)
+    run_rounds(more)
+    after = records(more)
+    assert after[1]["decontamination"] == pinned
+    assert after[2]["decontamination"] == after[3]["decontamination"]
+    assert {**after[2]["decontamination"]["unverified"], **pinned["unverified"]} == after[2]["decontamination"]["unverified"]
+    assert list(after[2]["decontamination"]["unverified"]) == ["0", "1"]
+    assert not joined & {row["pair_id"] for number in (2, 3) for row in picks(more, number)}
 
 
 def ids_of(pool: Pool, number: int) -> list[str]:

@@ -13,9 +13,11 @@ class BruteForceSearch:
         self.groups = pairs["prompt_group"].to_pylist()
         self.vectors = embedding_matrix(pairs["embedding"]).astype(np.float64)
         self.depths = []
+        self.num_queries = []
 
     def search(self, queries, k, *, exclude_groups=None):
         self.depths.append(k)
+        self.num_queries.append(len(queries))
         ids, scores = [], []
         for number, query in enumerate(queries):
             values = [np.float32((vector * query.astype(np.float64)).sum()) for vector in self.vectors]

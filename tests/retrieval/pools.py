@@ -20,11 +20,11 @@ def clustered(count, size, seed, *, num_clusters=40, spread=0.5):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def write_embedded_pool(root, vectors, shard_rows, *, num_groups=97, missing=()):
+def write_embedded_pool(root, vectors, shard_rows, *, num_groups=97, missing=(), prefix=""):
     """A pool (pair_id and prompt_group alone) and its embeddings; shards of `shard_rows` rows, the second one empty."""
     storage, shards = Storage(str(root)), []
     rng = np.random.default_rng(len(vectors))
-    ids = [f"{name:08x}" for name in rng.permutation(len(vectors) * 7)[: len(vectors)]]
+    ids = [f"{prefix}{name:08x}" for name in rng.permutation(len(vectors) * 7)[: len(vectors)]]
     groups = [f"g{group}" for group in rng.integers(num_groups, size=len(vectors))]
     schema = embeddings_schema(vectors.shape[1])
     cuts = [0, shard_rows, *range(shard_rows, len(vectors), shard_rows), len(vectors)]

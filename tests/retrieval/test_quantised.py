@@ -1,5 +1,9 @@
 """The index of codes against brute force: what it finds, what it may not find, and that the same pool gives the same index."""
 
+import os
+import signal
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -9,8 +13,9 @@ from synpref_ray.errors import ConfigError, InputError, SchemaError
 from synpref_ray.pipeline.pool_index import build_pool_index, plan_pool_index
 from synpref_ray.pipeline.retrieval import open_neighbours
 from synpref_ray.retrieval.index import IndexConfig
-from synpref_ray.retrieval.quantised import training_sample
+from synpref_ray.retrieval.quantised import LeftOut, training_sample
 from synpref_ray.retrieval.select import RetrievalConfig, retrieve_pairs
+from synpref_ray.tables.sidecars import Sidecar
 from tests.retrieval.brute_force import BruteForceSearch
 from tests.retrieval.builders import embedded
 from tests.retrieval.pools import clustered, write_embedded_pool
@@ -50,9 +55,9 @@ def test_with_every_pair_a_candidate_it_is_exact(pool, k):
     groups = [*embedded_only(whole)["prompt_group"].to_pylist()[:7], "no such group"]
     there = embedded_only(whole)
     allowed = there.filter(pc.invert(pc.is_in(there["prompt_group"], value_set=pa.array(sorted(left_out)))))
-    with build_pool_index(wild, embeddings, EVERYTHING).opened(left_out) as index:
+    with build_pool_index(wild, embeddings, EVERYTHING).opened(LeftOut.of(left_out)) as index:
         same(index.search(asked, k, exclude_groups=groups), BruteForceSearch(allowed).search(asked, k, exclude_groups=groups))
-    with build_pool_index(wild, embeddings, EVERYTHING).opened(frozenset()) as index:
+    with build_pool_index(wild, embeddings, EVERYTHING).opened(LeftOut()) as index:
         same(index.search(asked, k), BruteForceSearch(embedded_only(whole)).search(asked, k))
 
 
@@ -60,7 +65,7 @@ def test_codes_find_nearly_all_neighbours(tmp_path):
     vectors = clustered(3040, 32, seed=5)
     wild, embeddings, whole = write_embedded_pool(tmp_path, vectors[:3000], 1000)
     asked = vectors[3000:]
-    with build_pool_index(wild, embeddings, IndexConfig(kind="ivf_pq", m=8, nlist=64, num_threads=1)).opened(frozenset()) as index:
+    with build_pool_index(wild, embeddings, IndexConfig(kind="ivf_pq", m=8, nlist=64, num_threads=1)).opened(LeftOut()) as index:
         found = index.search(asked, 8)
     wanted = BruteForceSearch(whole).search(asked, 8)
     recall = np.mean([len({*ours} & {*theirs}) / 8 for ours, theirs in zip(found.ids, wanted.ids, strict=True)])
@@ -75,7 +80,7 @@ def test_a_search_goes_deeper_until_it_has_enough(pool):
     config = SMALL.model_copy(update={"nprobe": 1, "candidates_per_neighbour": 1})
     groups = {*whole["prompt_group"].to_pylist()} - {"g7"}
     rest = embedded_only(whole).filter(pc.equal(embedded_only(whole)["prompt_group"], "g7"))
-    with build_pool_index(wild, embeddings, config).opened(groups) as index:
+    with build_pool_index(wild, embeddings, config).opened(LeftOut.of(groups)) as index:
         found = index.search(queries(3), 100)
     same(found, BruteForceSearch(rest).search(queries(3), 100))
     assert 0 < len(found.ids[0]) < 100
@@ -89,7 +94,7 @@ def test_the_same_pool_gives_the_same_bytes(pool, tmp_path):
     assert wild.storage.read_bytes(first.path) == other.storage.read_bytes(second.path)
     one_part = build_pool_index(other, beside, SMALL.model_copy(update={"shards_per_part": 100}))
     assert one_part.folder != second.folder
-    with one_part.opened(frozenset()) as whole, second.opened(frozenset()) as merged:
+    with one_part.opened(LeftOut()) as whole, second.opened(LeftOut()) as merged:
         same(whole.search(queries(20), 8), merged.search(queries(20), 8))
 
 
@@ -130,9 +135,17 @@ def test_the_sample_is_seeded_and_of_the_size_asked_for(pool):
 
 def test_rules_of_the_config_by_hand():
     config = IndexConfig()
-    assert [config.is_exact(size) for size in (1, 299_999, 300_000)] == [True, True, False]
-    assert IndexConfig(kind="exact").is_exact(10**9)
-    assert not IndexConfig(kind="ivf_pq").is_exact(1)
+    assert [config.search_exactly([size]) for size in (1, 299_999, 300_000)] == [[True], [True], [False]]
+    assert IndexConfig(kind="exact").search_exactly([10**9, 5]) == [True, True]
+    # 4 vectors for each of 256 codewords: a part below that is exact
+    assert IndexConfig(kind="ivf_pq").search_exactly([1023, 1024, 10**6]) == [True, False, False]
+    assert IndexConfig(kind="ivf_pq", nlist=1000).search_exactly([3999, 4000]) == [True, False]
+    # of a grown pool: 200,000 and 200,000 and 99,999 pairs are not three small pools; the smallest ones are exact up to 300,000 together
+    assert config.search_exactly([200_000, 200_000]) == [True, False]
+    assert config.search_exactly([200_000, 99_999, 200_000]) == [True, True, False]
+    assert config.search_exactly([200_000, 100_000, 200_000]) == [False, True, False]
+    assert config.search_exactly([10**6, 0, 5000]) == [False, True, True]
+    assert config.search_exactly([]) == []
     million, wide = config.shape(1_000_000, 384), config.shape(40_000_000, 1024)
     assert (million.nlist, million.factory) == (4096, "OPQ48_384,IVF4096,PQ48x8np")  # 4 √1e6 = 4,000
     assert (wide.nlist, wide.factory) == (32768, "OPQ48_384,IVF32768,PQ48x8np")  # 4 √4e7 = 25,298: nearer to 2^15 than to 2^14 as a ratio
@@ -148,7 +161,7 @@ def test_what_cannot_be_built_or_searched_is_told(pool, tmp_path):
         build_pool_index(wild, embeddings, SMALL.model_copy(update={"nlist": 4096}))
     with pytest.raises(ConfigError, match="sees no GPU"):
         build_pool_index(wild, embeddings, SMALL.model_copy(update={"use_gpu": True, "seed": 7}))
-    with build_pool_index(wild, embeddings, SMALL).opened(frozenset()) as index:
+    with build_pool_index(wild, embeddings, SMALL).opened(LeftOut()) as index:
         with pytest.raises(SchemaError, match="shape"):
             index.search(queries(2, size=16), 3)
         assert index.search(queries(2), 0).ids == [[], []]
@@ -173,10 +186,58 @@ def test_retrieval_is_the_same_by_either_index(pool):
     )
     records = []
     for config in (IndexConfig(kind="exact"), EVERYTHING):
-        with open_neighbours([(wild, embeddings)], frozenset({"g1", "g2"}), config) as neighbours:
+        with open_neighbours([(wild, embeddings)], LeftOut.of({"g1", "g2"}), config) as neighbours:
             records.append(retrieve_pairs(gold, neighbours, set(whole["pair_id"].to_pylist()[:300]), RetrievalConfig()))
     assert records[0].num_rows > 20
     assert records[0].equals(records[1])
+
+
+def test_parts_of_a_grown_pool_are_one_pool(tmp_path, monkeypatch):
+    """Which index is decided on the sum; a small part is exact, an empty one is passed over, and nothing that is left out is found."""
+    from synpref_ray.pipeline import retrieval
+
+    vectors = clustered(4500, 16, seed=3)
+    cuts = {"big": vectors[:3000], "small": vectors[3000:3200], "other": vectors[3200:]}
+    parts = {name: write_embedded_pool(tmp_path / name, part, 100, prefix=name) for name, part in cuts.items()}
+    nothing = replace(parts["big"][0], shards=())
+    empty = (nothing, Sidecar(nothing, "embeddings", "0" * 32))
+    sides = [*(part[:2] for part in parts.values()), empty]
+    built = []
+    build = retrieval.build_pool_index
+
+    def noted(pool, *more):
+        built.append(pool.num_rows)
+        return build(pool, *more)
+
+    monkeypatch.setattr(retrieval, "build_pool_index", noted)
+    whole = embedded_only(pa.concat_tables([part[2] for part in parts.values()]))
+    gone = set(whole["pair_id"].to_pylist()[::3])
+    allowed = whole.filter(pc.invert(pc.is_in(whole["pair_id"], value_set=pa.array(sorted(gone)))))
+    asked = queries(5, size=16)
+    for settings, expected in (({"exact_below": 4000}, [3000]), ({"exact_below": 4501}, []), ({"kind": "ivf_pq"}, [3000, 1300])):
+        config = EVERYTHING.model_copy(update={"kind": "auto", "m": 4, **settings})
+        built.clear()
+        with open_neighbours(sides, LeftOut.of(pairs=gone), config) as neighbours:
+            same(neighbours.search(asked, 30), BruteForceSearch(allowed).search(asked, 30))
+        assert built == expected
+    with open_neighbours([empty], LeftOut(), EVERYTHING) as neighbours:
+        assert neighbours.search(asked, 3).ids == [[]] * 5
+
+
+@pytest.mark.ray
+def test_codes_whose_holder_is_killed_are_read_again(ray, tmp_path, monkeypatch):
+    from synpref_ray.pipeline import pool_index
+
+    monkeypatch.setattr(pool_index, "INLINE_ROWS", 100)
+    wild, embeddings, _ = write_embedded_pool(tmp_path, clustered(2000, 16, seed=8), 1000)
+    asked = queries(5, seed=9, size=16)
+    index = build_pool_index(wild, embeddings, IndexConfig(kind="ivf_pq", nlist=8, m=4, num_threads=1))
+    with index.opened(LeftOut()) as search:
+        before = search.search(asked, 8)
+        pid = ray.get(search._codes.holder.__ray_call__.remote(lambda holder: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
+        same(search.search(asked, 8), before)
+        assert ray.get(search._codes.holder.__ray_call__.remote(lambda holder: os.getpid())) != pid
 
 
 @pytest.mark.ray
@@ -188,9 +249,9 @@ def test_on_ray_as_in_one_process(ray, tmp_path, monkeypatch):
     wild, embeddings, _ = write_embedded_pool(tmp_path / "ray", vectors, 4000)
     config = IndexConfig(kind="ivf_pq", nlist=32, m=4, shards_per_part=2, num_threads=1)
     asked = queries(30, seed=9, size=16)
-    with build_pool_index(wild, embeddings, config).opened(frozenset({"g1"})) as index:
+    with build_pool_index(wild, embeddings, config).opened(LeftOut.of({"g1"})) as index:
         found = index.search(asked, 8, exclude_groups=[f"g{i}" for i in range(30)])
     monkeypatch.setattr(pool_index, "INLINE_ROWS", 10**9)
     other, beside, _ = write_embedded_pool(tmp_path / "here", vectors, 4000)
-    with build_pool_index(other, beside, config).opened(frozenset({"g1"})) as index:
+    with build_pool_index(other, beside, config).opened(LeftOut.of({"g1"})) as index:
         same(found, index.search(asked, 8, exclude_groups=[f"g{i}" for i in range(30)]))

@@ -127,6 +127,21 @@ def test_lists_that_run_out_are_searched_deeper():
     assert table["pair_id"].to_pylist() == ["u60", "u70", "u80"]  # and then the pool is exhausted
 
 
+def test_only_those_whose_lists_ran_out_are_asked_about_again():
+    """Two errors at 0 degrees, and one at 80 that has its own pairs at first."""
+    gold = gold_table(["a", "b", "c"], [0, 0, 80], [0.0, 0.0, 0.9], ["chosen"] * 3)
+    search = BruteForceSearch(POOL)
+    table = retrieve_pairs(gold, search, {"u00", "u10", "u20"}, RetrievalConfig(k_max=2))
+    # both lists of eight hold u30 to u70 after what is taken: a gets u30 and u40, b u50 and u60; c gets u80
+    assert table["pair_id"].to_pylist() == ["u30", "u40", "u50", "u60", "u80"]
+    assert (search.depths, search.num_queries) == ([8], [3])
+    search = BruteForceSearch(POOL)
+    table = retrieve_pairs(gold, search, {f"u{angle:02d}" for angle in range(0, 70, 10)}, RetrievalConfig(k_max=2))
+    # of the first eight only u70 is free: a takes it and is short, as is b: both go on to 16, which is all; there a takes u80 too, and c is short
+    assert table["pair_id"].to_pylist() == ["u70", "u80"]
+    assert (search.depths, search.num_queries) == ([8, 16, 16], [3, 2, 1])
+
+
 @settings(deadline=None)
 @given(st.permutations(range(6)), st.integers(0, 99))
 def test_row_order_of_gold_does_not_matter(order, seed):

@@ -55,6 +55,21 @@ def test_growing_a_pool_keeps_every_shard(tmp_path: Path) -> None:
     assert list_pools(first.storage) == ["seed"]
 
 
+def test_a_committed_shard_is_never_rewritten(tmp_path: Path) -> None:
+    storage, pairs = Storage(str(tmp_path)), make_pairs(3, topic="seed")
+    left = write_pool_shard(storage, "seed", 0, pairs.slice(0, 1))  # of a driver that was killed: no version lists it
+    shard = write_pool_shard(storage, "seed", 0, pairs)
+    assert left.digest != shard.digest
+    pool = commit_pool(storage, "seed", "f" * 32, [shard], {})
+    file = tmp_path / "pools" / "seed" / "shard-00000.parquet"
+    written = file.stat().st_ino
+    assert write_pool_shard(storage, "seed", 0, pairs) == shard  # the same bytes: nothing to do
+    with pytest.raises(RunConflictError, match="shards are never rewritten"):
+        write_pool_shard(storage, "seed", 0, pairs.slice(1, 2))
+    assert file.stat().st_ino == written
+    assert pool.read(0).num_rows == 3
+
+
 def test_a_shard_without_rows_knows_its_number(tmp_path: Path) -> None:
     pool = make_pool(tmp_path, "seed", [2, 0])
     assert pool.read(1).num_rows == 0
