@@ -65,9 +65,9 @@ def _check_ingest(pool: Pool, path: str, given: Mapping[str, Any]) -> None:
         raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.candidates={ran}, this config says {asked}: say the same")
     if found["candidates"] and "max_candidates" not in found:
         raise InputError(f"pool {pool.name!r}: ingest kept one candidate a pair, as earlier versions did; run it again into another workspace")
-    if found.get("max_candidates") != given.get("max_candidates"):
-        had_max, asked_max = found.get("max_candidates"), given.get("max_candidates")
-        raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.max_candidates={had_max}, this config says {asked_max}: say the same")
+    bound, says = found.get("max_candidates"), given.get("max_candidates")
+    if bound != says:
+        raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.max_candidates={bound}, this config says {says}: say the same")
 
 
 def read_proposals(pool: Pool, min_words: int) -> pa.Table:
