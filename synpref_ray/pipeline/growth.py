@@ -6,15 +6,14 @@ The seed is read by round 0 alone: pairs that join it later are not read, and th
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from synpref_ray.pipeline.clusters import AUTO, OFF, choose_clusters
-from synpref_ray.pipeline.leak_marks import leaked_pairs, open_leaks
+from synpref_ray.pipeline.leak_marks import open_leaks
 from synpref_ray.rules.leaks import LEAKS
 from synpref_ray.tables.parts import pool_parts
 from synpref_ray.tables.pools import Pool, open_pool
-from synpref_ray.tables.sidecars import list_sidecars, open_sidecar
+from synpref_ray.tables.sidecars import Sidecar, list_sidecars, open_sidecar
 from synpref_ray.tables.storage import Storage
 
 SEED, UNVERIFIED = "seed", "unverified"
@@ -82,18 +81,17 @@ def choose_round_clusters(storage: Storage, wanted: str, inputs: RoundInputs) ->
     return choose_clusters([open_seed(storage, inputs), open_pool(storage, UNVERIFIED, inputs.unverified)], wanted)
 
 
-def leaked_so_far(parts: Sequence[Pool], version: int, wanted: str) -> frozenset[str]:
-    """Return the unverified pairs that decisions about any version up to this one drop.
+def leaks_so_far(storage: Storage, inputs: RoundInputs, wanted: str) -> list[Sidecar]:
+    """Return the decisions about leaks of every version of the unverified pool up to the one that a round reads.
 
     Args:
-        parts: of the pool.
         wanted: the setting `decontamination`.
     """
-    versions = [open_pool(parts[0].storage, UNVERIFIED, number) for number in range(version + 1)]
+    versions = [open_pool(storage, UNVERIFIED, number) for number in range(inputs.unverified + 1)]
     if wanted in (AUTO, OFF):
-        return frozenset().union(*(leaked_pairs(open_leaks(pool, wanted)) for pool in versions))
+        return [leaks for pool in versions if (leaks := open_leaks(pool, wanted))]
     named = [sidecar for pool in versions for sidecar in list_sidecars(pool, LEAKS, wanted)]
-    return frozenset().union(*(leaked_pairs(sidecar) for sidecar in named or [open_sidecar(versions[-1], LEAKS, wanted)]))
+    return named or [open_sidecar(versions[-1], LEAKS, wanted)]
 
 
 def unverified_parts(storage: Storage, inputs: RoundInputs) -> list[Pool]:

@@ -21,6 +21,8 @@ from synpref_ray.rules.gold import GoldSplit, describe_small_gold
 from synpref_ray.rules.judges import JudgeTrust, describe_trust
 from synpref_ray.rules.stop import StopReason
 from synpref_ray.schema import Verdict
+from synpref_ray.tables.garbage import ROUND_SOURCES
+from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool
 from synpref_ray.tables.sets import PairSet
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
@@ -64,8 +66,8 @@ class GoldMargin(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """What a round did with the labels that it found: the RM's summary, its rewards and margins on all gold, and what was selected; empty for the
-    seed.
+    """What a round did with the labels that it found: the RM's summary, its rewards and margins on all gold, and what was selected (with the gold RM
+    that selection read, if it read one); empty for the seed.
     """
 
     summary: Mapping[str, Any] | None = None
@@ -73,6 +75,7 @@ class Training:
     margins: Sequence[GoldMargin] = ()
     selected: Selected | None = None
     pool: Pool | None = None
+    gold_rm: StoredModel | None = None
 
     @property
     def working_accuracy(self) -> float:
@@ -112,6 +115,7 @@ def make_record(
     training: Training,
     then: StopReason | None,
     *,
+    candidates: Sequence[Sidecar],
     simulated: bool,
 ) -> dict[str, Any]:
     """Write a round's record: what its RM read (`read`, measured on that round's gold), and what the round made of it (`wrote`, `set_sizes`).
@@ -120,6 +124,7 @@ def make_record(
         before: the labels that the round's RM was trained and measured on; None for the seed.
         labels: those that the round left.
         then: why no further round follows.
+        candidates: tables of the unverified pool's parts, and decisions about leaks, that a round selects from.
     """
     working, audit = accuracy_on(training.margins, GoldSplit.WORKING), accuracy_on(training.margins, GoldSplit.AUDIT)
     selected, pool = training.selected, training.pool
@@ -142,7 +147,9 @@ def make_record(
             "of_new_pairs": count_labels(labels.labels[-1:] if _is_new(before, labels) else ()),
             "then": then,
         },
-        "tables": [[table.pool.name, table.name, table.fingerprint] for table in _tables(labels, training)],
+        "tables": _names(_tables(labels, training)),
+        ROUND_SOURCES: _names(candidates),
+        "gold_rm": training.gold_rm.name if training.gold_rm else None,
         "simulated_gold": simulated,
         "judges_on_working_gold": {judge: trust.report() for judge, trust in labels.trust.items()},
         "judges_on_audit_gold": {judge: trust.report() for judge, trust in labels.audit.items()},
@@ -163,6 +170,10 @@ def _is_new(before: Labels | None, labels: Labels) -> bool:
 
 def _digests(labels: Labels) -> dict[str, str]:
     return {name: pairs.digest for name, pairs in labels.sets.items()} | {"gold_pool": labels.gold.pool.name}
+
+
+def _names(tables: Sequence[Sidecar]) -> list[list[str]]:
+    return [[table.pool.name, table.name, table.fingerprint] for table in tables]
 
 
 def _tables(labels: Labels, training: Training) -> list[Sidecar]:

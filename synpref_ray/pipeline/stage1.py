@@ -8,7 +8,7 @@ best. Every step is resumable by itself; running the job again goes on where it 
 
 import logging
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -32,10 +32,11 @@ from synpref_ray.pipeline.gold import (
     save_label_sets,
 )
 from synpref_ray.pipeline.growth import (
+    INPUTS,
     UNVERIFIED,
     RoundInputs,
     choose_round_clusters,
-    leaked_so_far,
+    leaks_so_far,
     open_seed,
     peek_inputs,
     pin_inputs,
@@ -71,6 +72,7 @@ from synpref_ray.tables.parts import PartedSidecar, join_parts
 from synpref_ray.tables.pools import Pool, content_digest, open_pool
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
 from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.storage import Storage
 
 STAGE1_RECORD = "rounds/stage1.json"
 logger = logging.getLogger(__name__)
@@ -176,7 +178,8 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
     if small := describe_small_gold(labels.gold_sizes):
         logger.warning("%s", small)
     then = _then(config, [], unverified.num_rows, inputs)
-    rounds: list[dict[str, Any]] = [make_record(config.storage, run, 0, inputs, None, labels, Training(), then, simulated=config.simulated)]
+    known = [*unverified.tables, *leaks_so_far(storage, inputs, config.decontamination)]
+    rounds = [make_record(storage, run, 0, inputs, None, labels, Training(), then, candidates=known, simulated=config.simulated)]
     selected: set[str] = set()
     while then is None:
         number = len(rounds)
@@ -185,10 +188,13 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
         best, trained = _train_best(config, run, number, labels, config.round_parity)
         models = {f"best.r{number:02d}": best}
         rewards = score_pools(run, f"score gold, round {number}", [labels.gold.pool], models, config.score, config.round_parity).sidecars[0][0]
-        chosen = _select(config, run, number, labels, rewards, models, unverified, selected | unverified.leaked(inputs))
+        candidates, gold_rm = _candidates(config, run, number, labels, models, unverified)
+        leaks = leaks_so_far(storage, inputs, config.decontamination)
+        leaked = frozenset().union(*(leaked_pairs(table) for table in leaks))
+        chosen = _select(config, run, number, labels, rewards, candidates, selected | leaked)
         pool = _gather(config, number, labels, rewards, chosen, unverified)
         selected |= set(chosen.record["pair_id"].to_pylist())
-        before, training = labels, Training(trained, rewards, gold_margins(labels.gold, rewards), chosen, pool)
+        before, training = labels, Training(trained, rewards, gold_margins(labels.gold, rewards), chosen, pool, gold_rm)
         if pool.num_rows:
             sources = {UNVERIFIED: unverified.attributes}, {UNVERIFIED: unverified.embeddings}
             tags, vectors = (
@@ -197,7 +203,8 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
             )
             labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs)
         then = _then(config, [*(entry["working_gold_accuracy"] for entry in rounds[1:]), training.working_accuracy], pool.num_rows, inputs)
-        rounds.append(make_record(config.storage, run, number, inputs, before, labels, training, then, simulated=config.simulated))
+        known = [*unverified.tables, *leaks]
+        rounds.append(make_record(storage, run, number, inputs, before, labels, training, then, candidates=known, simulated=config.simulated))
     return _finish(config, run, labels, rounds)
 
 
@@ -243,9 +250,10 @@ class _Unverified:
         """Tag and embed what has joined the pool before this round."""
         self._read(f", round {number}", inputs, [])
 
-    def leaked(self, inputs: RoundInputs) -> frozenset[str]:
-        """Return the pairs that give benchmark items away, never to be selected."""
-        return leaked_so_far(self.parts, inputs.unverified, self._config.decontamination)
+    @property
+    def tables(self) -> list[Sidecar]:
+        """What is known about the parts, table by table."""
+        return [*self._attributes, *self._embeddings]
 
     def _read(self, suffix: str, inputs: RoundInputs, first: list[Pool]) -> tuple[TaggedPools, list[Sidecar]]:
         parts = [replace(part, clusters=self._clusters) for part in unverified_parts(self._config.storage, inputs)]
@@ -266,23 +274,21 @@ def _then(config: Stage1Config, accuracies: Sequence[float], num_new: int, read:
     return stop_reason(accuracies, num_new_pairs=max(num_new, int(has_grown)), config=config.stop)
 
 
-def _select(
-    config: Stage1Config,
-    run: Run,
-    number: int,
-    labels: Labels,
-    rewards: Sidecar,
-    models: Mapping[str, StoredModel],
-    unverified: _Unverified,
-    already: Set[str],
-) -> Selected:
-    """Select the round's pairs and keep the record; the unverified pool is scored only where the rule asks for it."""
-    started, candidates = time.monotonic(), unverified.candidates
-    if config.selection.kind is SelectionKind.UNCERTAINTY:
-        if config.selection.gold_rm:
-            models = {**models, f"gold.r{number:02d}": _train_gold(config, run, f"gold-r{number:02d}", labels, config.round_parity)}
-        scored = score_pools(run, f"score unverified, round {number}", unverified.parts, models, config.score, config.round_parity)
-        candidates = replace(candidates, rewards=scored.sidecars)
+def _candidates(
+    config: Stage1Config, run: Run, number: int, labels: Labels, models: Mapping[str, StoredModel], unverified: _Unverified
+) -> tuple[Candidates, StoredModel | None]:
+    """Return what a round selects from; the unverified pool is scored only where the rule asks for it, by a gold RM too if it asks for one."""
+    if config.selection.kind is not SelectionKind.UNCERTAINTY:
+        return unverified.candidates, None
+    gold_rm = _train_gold(config, run, f"gold-r{number:02d}", labels, config.round_parity) if config.selection.gold_rm else None
+    models = {**models, **({f"gold.r{number:02d}": gold_rm} if gold_rm else {})}
+    scored = score_pools(run, f"score unverified, round {number}", unverified.parts, models, config.score, config.round_parity)
+    return replace(unverified.candidates, rewards=scored.sidecars), gold_rm
+
+
+def _select(config: Stage1Config, run: Run, number: int, labels: Labels, rewards: Sidecar, candidates: Candidates, already: Set[str]) -> Selected:
+    """Select the round's pairs and keep the record."""
+    started = time.monotonic()
     chosen = select_pairs(
         labels.gold,
         rewards,
@@ -294,7 +300,7 @@ def _select(
         max_pairs=config.max_pairs_per_round,
     )
     config.storage.write_table(selected_path(number), chosen.record)
-    report_selection(run, number, chosen, unverified.num_rows, started)
+    report_selection(run, number, chosen, sum(part.num_rows for part in candidates.parts), started)
     return chosen
 
 
@@ -399,9 +405,18 @@ def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[st
         "stop_reason": rounds[-1]["decided"]["then"],
         **({"near_duplicates": clusters} if (clusters := labels.pools[0].pool.clusters) else {}),
     }
-    for path in config.storage.list_files("rounds"):  # of an earlier run with other settings and more rounds
-        if path.endswith((f"/{ROUND_FILE}", f"/{SELECTED_FILE}")) and int(path.split("/")[1]) >= len(rounds):
-            config.storage.delete(path)
+    _forget_rounds(config.storage, len(rounds), labels.sets)
     config.storage.write_json(STAGE1_RECORD, record)
     run.metrics.update({"stage1": record, "rounds": rounds})
     return closing_table(rounds, final, labels.gold_sizes, simulated=config.simulated)
+
+
+def _forget_rounds(storage: Storage, number: int, sets: Iterable[str]) -> None:
+    """Remove the records and sets of round `number` and those after it: of an earlier run with other settings and more rounds."""
+    for path in storage.list_files("rounds"):
+        if path.endswith((f"/{ROUND_FILE}", f"/{SELECTED_FILE}", f"/{INPUTS}")) and int(path.split("/")[1]) >= number:
+            storage.delete(path)
+    for path in storage.list_files("sets"):
+        name, _, suffix = path.removeprefix("sets/").removesuffix(".json").rpartition("-r")
+        if name in sets and suffix.isdigit() and int(suffix) >= number:
+            storage.delete(path)

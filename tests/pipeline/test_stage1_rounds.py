@@ -8,8 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from synpref_ray.pipeline.clean import CleanConfig, remove_garbage
+from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.stage1 import Stage1Config
 from synpref_ray.reporting.pair_story import tell_pair
+from synpref_ray.reporting.run import Run
 from synpref_ray.rules.leaks import LEAKS, LEAKS_SCHEMA
 from synpref_ray.rules.query_selection import SELECTION_SCHEMA
 from synpref_ray.tables.pools import Pool, open_pool
@@ -146,6 +149,36 @@ def test_what_joins_between_runs_is_read_by_later_rounds_alone(tmp_path: Path, m
     assert not joined & {row["pair_id"] for row in picks(more, 1)}
     pool = open_pool(config.storage, after[2]["selected_pool"])
     assert set(pool.read_all(["source_shard"])["source_shard"].to_pylist()) >= {3}
+
+
+def test_clean_keeps_all_that_rounds_over_a_grown_pool_stand_on(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, stop={"max_rounds": 1}, selection={"kind": "uncertainty", "gold_rm": True})
+    run_rounds(config)
+    add_shards(config.storage, "unverified", [30])
+    more = config.model_copy(update={"stop": config.stop.model_copy(update={"max_rounds": 2})})
+    run_rounds(more)
+    parts = [Sidecar(open_pool(config.storage, "unverified"), name, fp) for _, name, fp in records(more)[2]["candidates"]]
+    assert sorted(table.name for table in parts) == ["attributes", "attributes", "embeddings", "embeddings"]
+    for table in parts:  # as if tagged and embedded anew by an experiment with other settings
+        decoy = Sidecar(table.pool, table.name, table.fingerprint[::-1])
+        config.storage.write_json(f"{decoy.folder}/manifest.json", {**table.manifest, "fingerprint": decoy.fingerprint})
+    remove_garbage(CleanConfig(workspace=config.workspace, unfinished=True), Run(config.storage, "clean", JobConfig(workspace=config.workspace)))
+    before, shards, trained = records(more), models.num_shards, list(models.trained)
+    run_rounds(more)
+    assert records(more) == before
+    assert (models.num_shards, models.trained) == (shards, trained)
+
+
+def test_fewer_rounds_leave_nothing_of_the_later_ones(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path)
+    run_rounds(config)
+    assert config.storage.exists("sets/silver-r02.json")
+    run_rounds(config.model_copy(update={"stop": config.stop.model_copy(update={"max_rounds": 1})}))
+    assert not config.storage.list_files("rounds/02")
+    assert not [path for path in config.storage.list_files("sets") if "-r02" in path]
+    add_shards(config.storage, "unverified", [30])
+    run_rounds(config)
+    assert [entry["pools"]["unverified"] for entry in records(config)] == [0, 0, 1]  # round 2 begins anew, with what has joined
 
 
 def test_what_joins_while_a_round_is_cut_off_waits_for_the_next(tmp_path: Path, finished: Finished, models: Models) -> None:
