@@ -6,7 +6,7 @@ that is not exactly one whole shard is an error. The same reading and writing se
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,16 @@ class StepInput:
 def count_values(reasons: pa.ChunkedArray) -> dict[str, int]:
     """Return how often each value comes, nulls left out."""
     return {entry["values"]: entry["counts"] for entry in pc.value_counts(reasons).to_pylist() if entry["values"] is not None}
+
+
+def without_shards(sidecar: Sidecar) -> Sidecar:
+    """Return what a task is sent of a sidecar: at 40M pairs its pool's list of shards is thousands of entries, and every task would carry it."""
+    return replace(sidecar, pool=replace(sidecar.pool, shards=()))
+
+
+def _light(source: StepInput) -> StepInput:
+    sidecars = tuple((without_shards(sidecar), columns) for sidecar, columns in source.sidecars)
+    return replace(source, pool=replace(source.pool, shards=()), sidecars=sidecars)
 
 
 def read_shard(source: StepInput, key: ShardKey, rows: int) -> pa.Table:
@@ -116,7 +126,7 @@ class ShardSource(Datasource):
 
     def __init__(self, inputs: Sequence[StepInput], pending: Sequence[tuple[ShardKey, int]]):
         Datasource.__init__(self)  # type: ignore[no-untyped-call]
-        self._inputs = inputs
+        self._inputs = [_light(source) for source in inputs]
         self._pending = pending
 
     def get_name(self) -> str:

@@ -35,6 +35,7 @@ from synpref_ray.pipeline.shard_io import (
     StepInput,
     count_values,
     read_shard,
+    without_shards,
 )
 from synpref_ray.reporting.metrics import ShardWork, shard_samples
 from synpref_ray.schema import REJECT_REASONS
@@ -232,14 +233,12 @@ def _run_inline(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
 def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidecar]], pending: Sequence[ShardKey]) -> list[dict[str, Any]]:
     if not pending:
         return []
-    # Workers get pools without their lists of shards: at 40M pairs a list is thousands of entries, and every task would carry it.
-    light = [replace(source, pool=_without_shards(source.pool)) for source in inputs]
-    tables = [[replace(sidecar, pool=_without_shards(sidecar.pool)) for sidecar in outputs] for outputs in tables]
+    tables = [[without_shards(sidecar) for sidecar in outputs] for outputs in tables]
     resources = step.resources
     sink = ShardSink(ShardWriter(step.name, step.outputs, tables))
     # The same bound for reading, stateless work and writing, so that Ray Data still fuses them into one task a shard.
     retries = {"max_retries": MAX_TASK_RETRIES}
-    source = ShardSource(light, _with_rows(inputs, pending))
+    source = ShardSource(inputs, _with_rows(inputs, pending))
     dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=retries)
     arguments: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "num_cpus": resources.num_cpus}
     if resources.num_gpus:
@@ -269,10 +268,6 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
     except ray.exceptions.RayError as error:
         raise unwrap(error) from error
     return sink.results
-
-
-def _without_shards(pool: Pool) -> Pool:
-    return replace(pool, shards=())
 
 
 def _with_rows(inputs: Sequence[StepInput], pending: Sequence[ShardKey]) -> list[tuple[ShardKey, int]]:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from ray import cloudpickle
 
 from synpref_ray.errors import InputError, RunConflictError, SchemaError, SynprefError
+from synpref_ray.pipeline.shard_io import ShardSource
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, plan_sidecars, run_step
 from synpref_ray.schema import POOL_SCHEMA, DropReason
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.pools import Pool, commit_pool, shard_path, write_pool_shard
-from synpref_ray.tables.sidecars import open_sidecar
+from synpref_ray.tables.pools import Pool, Shard, commit_pool, shard_path, write_pool_shard
+from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
 
@@ -169,6 +171,16 @@ def test_a_table_whose_lease_was_lost_is_not_sealed(tmp_path: Path) -> None:
     with pytest.raises(RunConflictError, match="taken over"):
         run_step(step, [StepInput(pool, ("chosen",))])
     assert not sidecar.is_sealed
+
+
+def test_what_travels_to_a_read_task_does_not_grow_with_the_pool(tmp_path: Path) -> None:
+    sizes = []
+    for num_shards in (1, 1000):
+        pool = Pool(Storage(str(tmp_path)), "seed", 0, "f" * 32, tuple(Shard(number, 3, 100, f"{number:032x}") for number in range(num_shards)))
+        beside = tuple((Sidecar(pool, name, "0" * 32), {"drop_reason": f"{name}.drop_reason"}) for name in ("attributes", "embeddings"))
+        tasks = ShardSource([StepInput(pool, ("prompt",), beside)], [(ShardKey(0, 0), 3)]).get_read_tasks(1)
+        sizes.append(len(cloudpickle.dumps(tasks)))
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.ray
