@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset
 
 from synpref_ray.errors import SchemaError, SynprefError
 from synpref_ray.llm.engine import EngineDied
@@ -234,40 +234,55 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
     if not pending:
         return []
     tables = [[without_shards(sidecar) for sidecar in outputs] for outputs in tables]
-    resources = step.resources
     sink = ShardSink(ShardWriter(step.name, step.outputs, tables))
-    # The same bound for reading, stateless work and writing, so that Ray Data still fuses them into one task a shard.
-    retries = {"max_retries": MAX_TASK_RETRIES}
-    source = ShardSource(inputs, _with_rows(inputs, pending))
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=retries)
-    arguments: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "num_cpus": resources.num_cpus}
-    if resources.num_gpus:
-        arguments["num_gpus"] = resources.num_gpus
-    if resources.environment:
-        arguments["runtime_env"] = {"env_vars": dict(resources.environment)}
-    if resources.num_workers == 0:
-        dataset = dataset.map_batches(_StatelessTask(step, tables), **arguments, **retries)
-    else:
-        most = min(resources.num_workers, len(pending))
-        compute = ActorPoolStrategy(
-            min_size=min(resources.min_workers or most, most),
-            max_size=most,
-            max_tasks_in_flight_per_actor=max(2, 2 * resources.concurrent_shards),
-            max_concurrent_calls_per_actor=resources.concurrent_shards,
-            enable_true_multi_threading=resources.concurrent_shards > 1,
-        )
-        named = type(step.label, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
-        bounded = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
-        made_of = (step, tables, uuid.uuid4().hex[:8], pending[0].table)
-        dataset = dataset.map_batches(named, fn_constructor_args=made_of, compute=compute, **arguments, **bounded)
+    dataset, writing = plan_dataset(step, tables, ShardSource(inputs, _with_rows(inputs, pending)), pending)
     rows = _with_rows(inputs, pending)
     of_table = [(outputs[-1], {key.number: count for key, count in rows if key.table == index}) for index, outputs in enumerate(tables)]
     try:
         with Progress(step.label, [(sidecar, shards) for sidecar, shards in of_table if shards]):
-            dataset.write_datasink(sink, ray_remote_args=retries)
+            dataset.write_datasink(sink, ray_remote_args=writing)
     except ray.exceptions.RayError as error:
         raise unwrap(error) from error
     return sink.results
+
+
+def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, pending: Sequence[ShardKey]) -> tuple[Dataset, dict[str, Any]]:
+    """Return the dataset that reads shards and works on them, not begun yet, and the remote arguments for writing its blocks.
+
+    Ray Data runs operators in one process, and saves a pass of every shard through the object store, only where their remote arguments are the very
+    same (Ray 2.60, `operator_fusion.py`). So stateless work has those of reading and writing. Actors have not, and read apart: their restarts are
+    bounded by `max_restarts` and `max_task_retries`, which Ray refuses for a task, as it refuses `max_retries` for an actor, and the plan makes a
+    task of reading before it fuses anything. Without bounds reading would be fused, and a pair that kills its process would be tried for ever. For a
+    GPU it is better so: its next shards are fetched while it works.
+
+    Args:
+        tables: the sidecars to write, by input and output.
+        pending: what the source reads.
+    """
+    resources = step.resources
+    retries: dict[str, Any] = {"max_retries": MAX_TASK_RETRIES}
+    place: dict[str, Any] = {"num_cpus": resources.num_cpus}
+    if resources.num_gpus:
+        place["num_gpus"] = resources.num_gpus
+    if resources.environment:
+        place["runtime_env"] = {"env_vars": dict(resources.environment)}
+    around = retries if resources.num_workers else {**place, **retries}
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=around)
+    whole: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, **place}
+    if resources.num_workers == 0:
+        return dataset.map_batches(_StatelessTask(step, tables), **whole, **retries), around
+    most = min(resources.num_workers, len(pending))
+    compute = ActorPoolStrategy(
+        min_size=min(resources.min_workers or most, most),
+        max_size=most,
+        max_tasks_in_flight_per_actor=max(2, 2 * resources.concurrent_shards),
+        max_concurrent_calls_per_actor=resources.concurrent_shards,
+        enable_true_multi_threading=resources.concurrent_shards > 1,
+    )
+    named = type(step.label, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
+    made_of = (step, tables, uuid.uuid4().hex[:8], pending[0].table)
+    bounds = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+    return dataset.map_batches(named, fn_constructor_args=made_of, compute=compute, **whole, **bounds), around
 
 
 def _with_rows(inputs: Sequence[StepInput], pending: Sequence[ShardKey]) -> list[tuple[ShardKey, int]]:
@@ -365,6 +380,7 @@ __all__ = [
     "Step",
     "StepInput",
     "StepResult",
+    "plan_dataset",
     "plan_sidecars",
     "run_step",
     "unwrap",
