@@ -1,5 +1,7 @@
 """Rounds of Stage 1 over stand-in models: what a round records, growth between rounds, kills within one, and the three rules of selection."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +114,41 @@ def test_a_second_run_computes_and_trains_nothing(finished: Finished, models: Mo
     run_rounds(finished.config)
     assert records(finished.config) == before
     assert (models.num_shards, models.trained) == (0, [])
+
+
+def test_a_second_run_selects_and_counts_nothing_and_reads_no_texts(finished: Finished, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, reads = finished.config.storage, list[tuple[str, list[str] | None]]()
+    read = Storage.read_table
+
+    def watched(of: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
+        reads.append((path, columns))
+        return read(of, path, columns)
+
+    def files() -> dict[str, bytes]:
+        return {path: storage.read_bytes(path) for folder in ("rounds", "sets") for path in storage.list_files(folder)}
+
+    before = files()
+    monkeypatch.setattr(Storage, "read_table", watched)
+    assert run_rounds(finished.config)[0] == finished.table
+    assert files() == before
+    shards = [(path, columns) for path, columns in reads if re.fullmatch(r"pools/[^/]+/shard-\d+\.parquet", path)]
+    assert shards
+    assert not [path for path, columns in shards if columns is None or {"prompt", "chosen", "rejected"} & {*columns}]
+    assert not [path for path, _ in reads if path.startswith("pools/unverified/embeddings/")]  # what selection searches
+    assert not [path for path, _ in reads if "/label/" in path]  # what sets and records count
+    assert sum(path.endswith("/selected.parquet") for path, _ in reads) == 2
+    prompts = Counter(path for path, columns in shards if columns == ["prompt_group"])
+    assert max(prompts.values()) == 1  # gold's prompts: once a round, not once for every pool that it labels
+    splits = Counter(path for path, columns in reads if path.startswith("pools/seed/human/") and columns == ["gold_split"])
+    assert set(splits.values()) == {3}  # where people verify, and gathered before and after its votes; not again in later rounds
+
+
+def test_other_settings_select_anew(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, stop={"max_rounds": 1})
+    run_rounds(config)
+    assert len(picks(config, 1)) > 1
+    run_rounds(config.model_copy(update={"max_pairs_per_round": 1}))
+    assert [records(config)[1]["selected_pairs"], len(picks(config, 1))] == [1, 1]
 
 
 @pytest.mark.parametrize("share", [pytest.param(0.1, marks=pytest.mark.slow), 0.6, pytest.param(0.95, marks=pytest.mark.slow)])
