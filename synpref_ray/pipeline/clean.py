@@ -72,6 +72,8 @@ def _remove(storage: Storage, item: Item) -> bool:
         lease, seals = f"models/.lease-{item.path.removeprefix('models/')}.json", [f"{item.path}/training_record.json", f"{item.path}.digest"]
     elif item.kind == "gathered pool":
         lease, seals = f"{item.path}/lease.json", storage.list_files(f"{item.path}/versions")
+    elif item.kind == "index parts":
+        lease, seals = f"{item.path.removesuffix('/parts')}/lease.json", []
     else:
         lease, seals = f"{item.path}/lease.json", [f"{item.path}/manifest.json"]
     try:

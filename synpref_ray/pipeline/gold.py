@@ -7,6 +7,7 @@ votes, so a new rule needs no model; the checks of `rules/gold.py` are made wher
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -49,6 +50,17 @@ class LabelledPool:
     votes: tuple[Sidecar, ...] = ()
     leaks: Sidecar | None = None
 
+    @cached_property
+    def gold_pieces(self) -> list[Piece]:
+        """Where its human-decided pairs stand; every round gathers them, and they are read once."""
+        pieces = []
+        for shard in self.pool.shards:
+            splits = self.human.read(shard.number, ["gold_split"])["gold_split"].to_pylist()
+            rows = tuple(row for row, split in enumerate(splits) if split is not None)
+            if rows:
+                pieces.append(Piece(self.pool, shard.number, rows))
+        return pieces
+
     def judged(self, votes: Sequence[Sidecar]) -> "LabelledPool":
         """Return the pool with its votes."""
         return replace(self, votes=tuple(votes))
@@ -60,13 +72,7 @@ def gather_gold(storage: Storage, name: str, pools: Sequence[LabelledPool], conf
     Raises:
         InputError: nobody has decided any pair yet.
     """
-    pieces = []
-    for labelled in pools:
-        for shard in labelled.pool.shards:
-            splits = labelled.human.read(shard.number, ["gold_split"])["gold_split"].to_pylist()
-            rows = tuple(row for row, split in enumerate(splits) if split is not None)
-            if rows:
-                pieces.append(Piece(labelled.pool, shard.number, rows))
+    pieces = [piece for labelled in pools for piece in labelled.gold_pieces]
     if not pieces:
         raise InputError("no pair of these pools has a human verdict: raise the simulated budget, or give verdicts whose pair_ids are in the pools")
     pool = gather_pool(storage, name, pieces, inputs={f"human:{labelled.pool.name}": labelled.human.fingerprint for labelled in pools})
@@ -75,7 +81,7 @@ def gather_gold(storage: Storage, name: str, pools: Sequence[LabelledPool], conf
         for sidecar, schema in (("attributes", ATTRIBUTES_SCHEMA), ("embeddings", embeddings), ("human", HUMAN_SCHEMA))
     )
     gold = GoldTables(pool, attributes, vectors, human)
-    check_split(gold.read(), config)
+    check_split(gold.splits(), config)
     return gold
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from synpref_ray.pipeline.clusters import AUTO, OFF, choose_clusters
-from synpref_ray.pipeline.leak_marks import find_leaks, leaked_pairs, list_leaks, no_such_leaks, open_leaks
+from synpref_ray.pipeline.leak_marks import find_leaks, list_leaks, no_such_leaks, open_leaks
 from synpref_ray.rules.leaks import LEAKS
 from synpref_ray.tables.parts import pool_parts
 from synpref_ray.tables.pools import Pool, open_pool
@@ -156,10 +156,9 @@ def seed_leaks(seed: Pool, inputs: RoundInputs) -> Sidecar | None:
     return open_sidecar(seed, LEAKS, inputs.leaks.seed) if inputs.leaks.seed else None
 
 
-def leaked_so_far(storage: Storage, inputs: RoundInputs) -> frozenset[str]:
-    """Return the unverified pairs that the round's decisions drop, whichever version of the pool they are about."""
-    pinned = [open_sidecar(open_pool(storage, UNVERIFIED, version), LEAKS, name) for version, name in inputs.leaks.unverified]
-    return frozenset().union(*(leaked_pairs(leaks) for leaks in pinned))
+def leaks_so_far(storage: Storage, inputs: RoundInputs) -> list[Sidecar]:
+    """Return the decisions that the round goes by, whichever version of the unverified pool they are about."""
+    return [open_sidecar(open_pool(storage, UNVERIFIED, version), LEAKS, name) for version, name in inputs.leaks.unverified]
 
 
 def unverified_parts(storage: Storage, inputs: RoundInputs) -> list[Pool]:

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Any, Generic, TypeVar
 
 import pyarrow as pa
@@ -160,13 +161,24 @@ class GoldTables:
 
     def prompt_groups(self) -> frozenset[str]:
         """Return the prompt groups of all gold: no pair of theirs may train anything that gold checks."""
-        return frozenset(self.pool.read_all(["prompt_group"])["prompt_group"].to_pylist())
+        return _prompt_groups(self.pool)
+
+    def splits(self) -> pa.Table:
+        """Return pair_id, prompt_group and gold_split of all gold: what the checks of `rules/gold.py` go by."""
+        beside = [(self.human, {"gold_split": "gold_split"})]
+        return pa.concat_tables([zip_shard(self.pool, shard.number, ["prompt_group"], beside) for shard in self.pool.shards]).combine_chunks()
 
     def read(self) -> pa.Table:
         """Return gold with its attributes and verdicts: pool columns, ATTRIBUTE_COLUMNS, human_verdict, gold_split."""
         columns = [name for name in self.pool.read(0).column_names if name != "pair_id"]
         beside = [(self.attributes, ATTRIBUTE_COLUMNS), (self.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"})]
         return pa.concat_tables([zip_shard(self.pool, shard.number, columns, beside) for shard in self.pool.shards]).combine_chunks()
+
+
+@lru_cache(maxsize=1)
+def _prompt_groups(pool: Pool) -> frozenset[str]:
+    """Return a gold pool's prompt groups, read once for all pools that a round labels."""
+    return frozenset(pool.read_all(["prompt_group"])["prompt_group"].to_pylist())
 
 
 class LLMWorker(ABC, Generic[StepConfig]):

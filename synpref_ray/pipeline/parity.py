@@ -6,6 +6,7 @@ names by path (jobs/score.py, jobs/evaluate.py: a folder, a hub model) is not ga
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -25,11 +26,13 @@ from synpref_ray.versions import versions_of
 logger = logging.getLogger(__name__)
 
 
-def check_model(run: Run, model: StoredModel, pairs: pa.Table, config: ParityConfig, *, max_length_tokens: int) -> ParityRecord | None:
+def check_model(
+    run: Run, model: StoredModel, read_pairs: Callable[[], pa.Table], config: ParityConfig, *, max_length_tokens: int
+) -> ParityRecord | None:
     """Return the parity record of a stored model, measured and written now unless a current one is there; None if the gate is off.
 
     Args:
-        pairs: the pairs that the model trained on, from which the sample is drawn.
+        read_pairs: returns the pairs that the model trained on, from which the sample is drawn; called only where something is measured.
 
     Raises:
         SynprefError: a side could not be run at all. Nothing is written then, so that the next run tries again.
@@ -41,7 +44,7 @@ def check_model(run: Run, model: StoredModel, pairs: pa.Table, config: ParityCon
     if stored is not None and _is_current(stored, model, config):
         return stored
     started = time.monotonic()
-    record = _measure_somewhere(model, choose_pairs(pairs, config.num_pairs, config.seed), config, max_length_tokens)
+    record = _measure_somewhere(model, choose_pairs(read_pairs(), config.num_pairs, config.seed), config, max_length_tokens)
     model.storage.write_bytes(f"{model.path}/{PARITY_FILE}", record.model_dump_json(indent=1).encode())
     sides = {side.name: side.status.value for side in record.sides}
     run.event("parity", model=model.name, passed=record.passed, sides=sides, seconds=round(time.monotonic() - started, 2))

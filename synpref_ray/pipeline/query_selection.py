@@ -4,7 +4,6 @@ Paper: Sec. 3.2, Step 2. Our choice: candidates are alike for every rule (no pai
 gives a benchmark item away), and the unverified pool is scored only where the rule reads its rewards.
 """
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import pyarrow.compute as pc
 
 from synpref_ray.pipeline.llm_steps import GoldTables
 from synpref_ray.pipeline.retrieval import EMBEDDING, pieces_of, read_scored_gold, select_for_errors
-from synpref_ray.reporting.run import Run
 from synpref_ray.retrieval.embedder import embedding_matrix
 from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.retrieval.select import RetrievalConfig
@@ -49,12 +47,11 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Selected:
-    """What a round selected: rows by shard of the unverified pool, the record (SELECTION_SCHEMA), counts, and the rewards that the rule read."""
+    """What a rule selects: rows by shard of the unverified pool, the record (SELECTION_SCHEMA), and counts, which are plain values."""
 
     pieces: list[Piece]
     record: pa.Table
     counts: Mapping[str, Any]
-    tables: tuple[Sidecar, ...]
 
 
 def select_pairs(
@@ -100,14 +97,7 @@ def select_pairs(
         "gold_errors": sum(p <= 0.5 for p in confidences),
         "gold_pairs_by_k": {str(k): count for k, count in sorted(by_k.items(), reverse=True)},
     }
-    return Selected(pieces, record, counts, tuple(sidecar for of_part in candidates.rewards for sidecar in of_part))
-
-
-def report_selection(run: Run, number: int, selected: Selected, rows: int, started: float) -> None:
-    """Report the step of selecting; `started` is a reading of the monotonic clock."""
-    seconds, counts = time.monotonic() - started, selected.counts
-    notes = {name: counts[name] for name in ("selected", "called_for", "gold_errors")}
-    run.step(f"retrieve, round {number}", rows=rows, computed=0, rejected={}, seconds=seconds, **notes)
+    return Selected(pieces, record, counts)
 
 
 def gold_confidences(gold: GoldTables, rewards: Sidecar) -> list[float]:

@@ -13,25 +13,20 @@ from synpref_ray.evaluation.accuracy import accuracy_over_groups, is_correct
 from synpref_ray.pipeline.gold import LabelledPool, count_labels
 from synpref_ray.pipeline.growth import SEED, UNVERIFIED, RoundInputs
 from synpref_ray.pipeline.llm_steps import GoldTables
-from synpref_ray.pipeline.query_selection import Selected
-from synpref_ray.reporting.pair_story import SELECTED_FILE
+from synpref_ray.pipeline.round_selection import RoundSelection
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.rules.gold import GoldSplit, describe_small_gold
 from synpref_ray.rules.judges import JudgeTrust, describe_trust
 from synpref_ray.rules.stop import StopReason
 from synpref_ray.schema import Verdict
-from synpref_ray.tables.pools import Pool
+from synpref_ray.tables.garbage import ROUND_SOURCES
+from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.sets import PairSet
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
 from synpref_ray.tables.storage import Storage
 
 ROUND_FILE = "round.json"
-
-
-def selected_path(number: int) -> str:
-    """Return where round `number` keeps what it selected and why (SELECTION_SCHEMA)."""
-    return f"rounds/{number:02d}/{SELECTED_FILE}"
 
 
 @dataclass(frozen=True)
@@ -65,15 +60,15 @@ class GoldMargin(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """What a round did with the labels that it found: the RM's summary, its rewards and margins on all gold, and what was selected; empty for the
-    seed.
+    """What a round did with the labels that it found: the RM's summary, its rewards and margins on all gold, and what was selected (with the gold RM
+    that selection read, if it read one); empty for the seed.
     """
 
     summary: Mapping[str, Any] | None = None
     rewards: Sidecar | None = None
     margins: Sequence[GoldMargin] = ()
-    selected: Selected | None = None
-    pool: Pool | None = None
+    selected: RoundSelection | None = None
+    gold_rm: StoredModel | None = None
 
     @property
     def first_gold(self) -> dict[str, Any]:
@@ -121,11 +116,12 @@ def make_record(
     run: Run,
     number: int,
     inputs: RoundInputs,
-    before: Labels | None,
+    before: tuple[Labels, Mapping[str, Any]] | None,
     labels: Labels,
     training: Training,
     then: StopReason | None,
     *,
+    candidates: Sequence[Sidecar],
     simulated: bool,
 ) -> dict[str, Any]:
     """Write a round's record: what its RM read (`read`, measured on that round's gold), and what the round made of it (`wrote`, `set_sizes`).
@@ -133,33 +129,33 @@ def make_record(
     The stopping rule reads `first_gold_accuracy`, on the working gold of round 0; `working_gold_accuracy` is on all working gold of the round.
 
     Args:
-        before: the labels that the round's RM was trained and measured on; None for the seed.
+        before: the labels that the round's RM was trained and measured on, and the record of the round that left them; None for the seed.
         labels: those that the round left.
         then: why no further round follows.
+        candidates: tables of the unverified pool's parts, and decisions about leaks, that a round selects from.
     """
     working, audit = accuracy_on(training.margins, GoldSplit.WORKING), accuracy_on(training.margins, GoldSplit.AUDIT)
-    selected, pool = training.selected, training.pool
-    sizes = {name: pairs.count() for name, pairs in labels.sets.items()}
-    earlier = {name: pairs.count() for name, pairs in before.sets.items()} if before else {}
+    selected, pool = training.selected, training.selected.pool if training.selected else None
+    read, wrote = _digests(before[0]) if before else {}, _digests(labels)
+    sizes, counted = _count(storage, number, read, wrote, labels, is_new=before is None or len(labels.pools) > len(before[0].pools))
+    earlier = before[1]["set_sizes"] if before else {}
     callers = {pair_id for pair_id in selected.record["gold_pair_id"].to_pylist() if pair_id is not None} if selected else set()
     record: dict[str, Any] = {
         "round": number,
         "pools": {SEED: inputs.seed, UNVERIFIED: inputs.unverified},
         "decontamination": inputs.leaks.record(),
-        "read": _digests(before) if before else {},
-        "wrote": _digests(labels),
+        "read": read,
+        "wrote": wrote,
         "selected_pairs": pool.num_rows if pool else 0,
         "selected_pool": pool.name if pool else None,
         "calling_gold_pairs": len(callers),
         "selection": dict(selected.counts) if selected else {},
         "set_sizes": sizes,
         "joined": {name: size - earlier.get(name, 0) for name, size in sizes.items()},
-        "decided": {
-            "labels": count_labels(labels.labels),
-            "of_new_pairs": count_labels(labels.labels[-1:] if _is_new(before, labels) else ()),
-            "then": then,
-        },
-        "tables": [[table.pool.name, table.name, table.fingerprint] for table in _tables(labels, training)],
+        "decided": {**counted, "then": then},
+        "tables": _names(_tables(labels, training)),
+        ROUND_SOURCES: _names(candidates),
+        "gold_rm": training.gold_rm.name if training.gold_rm else None,
         "simulated_gold": simulated,
         "judges_on_working_gold": {judge: trust.report() for judge, trust in labels.trust.items()},
         "judges_on_audit_gold": {judge: trust.report() for judge, trust in labels.audit.items()},
@@ -176,12 +172,28 @@ def make_record(
     return record
 
 
-def _is_new(before: Labels | None, labels: Labels) -> bool:
-    return before is None or len(labels.pools) > len(before.pools)
+def _count(
+    storage: Storage, number: int, read: Mapping[str, str], wrote: Mapping[str, str], labels: Labels, *, is_new: bool
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Return the sizes of the sets, and how many pairs have which label: of all, and of those that joined.
+
+    Our choice: they follow from the sets, whose digests the round's record holds; where these are the same, the record's counts are taken.
+    """
+    path = f"rounds/{number:02d}/{ROUND_FILE}"
+    if storage.exists(path):
+        stored = storage.read_json(path)
+        if (stored.get("read"), stored.get("wrote")) == (read, wrote):
+            return stored["set_sizes"], {name: stored["decided"][name] for name in ("labels", "of_new_pairs")}
+    sizes = {name: pairs.count() for name, pairs in labels.sets.items()}
+    return sizes, {"labels": count_labels(labels.labels), "of_new_pairs": count_labels(labels.labels[-1:] if is_new else ())}
 
 
 def _digests(labels: Labels) -> dict[str, str]:
     return {name: pairs.digest for name, pairs in labels.sets.items()} | {"gold_pool": labels.gold.pool.name}
+
+
+def _names(tables: Sequence[Sidecar]) -> list[list[str]]:
+    return [[table.pool.name, table.name, table.fingerprint] for table in tables]
 
 
 def _tables(labels: Labels, training: Training) -> list[Sidecar]:

@@ -7,11 +7,12 @@ best. Every step is resumable by itself; running the job again goes on where it 
 """
 
 import logging
-import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import pyarrow as pa
 from pydantic import Field
 
 from synpref_ray.bundled import resolve_model
@@ -20,7 +21,7 @@ from synpref_ray.evaluation.tag_report import read_tag_edits
 from synpref_ray.human.verdict_file import import_verdicts
 from synpref_ray.pipeline.clusters import AUTO
 from synpref_ray.pipeline.edited_tags import human_tags_file, use_edited_tags
-from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
+from synpref_ray.pipeline.gathering import gather_sidecars
 from synpref_ray.pipeline.gold import (
     LabelledPool,
     gather_gold,
@@ -32,11 +33,12 @@ from synpref_ray.pipeline.gold import (
     save_label_sets,
 )
 from synpref_ray.pipeline.growth import (
+    INPUTS,
     UNVERIFIED,
     RoundInputs,
     check_leak_pins,
     choose_round_clusters,
-    leaked_so_far,
+    leaks_so_far,
     open_seed,
     peek_inputs,
     pin_inputs,
@@ -47,19 +49,10 @@ from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import leaked_pairs
 from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.llm_steps import JudgedPool, Judges, TaggedPools, Taggers, judge_pools, tag_pools
-from synpref_ray.pipeline.query_selection import Candidates, Selected, report_selection, select_pairs
+from synpref_ray.pipeline.query_selection import Candidates
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
-from synpref_ray.pipeline.round_record import (
-    ROUND_FILE,
-    Labels,
-    Training,
-    accuracy_on,
-    closing_table,
-    gold_ids,
-    gold_margins,
-    make_record,
-    selected_path,
-)
+from synpref_ray.pipeline.round_record import ROUND_FILE, Labels, Training, accuracy_on, closing_table, gold_ids, gold_margins, make_record
+from synpref_ray.pipeline.round_selection import RoundSource, SelectionSettings, select_round
 from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
 from synpref_ray.pipeline.step_plan import StagePlan
 from synpref_ray.pipeline.tag_reports import report_taggers
@@ -80,9 +73,10 @@ from synpref_ray.rules.verdicts import MergeConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.parts import PartedSidecar, join_parts
-from synpref_ray.tables.pools import Pool, content_digest, open_pool
+from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
 from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.storage import Storage
 
 STAGE1_RECORD = "rounds/stage1.json"
 logger = logging.getLogger(__name__)
@@ -122,6 +116,11 @@ class Stage1Config(JobConfig):
 
     plan: StagePlan = StagePlan()
     """What the plan of `--dry-run` supposes."""
+
+    @property
+    def selection_settings(self) -> SelectionSettings:
+        """How rounds select."""
+        return SelectionSettings(self.selection, self.retrieval, self.index, self.max_pairs_per_round, self.gathered_shard_pairs)
 
     @property
     def final_parity(self) -> ParityConfig:
@@ -189,20 +188,22 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
     if small := describe_small_gold(labels.gold_sizes):
         logger.warning("%s", small)
     then = _then(config, [], unverified.num_rows, inputs)
-    rounds: list[dict[str, Any]] = [make_record(config.storage, run, 0, inputs, None, labels, Training(), then, simulated=config.simulated)]
+    known = [*unverified.tables, *leaks_so_far(storage, inputs)]
+    rounds = [make_record(storage, run, 0, inputs, None, labels, Training(), then, candidates=known, simulated=config.simulated)]
     selected: set[str] = set()
     first_gold = gold_ids(labels.gold)
     while then is None:
         number = len(rounds)
         inputs = pin_inputs(storage, number, config.decontamination)
         unverified.extend(number, inputs)
-        best, trained = _train_best(config, run, number, labels, config.round_parity)
+        best, trained = _train_best(config, run, number, labels, rounds[-1], config.round_parity)
         models = {f"best.r{number:02d}": best}
         rewards = score_pools(run, f"score gold, round {number}", [labels.gold.pool], models, config.score, config.round_parity).sidecars[0][0]
-        chosen = _select(config, run, number, labels, rewards, models, unverified, selected | unverified.leaked(inputs))
-        pool = _gather(config, number, labels, rewards, chosen, unverified)
-        selected |= set(chosen.record["pair_id"].to_pylist())
-        before, training = labels, Training(trained, rewards, gold_margins(labels.gold, rewards, first_gold), chosen, pool)
+        candidates, gold_rm = _candidates(config, run, number, labels, models, unverified)
+        leaks = leaks_so_far(storage, inputs)
+        chosen = select_round(storage, run, number, RoundSource(labels.gold, rewards, candidates, selected, leaks), config.selection_settings)
+        selected, pool = selected | chosen.pair_ids, chosen.pool
+        before, training = (labels, rounds[-1]), Training(trained, rewards, gold_margins(labels.gold, rewards, first_gold), chosen, gold_rm)
         if pool.num_rows:
             sources = {UNVERIFIED: unverified.attributes}, {UNVERIFIED: unverified.embeddings}
             tags, vectors = (
@@ -212,7 +213,8 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
             labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs)
         accuracies = [*(entry["first_gold_accuracy"] for entry in rounds[1:]), training.first_gold.get("accuracy", 0.0)]
         then = _then(config, accuracies, pool.num_rows, inputs)
-        rounds.append(make_record(config.storage, run, number, inputs, before, labels, training, then, simulated=config.simulated))
+        known = [*unverified.tables, *leaks]
+        rounds.append(make_record(storage, run, number, inputs, before, labels, training, then, candidates=known, simulated=config.simulated))
     return _finish(config, run, labels, rounds)
 
 
@@ -258,9 +260,10 @@ class _Unverified:
         """Tag and embed what has joined the pool before this round."""
         self._read(f", round {number}", inputs, [])
 
-    def leaked(self, inputs: RoundInputs) -> frozenset[str]:
-        """Return the pairs that give benchmark items away, never to be selected."""
-        return leaked_so_far(self._config.storage, inputs)
+    @property
+    def tables(self) -> list[Sidecar]:
+        """What is known about the parts, table by table."""
+        return [*self._attributes, *self._embeddings]
 
     def _read(self, suffix: str, inputs: RoundInputs, first: list[Pool]) -> tuple[TaggedPools, list[Sidecar]]:
         parts = [replace(part, clusters=self._clusters) for part in unverified_parts(self._config.storage, inputs)]
@@ -281,43 +284,16 @@ def _then(config: Stage1Config, accuracies: Sequence[float], num_new: int, read:
     return stop_reason(accuracies, num_new_pairs=max(num_new, int(has_grown)), config=config.stop)
 
 
-def _select(
-    config: Stage1Config,
-    run: Run,
-    number: int,
-    labels: Labels,
-    rewards: Sidecar,
-    models: Mapping[str, StoredModel],
-    unverified: _Unverified,
-    already: Set[str],
-) -> Selected:
-    """Select the round's pairs and keep the record; the unverified pool is scored only where the rule asks for it."""
-    started, candidates = time.monotonic(), unverified.candidates
-    if config.selection.kind is SelectionKind.UNCERTAINTY:
-        if config.selection.gold_rm:
-            models = {**models, f"gold.r{number:02d}": _train_gold(config, run, f"gold-r{number:02d}", labels, config.round_parity)}
-        scored = score_pools(run, f"score unverified, round {number}", unverified.parts, models, config.score, config.round_parity)
-        candidates = replace(candidates, rewards=scored.sidecars)
-    chosen = select_pairs(
-        labels.gold,
-        rewards,
-        candidates,
-        already,
-        config=config.selection,
-        retrieval=config.retrieval,
-        index=config.index,
-        max_pairs=config.max_pairs_per_round,
-    )
-    config.storage.write_table(selected_path(number), chosen.record)
-    report_selection(run, number, chosen, unverified.num_rows, started)
-    return chosen
-
-
-def _gather(config: Stage1Config, number: int, labels: Labels, rewards: Sidecar, chosen: Selected, unverified: _Unverified) -> Pool:
-    inputs = {"gold": labels.gold.pool.digest, "rewards": rewards.fingerprint, "embeddings": unverified.embeddings.fingerprint}
-    if config.selection != SelectionConfig():
-        inputs["selection"] = content_digest(config.selection.model_dump(mode="json"))
-    return gather_pool(config.storage, f"round-{number:02d}-selected", chosen.pieces, inputs=inputs, max_pairs=config.gathered_shard_pairs)
+def _candidates(
+    config: Stage1Config, run: Run, number: int, labels: Labels, models: Mapping[str, StoredModel], unverified: _Unverified
+) -> tuple[Candidates, StoredModel | None]:
+    """Return what a round selects from; the unverified pool is scored only where the rule asks for it, by a gold RM too if it asks for one."""
+    if config.selection.kind is not SelectionKind.UNCERTAINTY:
+        return unverified.candidates, None
+    gold_rm = _train_gold(config, run, f"gold-r{number:02d}", labels, config.round_parity) if config.selection.gold_rm else None
+    models = {**models, **({f"gold.r{number:02d}": gold_rm} if gold_rm else {})}
+    scored = score_pools(run, f"score unverified, round {number}", unverified.parts, models, config.score, config.round_parity)
+    return replace(unverified.candidates, rewards=scored.sidecars), gold_rm
 
 
 def _label(
@@ -354,36 +330,53 @@ def _label(
     return Labels(gold, pools, labels, gold_votes, sets, trust, audit, report_judges(gold, gold_votes))
 
 
-def _train_best(config: Stage1Config, run: Run, number: int, labels: Labels, parity: ParityConfig) -> tuple[StoredModel, dict[str, Any]]:
-    """Train on silver, pick the checkpoint on working gold (Sec. 3.2, Step 1), with the checks that keep gold clean."""
-    silver, working, gold = labels.sets["silver"].read(), labels.sets["gold-working"].read(), labels.gold.read()
-    check_silver(silver, gold)
-    check_best_rm_training(silver, gold)
-    train, check = (silver, labels.sets["silver"].digest), (working, labels.sets["gold-working"].digest)
-    model, record = train_model(
+def _train_best(
+    config: Stage1Config, run: Run, number: int, labels: Labels, record: Mapping[str, Any], parity: ParityConfig
+) -> tuple[StoredModel, dict[str, Any]]:
+    """Train on silver, pick the checkpoint on working gold (Sec. 3.2, Step 1), with the checks that keep gold clean.
+
+    Args:
+        record: of the round that left the labels.
+    """
+    silver, working = labels.sets["silver"], labels.sets["gold-working"]
+
+    @cache
+    def read_silver() -> pa.Table:
+        pairs, gold = silver.read(), labels.gold.splits()
+        check_silver(pairs, gold)
+        check_best_rm_training(pairs, gold)
+        return pairs
+
+    model, trained = train_model(
         run,
         config.storage,
         f"best-r{number:02d}",
-        train=train,
-        gold=check,
+        train=(read_silver, silver.digest),
+        gold=(working.read, working.digest),
         config=config.train,
         parity=parity,
         card=with_source_licences(config.card, config.storage),
-        data_name=labels.sets["silver"].name,
+        data_name=silver.name,
     )
-    return model, {"model": model.name, "silver_pairs": silver.num_rows, **_training_summary(record.model_dump(mode="json"))}
+    sizes = record["set_sizes"]
+    return model, {"model": model.name, "silver_pairs": sizes["silver"], **_training_summary(trained.model_dump(mode="json"))}
 
 
 def _train_gold(config: Stage1Config, run: Run, name: str, labels: Labels, parity: ParityConfig) -> StoredModel:
     """Train on working gold alone (Sec. 3.3)."""
     working = labels.sets["gold-working"]
-    pairs = working.read()
-    check_gold_rm_training(pairs, labels.gold.read())
+
+    @cache
+    def read_working() -> pa.Table:
+        pairs = working.read()
+        check_gold_rm_training(pairs, labels.gold.splits())
+        return pairs
+
     model, _ = train_model(
         run,
         config.storage,
         name,
-        train=(pairs, working.digest),
+        train=(read_working, working.digest),
         gold=None,
         config=config.gold_train,
         parity=parity,
@@ -398,7 +391,7 @@ def _training_summary(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[str, Any]]) -> str:
-    best, _ = _train_best(config, run, len(rounds), labels, config.final_parity)
+    best, _ = _train_best(config, run, len(rounds), labels, rounds[-1], config.final_parity)
     gold_rm = _train_gold(config, run, "gold", labels, config.final_parity)
     both = {"best": best, "gold": gold_rm}
     scored = score_pools(run, "score gold, final", [labels.gold.pool], both, config.score, config.final_parity).sidecars[0]
@@ -414,9 +407,18 @@ def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[st
         "stop_reason": rounds[-1]["decided"]["then"],
         **({"near_duplicates": clusters} if (clusters := labels.pools[0].pool.clusters) else {}),
     }
-    for path in config.storage.list_files("rounds"):  # of an earlier run with other settings and more rounds
-        if path.endswith((f"/{ROUND_FILE}", f"/{SELECTED_FILE}")) and int(path.split("/")[1]) >= len(rounds):
-            config.storage.delete(path)
+    _forget_rounds(config.storage, len(rounds), labels.sets)
     config.storage.write_json(STAGE1_RECORD, record)
     run.metrics.update({"stage1": record, "rounds": rounds})
     return closing_table(rounds, final, labels.gold_sizes, simulated=config.simulated)
+
+
+def _forget_rounds(storage: Storage, number: int, sets: Iterable[str]) -> None:
+    """Remove the records and sets of round `number` and those after it: of an earlier run with other settings and more rounds."""
+    for path in storage.list_files("rounds"):
+        if path.endswith((f"/{ROUND_FILE}", f"/{SELECTED_FILE}", f"/{INPUTS}")) and int(path.split("/")[1]) >= number:
+            storage.delete(path)
+    for path in storage.list_files("sets"):
+        name, _, suffix = path.removeprefix("sets/").removesuffix(".json").rpartition("-r")
+        if name in sets and suffix.isdigit() and int(suffix) >= number:
+            storage.delete(path)

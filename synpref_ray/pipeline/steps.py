@@ -8,71 +8,50 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-from ray.data import ActorPoolStrategy, Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasink, ReadTask, WriteResult
+from ray.data import ActorPoolStrategy, Dataset
 
 from synpref_ray.errors import SchemaError, SynprefError
 from synpref_ray.llm.engine import EngineDied
 from synpref_ray.pipeline.crashes import MAX_RESTARTS, MAX_TASK_RETRIES, CrashJournal, ShardGuard, end_process
 from synpref_ray.pipeline.metrics import export
 from synpref_ray.pipeline.progress import Progress
+from synpref_ray.pipeline.shard_io import (
+    COUNTERS,
+    ROWS,
+    SHARD,
+    TABLE,
+    Output,
+    ShardKey,
+    ShardSink,
+    ShardSource,
+    ShardWriter,
+    StepInput,
+    count_values,
+    read_shard,
+    without_shards,
+)
 from synpref_ray.reporting.metrics import ShardWork, shard_samples
 from synpref_ray.schema import REJECT_REASONS
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.pools import Pool, content_digest, shard_path, with_shard_number
-from synpref_ray.tables.sidecars import Sidecar, fingerprint, zip_shard
+from synpref_ray.tables.pools import Pool, content_digest
+from synpref_ray.tables.sidecars import Sidecar, fingerprint
 
-_TABLE = "_table"
-_SHARD = "_shard"
-_ROWS = "_rows"
-_COUNTERS = "_counters"
 CRASHES = "crashes"
 """Folder of a table in the making where its workers write down what they have in hand (`pipeline/crashes.py`)."""
-RAW_COLUMNS = ("raw", "votes")
-"""What a step's worker got back for a row; kept with the row where it was refused."""
 INLINE_ROWS = 20_000  # ours: a rule over so few rows takes well under a second, and starting a Ray Data plan several
-
-
-@dataclass(frozen=True)
-class ShardKey:
-    """Which shard a worker holds: the index of its pool among the step's inputs, and the shard's number."""
-
-    table: int
-    number: int
 
 
 class ShardWorker(Protocol):
     """What a step runs: one whole shard in, the same rows in the same order out, plus counters (requests, tokens …) for the record."""
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]: ...
-
-
-@dataclass(frozen=True)
-class Output:
-    """A sidecar that a step writes; `prefix` marks its columns when one pass makes several sidecars."""
-
-    name: str
-    schema: pa.Schema
-    prefix: str = ""
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """A pool, the columns a worker needs of it, and the sidecars beside it ({sidecar column: name in the shard})."""
-
-    pool: Pool
-    columns: tuple[str, ...]
-    sidecars: tuple[tuple[Sidecar, Mapping[str, str]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,7 +193,7 @@ def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun)
             if shard.number in done.reasons:
                 rejected.update(done.reasons[shard.number][place])
             elif shard.rows and "drop_reason" in output.schema.names:  # made by an earlier run
-                rejected.update(_count(sidecar.read(shard.number, ["drop_reason"])["drop_reason"]))
+                rejected.update(count_values(sidecar.read(shard.number, ["drop_reason"])["drop_reason"]))
         failed = sum(count for reason, count in rejected.items() if reason in REJECT_REASONS)
         if failed > step.max_failed_fraction * source.pool.num_rows:
             raise SynprefError(
@@ -244,115 +223,71 @@ def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun)
         )
 
 
-def _count(reasons: pa.ChunkedArray) -> dict[str, int]:
-    """Return how often each value comes, nulls left out."""
-    return {entry["values"]: entry["counts"] for entry in pc.value_counts(reasons).to_pylist() if entry["values"] is not None}
-
-
 def _run_inline(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidecar]], pending: Sequence[ShardKey]) -> list[dict[str, Any]]:
     if not pending:
         return []
-    task, writer = _ShardTask(step, tables), _ShardWriter(step.name, step.outputs, tables)
-    return [writer.write(task(_read_shard(inputs[key.table], key, rows))) for key, rows in _with_rows(inputs, pending)]
+    task, writer = _ShardTask(step, tables), ShardWriter(step.name, step.outputs, tables)
+    return [writer.write(task(read_shard(inputs[key.table], key, rows))) for key, rows in _with_rows(inputs, pending)]
 
 
 def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidecar]], pending: Sequence[ShardKey]) -> list[dict[str, Any]]:
     if not pending:
         return []
-    # Workers get pools without their lists of shards: at 40M pairs a list is thousands of entries, and every task would carry it.
-    light = [replace(source, pool=_without_shards(source.pool)) for source in inputs]
-    tables = [[replace(sidecar, pool=_without_shards(sidecar.pool)) for sidecar in outputs] for outputs in tables]
-    resources = step.resources
-    sink = _ShardSink(_ShardWriter(step.name, step.outputs, tables))
-    # The same bound for reading, stateless work and writing, so that Ray Data still fuses them into one task a shard.
-    retries = {"max_retries": MAX_TASK_RETRIES}
-    source = _ShardSource(light, _with_rows(inputs, pending))
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=retries)
-    arguments: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "num_cpus": resources.num_cpus}
-    if resources.num_gpus:
-        arguments["num_gpus"] = resources.num_gpus
-    if resources.environment:
-        arguments["runtime_env"] = {"env_vars": dict(resources.environment)}
-    if resources.num_workers == 0:
-        dataset = dataset.map_batches(_StatelessTask(step, tables), **arguments, **retries)
-    else:
-        most = min(resources.num_workers, len(pending))
-        compute = ActorPoolStrategy(
-            min_size=min(resources.min_workers or most, most),
-            max_size=most,
-            max_tasks_in_flight_per_actor=max(2, 2 * resources.concurrent_shards),
-            max_concurrent_calls_per_actor=resources.concurrent_shards,
-            enable_true_multi_threading=resources.concurrent_shards > 1,
-        )
-        named = type(step.label, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
-        bounded = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
-        made_of = (step, tables, uuid.uuid4().hex[:8], pending[0].table)
-        dataset = dataset.map_batches(named, fn_constructor_args=made_of, compute=compute, **arguments, **bounded)
+    tables = [[without_shards(sidecar) for sidecar in outputs] for outputs in tables]
+    sink = ShardSink(ShardWriter(step.name, step.outputs, tables))
+    dataset, writing = plan_dataset(step, tables, ShardSource(inputs, _with_rows(inputs, pending)), pending)
     rows = _with_rows(inputs, pending)
     of_table = [(outputs[-1], {key.number: count for key, count in rows if key.table == index}) for index, outputs in enumerate(tables)]
     try:
         with Progress(step.label, [(sidecar, shards) for sidecar, shards in of_table if shards]):
-            dataset.write_datasink(sink, ray_remote_args=retries)
+            dataset.write_datasink(sink, ray_remote_args=writing)
     except ray.exceptions.RayError as error:
         raise unwrap(error) from error
     return sink.results
 
 
-def _without_shards(pool: Pool) -> Pool:
-    return replace(pool, shards=())
+def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, pending: Sequence[ShardKey]) -> tuple[Dataset, dict[str, Any]]:
+    """Return the dataset that reads shards and works on them, not begun yet, and the remote arguments for writing its blocks.
+
+    Ray Data runs operators in one process, and saves a pass of every shard through the object store, only where their remote arguments are the very
+    same (Ray 2.60, `operator_fusion.py`). So stateless work has those of reading and writing. Actors have not, and read apart: their restarts are
+    bounded by `max_restarts` and `max_task_retries`, which Ray refuses for a task, as it refuses `max_retries` for an actor, and the plan makes a
+    task of reading before it fuses anything. Without bounds reading would be fused, and a pair that kills its process would be tried for ever. For a
+    GPU it is better so: its next shards are fetched while it works.
+
+    Args:
+        tables: the sidecars to write, by input and output.
+        pending: what the source reads.
+    """
+    resources = step.resources
+    retries: dict[str, Any] = {"max_retries": MAX_TASK_RETRIES}
+    place: dict[str, Any] = {"num_cpus": resources.num_cpus}
+    if resources.num_gpus:
+        place["num_gpus"] = resources.num_gpus
+    if resources.environment:
+        place["runtime_env"] = {"env_vars": dict(resources.environment)}
+    around = retries if resources.num_workers else {**place, **retries}
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=around)
+    whole: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, **place}
+    if resources.num_workers == 0:
+        return dataset.map_batches(_StatelessTask(step, tables), **whole, **retries), around
+    most = min(resources.num_workers, len(pending))
+    compute = ActorPoolStrategy(
+        min_size=min(resources.min_workers or most, most),
+        max_size=most,
+        max_tasks_in_flight_per_actor=max(2, 2 * resources.concurrent_shards),
+        max_concurrent_calls_per_actor=resources.concurrent_shards,
+        enable_true_multi_threading=resources.concurrent_shards > 1,
+    )
+    named = type(step.label, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
+    made_of = (step, tables, uuid.uuid4().hex[:8], pending[0].table)
+    bounds = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+    return dataset.map_batches(named, fn_constructor_args=made_of, compute=compute, **whole, **bounds), around
 
 
 def _with_rows(inputs: Sequence[StepInput], pending: Sequence[ShardKey]) -> list[tuple[ShardKey, int]]:
     rows = {ShardKey(index, shard.number): shard.rows for index, source in enumerate(inputs) for shard in source.pool.shards}
     return [(key, rows[key]) for key in pending]
-
-
-def _read_shard(source: StepInput, key: ShardKey, rows: int) -> pa.Table:
-    shard = zip_shard(source.pool, key.number, source.columns, [(s, dict(columns)) for s, columns in source.sidecars])
-    if shard.num_rows != rows:
-        raise SchemaError(f"shard {key.number} of pool {source.pool.name!r} has {shard.num_rows} rows where its manifest says {rows}")
-    for name, value in ((_TABLE, key.table), (_SHARD, key.number), (_ROWS, rows)):
-        shard = shard.append_column(name, pa.array(np.full(rows, value, dtype=np.int32)))
-    return shard
-
-
-@dataclass(frozen=True)
-class _ShardWriter:
-    """Writes one whole shard of every output; used by the sink, wherever Ray runs it."""
-
-    step: str
-    outputs: tuple[Output, ...]
-    tables: list[list[Sidecar]]
-
-    def write(self, block: pa.Table) -> dict[str, Any]:
-        """Write the one whole shard that a block must be, its rejects first."""
-        keys = block.select([_TABLE, _SHARD, _ROWS]).group_by([_TABLE, _SHARD, _ROWS]).aggregate([]).to_pylist()
-        if len(keys) != 1:
-            raise SchemaError(f"step {self.step!r}: a block reached the sink with rows of {len(keys)} shards; blocks must be whole shards")
-        table_index, number, rows = (keys[0][name] for name in (_TABLE, _SHARD, _ROWS))
-        if block.num_rows != rows:
-            raise SchemaError(f"step {self.step!r}: {block.num_rows} of {rows} rows of shard {number} reached the sink together")
-        reasons: list[dict[str, int]] = []
-        for output, sidecar in zip(self.outputs, self.tables[table_index], strict=True):
-            names = [name if name == "pair_id" else output.prefix + name for name in output.schema.names]
-            table = block.select(names).rename_columns(output.schema.names).cast(output.schema)
-            self._write_rejects(number, sidecar, table)
-            sidecar.write(number, table)
-            reasons.append(_count(table["drop_reason"]) if "drop_reason" in table.column_names else {})
-        return {"key": (table_index, number), "counters": json.loads(block[_COUNTERS][0].as_py()), "rows": block.num_rows, "reasons": reasons}
-
-    def _write_rejects(self, number: int, sidecar: Sidecar, table: pa.Table) -> None:
-        if "drop_reason" not in table.column_names:
-            return
-        refused = pc.is_in(table["drop_reason"], value_set=pa.array(sorted(REJECT_REASONS)))
-        if not pc.any(refused).as_py():
-            return
-        pool = sidecar.pool
-        rows = pool.read(number).filter(refused)
-        for name in [name for name in ("drop_reason", *RAW_COLUMNS) if name in table.column_names]:
-            rows = rows.append_column(name, table[name].filter(refused))
-        folder = f"rejects/{self.step}/{pool.name}-{sidecar.name}-{sidecar.fingerprint[:8]}"
-        pool.storage.write_table(shard_path(folder, number), with_shard_number(rows, number))
 
 
 class _ShardTask:
@@ -387,8 +322,8 @@ class _ShardTask:
     def __call__(self, block: pa.Table) -> pa.Table:
         if block.num_rows == 0:
             return block
-        places = block.select([_TABLE, _SHARD, _ROWS])
-        key = ShardKey(places[_TABLE][0].as_py(), places[_SHARD][0].as_py())
+        places = block.select([TABLE, SHARD, ROWS])
+        key = ShardKey(places[TABLE][0].as_py(), places[SHARD][0].as_py())
         started = time.perf_counter()
         result, counters = self._run(block.drop_columns(places.column_names).combine_chunks(), key)
         if not result["pair_id"].combine_chunks().equals(block["pair_id"].combine_chunks()):
@@ -397,13 +332,13 @@ class _ShardTask:
         for name in places.column_names:
             result = result.append_column(name, places[name])
         note = pa.chunked_array([pa.array([json.dumps(dict(counters))]), pa.nulls(block.num_rows - 1, pa.string())])
-        return result.append_column(_COUNTERS, note.combine_chunks())
+        return result.append_column(COUNTERS, note.combine_chunks())
 
     def _export(self, result: pa.Table, counters: Mapping[str, float], seconds: float) -> None:
         step, resources = self._step, self._step.resources
         rejected: Counter[str] = Counter()
         for column in {output.prefix + "drop_reason" for output in step.outputs} & {*result.column_names}:
-            rejected.update({reason: count for reason, count in _count(result[column]).items() if reason in REJECT_REASONS})
+            rejected.update({reason: count for reason, count in count_values(result[column]).items() if reason in REJECT_REASONS})
         shares = resources.concurrent_shards
         cpus, gpus = resources.num_cpus / shares, resources.num_gpus / shares
         export(shard_samples(ShardWork(step.label, step.model, result.num_rows, rejected, seconds, counters, cpus, gpus)))
@@ -416,55 +351,6 @@ class _StatelessTask:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         return _ShardTask(self.step, self.tables)(block)
-
-
-class _ShardSource(Datasource):
-    """One read task per pending shard, so that every block is a whole shard."""
-
-    def __init__(self, inputs: Sequence[StepInput], pending: Sequence[tuple[ShardKey, int]]):
-        Datasource.__init__(self)  # type: ignore[no-untyped-call]
-        self._inputs = inputs
-        self._pending = pending
-
-    def get_name(self) -> str:
-        return "Shards"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
-        tasks = []
-        for key, rows in self._pending:
-            metadata = BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None)
-            tasks.append(ReadTask(_ReadOne(self._inputs[key.table], key, rows), metadata))
-        return tasks
-
-
-@dataclass(frozen=True)
-class _ReadOne:
-    source: StepInput
-    key: ShardKey
-    rows: int
-
-    def __call__(self) -> list[pa.Table]:
-        return [_read_shard(self.source, self.key, self.rows)]
-
-
-class _ShardSink(Datasink[list[dict[str, Any]]]):
-    """Writes each block as the shard that the block itself names; never by task number, never by order."""
-
-    def __init__(self, writer: _ShardWriter):
-        self._writer = writer
-        self.results: list[dict[str, Any]] = []
-
-    def get_name(self) -> str:
-        return "Sidecar"
-
-    def write(self, blocks: Iterable[pa.Table], ctx: Any) -> list[dict[str, Any]]:
-        return [self._writer.write(block) for block in blocks if block.num_rows > 0]
-
-    def on_write_complete(self, write_result: WriteResult[list[dict[str, Any]]]) -> None:
-        self.results = [result for results in write_result.write_returns for result in results]
 
 
 def unwrap(error: BaseException) -> BaseException:
@@ -482,3 +368,20 @@ def unwrap(error: BaseException) -> BaseException:
         behind = (getattr(found, "cause", None), found.__cause__, *found.args)
         open_errors += [other for other in behind if isinstance(other, BaseException) and id(other) not in seen]
     return error
+
+
+__all__ = [
+    "CRASHES",
+    "INLINE_ROWS",
+    "Output",
+    "Resources",
+    "ShardKey",
+    "ShardWorker",
+    "Step",
+    "StepInput",
+    "StepResult",
+    "plan_dataset",
+    "plan_sidecars",
+    "run_step",
+    "unwrap",
+]

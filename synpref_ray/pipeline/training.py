@@ -9,7 +9,9 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import pyarrow as pa
 
@@ -38,8 +40,10 @@ from synpref_ray.versions import versions_of
 
 TRAIN_VERSION = 3  # 3: under bfloat16 the residual stream is bfloat16 too, which changes what is learnt
 SAMPLED_PAIRS = 1000  # ours: of a set, this many are read to draw the few on which engines are compared
-TrainingPairs = tuple[pa.Table, str] | PairSet
-"""Pairs with `chosen` the preferred reply: a table that fits in memory and its digest, or a set of the workspace of any size."""
+PairTable: TypeAlias = pa.Table | Callable[[], pa.Table]
+"""Pairs that fit in memory, or what reads them; it is called only where something trains or is measured."""
+TrainingPairs = tuple[PairTable, str] | PairSet
+"""Pairs with `chosen` the preferred reply: a table and its digest, or a set of the workspace of any size."""
 
 
 def train_model(
@@ -48,7 +52,7 @@ def train_model(
     name: str,
     *,
     train: TrainingPairs,
-    gold: tuple[pa.Table, str] | None,
+    gold: tuple[PairTable, str] | None,
     config: TrainConfig,
     parity: ParityConfig = DEFAULT_PARITY,
     card: CardConfig = DEFAULT_CARD,
@@ -80,21 +84,21 @@ def train_model(
             if not model_is_stored(storage, stored):  # or another driver stored it before the lease was ours
                 folder = TrainingFolder(storage, f"tmp/train-{stored}")
                 folder.claim(stored)
-                data = _prepare(run, train, gold[0] if gold else None, config, folder)
-                _train_and_store(data, config, folder, stored, lease)
+                data = _prepare(run, train, _table(gold[0]) if gold else None, config, folder)
+                _train_and_store(data, config, folder, stored, lease, _summarise(data_name, train))
                 trained = True
     record = TrainingRecord.model_validate(json.loads(storage.read_bytes(f"models/{stored}/{RECORD_FILE}")))
     model = StoredModel(storage, stored, _digest(storage, stored))
     pairs, dropped = record.num_pairs + sum(record.num_dropped.values()), record.num_dropped
     epochs = config.num_epochs
     run.step(f"train {name}", rows=pairs, computed=pairs if trained else 0, rejected=dropped, seconds=time.monotonic() - started, epochs=epochs)
-    check_model(run, model, _sample(train), parity, max_length_tokens=config.max_length_tokens)
+    check_model(run, model, lambda: _sample(train), parity, max_length_tokens=config.max_length_tokens)
     text = model_card(
         stored,
         record,
         read_parity(model),
         backbone=describe_backbone(config.backbone, backbone),
-        data=_summarise(data_name, train),
+        data=_summarise(data_name, train) if record.num_by_source is None else DataSummary(data_name, record.num_by_source),
         config=card,
     )
     storage.write_bytes(f"{model.path}/{CARD_FILE}", text.encode())
@@ -102,10 +106,14 @@ def train_model(
     return model, record
 
 
+def _table(pairs: PairTable) -> pa.Table:
+    return pairs if isinstance(pairs, pa.Table) else pairs()
+
+
 def _sample(train: TrainingPairs) -> pa.Table:
     """Return pairs enough to draw a sample from: all of a table, the first shards of a set."""
     if not isinstance(train, PairSet):
-        return train[0]
+        return _table(train[0])
     tables: list[pa.Table] = []
     for table in iter_shards(train, ["prompt", "chosen", "rejected"]):
         tables.append(table)
@@ -117,7 +125,7 @@ def _sample(train: TrainingPairs) -> pa.Table:
 def _summarise(name: str, train: TrainingPairs) -> DataSummary:
     """Count the training pairs by source, one shard of a set at a time."""
     counts: Counter[str] = Counter()
-    for table in iter_shards(train, ["source"]) if isinstance(train, PairSet) else [train[0]]:
+    for table in iter_shards(train, ["source"]) if isinstance(train, PairSet) else [_table(train[0])]:
         counts.update(summarise_pairs(name, table).num_by_source)
     return DataSummary(name, dict(sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0])))))
 
@@ -129,10 +137,10 @@ def _prepare(run: Run, train: TrainingPairs, gold: pa.Table | None, config: Trai
         return prepare_set(run, train, gold, config, config.backbone, folder.storage, batches)
     backbone = resolve_model(config.backbone)
     layout = read_row_layout(backbone, config.max_tokens_per_microbatch)
-    return prepare_data(load_tokenizer(backbone), train[0], gold, config, layout, folder.storage, batches)
+    return prepare_data(load_tokenizer(backbone), _table(train[0]), gold, config, layout, folder.storage, batches)
 
 
-def _train_and_store(data: TrainingData, config: TrainConfig, folder: TrainingFolder, stored: str, lease: Lease) -> None:
+def _train_and_store(data: TrainingData, config: TrainConfig, folder: TrainingFolder, stored: str, lease: Lease, summary: DataSummary) -> None:
     storage, started = folder.storage, time.perf_counter()
     elsewhere = Path(tempfile.gettempdir()) / f"synpref_ray-{content_digest(storage.url)[:8]}"  # a host may serve several workspaces
     parent = Path(storage.local_path("tmp")) if storage.is_local else elsewhere
@@ -142,7 +150,8 @@ def _train_and_store(data: TrainingData, config: TrainConfig, folder: TrainingFo
     scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f"{stored}-"))
     try:
         record = run_on_ray(data, config, folder, str(scratch / "ray"), TrainingWatch(stored))
-        record = record.model_copy(update={"seconds": {**record.seconds, "total": time.perf_counter() - started}})
+        seconds = {**record.seconds, "total": time.perf_counter() - started}
+        record = record.model_copy(update={"seconds": seconds, "num_by_source": dict(summary.num_by_source)})
         make_model(folder, record, str(scratch / "model"))
         lease.check()
         if not storage.is_local:

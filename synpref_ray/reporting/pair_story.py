@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from synpref_ray.errors import SchemaError
 from synpref_ray.rules.gate import TRUTH_TABLE, GateReason
 from synpref_ray.schema import PAIR_FIELDS
+from synpref_ray.tables.garbage import ROUND_SOURCES
 from synpref_ray.tables.lookup import Place, find_pair
 from synpref_ray.tables.pools import shard_path
 from synpref_ray.tables.sets import AS_INGESTED
@@ -127,7 +128,7 @@ def _roots(storage: Storage) -> Iterator[tuple[str, tuple[str, str, str]]]:
     for path in _round_files(storage, "round.json"):
         record = storage.read_json(path)
         user = f"round {record['round']}"
-        for pool, table, fingerprint in record.get("tables", ()):
+        for pool, table, fingerprint in [*record.get("tables", ()), *record.get(ROUND_SOURCES, ())]:
             yield user, (pool, table, fingerprint)
         suffix = f"-r{record['round']:02d}.json"
         for name in (name for name in storage.list_files("sets") if name.endswith(suffix)):

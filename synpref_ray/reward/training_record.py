@@ -78,6 +78,8 @@ class TrainingRecord(Record):
     """What a GPU measured to be the fastest way to attend (`attention.AttentionChoice`), by how many keys a token sees at most and what for."""
     num_pairs: int
     num_dropped: dict[str, int]
+    num_by_source: dict[str, int] | None = None
+    """How many of the pairs given came from which source; None in older records."""
     num_shortened: int = 0
     """Pairs to train on that lost their oldest turns."""
     num_spelled: int = 0

@@ -1,12 +1,14 @@
 """What of a workspace nothing refers to any more: old table versions, gathered pools, indexes, models of earlier rounds, leftovers of trainings.
 
 Tables live under their fingerprint and nothing is overwritten, so every new setting leaves a version beside the old. What is still referred to is
-found from the records: a table is in use if a record (`rounds/`, `sets/`) or the manifest of a table in use names its fingerprint, a gathered pool if
-one of them names it or its digest, a model if one names it. All strings of a record count as names, so that a reference of a kind not thought of
-here errs on the side of keeping.
+found from the records: a table is in use if a record (`rounds/`, `sets/`, `hygiene/`) or the manifest of a table in use names its fingerprint, a
+gathered pool if one of them names it or its digest, a model if one names it. All strings of a record count as names, so that a reference of a kind
+not thought of here errs on the side of keeping; where a round's record is of before rounds named what they select from, all tables that it may have
+read are kept.
 
-Kept whatever refers to it: pools that were not gathered (ingest's and those of other jobs), the newest version of each of their tables, models that
-are not of Stage 1's rounds, journals, spending, human verdicts, runs, and every file of a kind that is not listed here.
+Kept whatever refers to it: pools that were not gathered (ingest's and those of other jobs), the newest version of each of their tables (of a grown
+pool: beside each of its parts; of decisions about leaks: for each of its versions), models that are not of Stage 1's rounds, journals, spending,
+human verdicts, runs, and every file of a kind that is not listed here.
 What a job that has not finished may still need is not garbage either: unfinished tables and trainings, and all that was written since that job began.
 """
 
@@ -17,16 +19,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from synpref_ray.errors import InputError
+from synpref_ray.rules.leaks import LEAKS
 from synpref_ray.tables.leases import is_held
 from synpref_ray.tables.models import model_is_stored
+from synpref_ray.tables.parts import pool_parts
 from synpref_ray.tables.pools import list_pools, open_pool
 from synpref_ray.tables.storage import Storage
 
 RUN_LEASE = "lease.json"
 """In a run's folder: its job is alive."""
-STAGE1_MODEL = re.compile(r"(best-r\d+|gold)-[0-9a-f]{8}")
+ROUND_RECORD = re.compile(r"rounds/\d+/round\.json")
+ROUND_SOURCES = "candidates"
+"""In a round's record: the tables that it selected from, as [pool, table, fingerprint]; records of earlier versions do not have it."""
+STAGE1_MODEL = re.compile(r"(best-r\d+|gold|gold-r\d+)-[0-9a-f]{8}")
+ROUND_GOLD_MODEL = re.compile(r"gold-r\d+-.*")
 BESIDE_TABLES = {"versions"}
-ItemKind = Literal["table", "unfinished table", "gathered pool", "index", "unfinished index", "model", "training"]
+ItemKind = Literal["table", "unfinished table", "gathered pool", "index", "unfinished index", "index parts", "model", "training"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class _PoolFacts:
     name: str
     digests: frozenset[str]
     is_gathered: bool
-    latest_digest: str
+    current: frozenset[str]  # digests of the latest version and of its parts
     names: frozenset[str]  # all that its provenance names
     written: float
 
@@ -88,6 +96,7 @@ def find_items(storage: Storage, *, unfinished: bool = False) -> list[Item]:
     tables = [table for pool in pools for table in _read_tables(storage, pool.name)]
     reached = _reach(storage, pools, tables)
     pinned = _newest_of_base_pools(pools, tables)
+    untold = _read_by_untold_rounds(storage, pools)
     began, whose = (float("inf"), "") if unfinished else _pending_since(storage)
     items: list[Item] = []
     for table in tables:
@@ -99,6 +108,8 @@ def find_items(storage: Storage, *, unfinished: bool = False) -> list[Item]:
             kept = kept or "a record refers to it"
         elif table.path in pinned:
             kept = kept or "the newest version of its kind"
+        elif table.pool in untold:
+            kept = kept or f"{untold[table.pool]} does not say what it selected from: jobs/stage1.py writes it anew"
         elif table.written >= began:
             kept = kept or f"written since {whose} began, which has not finished"
         items.append(Item("table", table.path, kept))
@@ -113,7 +124,7 @@ def find_items(storage: Storage, *, unfinished: bool = False) -> list[Item]:
     items = [item for item in items if "table" not in item.kind or "/".join(item.path.split("/")[:2]) not in going]  # they go with their pool
     embeddings = {table.fingerprint for table in tables if table.path in {item.path for item in items if item.kept}} - {""}
     items += [*_indexes(storage, embeddings, began, whose, unfinished)]
-    items += [*_models(storage, reached, began, whose), *_trainings(storage, unfinished)]
+    items += [*_models(storage, reached, began, whose, told=not untold), *_trainings(storage, unfinished)]
     return [replace(item, num_bytes=sum(storage.sizes(item.path).values())) if item.may_go else item for item in items]
 
 
@@ -140,7 +151,9 @@ def _read_pool(storage: Storage, name: str) -> _PoolFacts:
         gathered |= manifest["provenance"].get("step") == "gather"
         names |= {*names_in(manifest["provenance"])}
         written = max(written, entry.written)
-    return _PoolFacts(name, frozenset(digests), gathered, open_pool(storage, name).digest, frozenset(names), written)
+    latest = open_pool(storage, name)
+    current = {latest.digest, *(part.digest for part in pool_parts(storage, name, latest.version))}
+    return _PoolFacts(name, frozenset(digests), gathered, frozenset(current), frozenset(names), written)
 
 
 def _read_tables(storage: Storage, pool: str) -> Iterator[_Table]:
@@ -158,10 +171,10 @@ def _read_tables(storage: Storage, pool: str) -> Iterator[_Table]:
 def _reach(storage: Storage, pools: Iterable[_PoolFacts], tables: Iterable[_Table]) -> set[str]:
     """Return all names that the records name, and what these in turn name."""
     reached: set[str] = set()
-    for folder in ("rounds", "sets"):
-        for path in storage.list_files(folder):
-            if path.endswith(".json"):
-                reached |= {*names_in(storage.read_json(path))}
+    records = [path for folder in ("rounds", "sets") for path in storage.list_files(folder) if path.endswith(".json")]
+    records += [path for path in storage.list_files("hygiene") if path.endswith("/done.json")]
+    for path in records:
+        reached |= {*names_in(storage.read_json(path))}
     for pool in pools:
         if not pool.is_gathered:
             reached |= pool.names
@@ -182,15 +195,29 @@ def _reach(storage: Storage, pools: Iterable[_PoolFacts], tables: Iterable[_Tabl
 
 
 def _newest_of_base_pools(pools: Iterable[_PoolFacts], tables: Iterable[_Table]) -> set[str]:
-    latest = {pool.name: pool.latest_digest for pool in pools if not pool.is_gathered}
-    newest: dict[tuple[str, str], _Table] = {}
+    base = {pool.name: pool for pool in pools if not pool.is_gathered}
+    newest: dict[tuple[str, str, str], _Table] = {}
     for table in tables:
-        if table.manifest is None or latest.get(table.pool) != table.manifest.get("pool_digest"):
+        if table.manifest is None or table.pool not in base:
             continue
-        place = (table.pool, table.name)
+        pool, digest = base[table.pool], str(table.manifest.get("pool_digest"))
+        place = (table.pool, table.name, digest)
+        if digest not in (pool.digests if table.name == LEAKS else pool.current):  # what leaks of an earlier version holds for the later ones
+            continue
         if place not in newest or table.written > newest[place].written:
             newest[place] = table
     return {table.path for table in newest.values()}
+
+
+def _read_by_untold_rounds(storage: Storage, pools: Iterable[_PoolFacts]) -> dict[str, str]:
+    """Return the pools that were not gathered and that a round read without naming the tables, each with the round's record."""
+    found: dict[str, str] = {}
+    for path in storage.list_files("rounds"):
+        if ROUND_RECORD.fullmatch(path):
+            record = storage.read_json(path)
+            if ROUND_SOURCES not in record:
+                found |= {pool.name: path for pool in pools if not pool.is_gathered and pool.name in record.get("pools", [pool.name])}
+    return found
 
 
 def _pending_since(storage: Storage) -> tuple[float, str]:
@@ -226,9 +253,11 @@ def _indexes(storage: Storage, kept_tables: set[str], began: float, whose: str, 
         if not kept and files["manifest.json"] >= began:
             kept = f"written since {whose} began, which has not finished"
         yield Item("index", path, kept)
+        if kept and "parts" in files:
+            yield Item("index parts", f"{path}/parts", "its lease is held" if is_held(storage, f"{path}/lease.json") else "")
 
 
-def _models(storage: Storage, reached: set[str], began: float, whose: str) -> Iterator[Item]:
+def _models(storage: Storage, reached: set[str], began: float, whose: str, *, told: bool) -> Iterator[Item]:
     for entry in storage.list_entries("models"):
         if not entry.is_folder:
             continue
@@ -237,6 +266,8 @@ def _models(storage: Storage, reached: set[str], began: float, whose: str) -> It
             continue
         files = [file.written for file in storage.list_entries(f"models/{entry.name}")]
         kept = "a record refers to it" if entry.name in reached else ""
+        if not kept and not told and ROUND_GOLD_MODEL.fullmatch(entry.name):
+            kept = "a round's record does not say by which models it selected"
         if not kept and is_held(storage, f"models/.lease-{entry.name}.json"):
             kept = "its lease is held"
         if not kept and max(files, default=0.0) >= began:

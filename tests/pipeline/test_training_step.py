@@ -24,7 +24,7 @@ from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.reward.training_data import TrainingData, prepare_data
 from synpref_ray.reward.training_record import TrainingRecord
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.models import RECORD_FILE, model_is_stored, store_model
+from synpref_ray.tables.models import RECORD_FILE, StoredModel, model_is_stored, store_model
 from synpref_ray.tables.pools import commit_pool, write_pool_shard
 from synpref_ray.tables.sets import Member, PairSet, iter_shards
 from synpref_ray.tables.sidecars import Sidecar
@@ -79,6 +79,24 @@ def test_what_another_driver_stored_meanwhile_is_not_trained_again(train: Callab
     monkeypatch.setattr(Lease, "__enter__", enter_late)
     train()
     assert trainer.calls == 1
+
+
+def test_the_pairs_of_a_stored_model_are_not_read_again(
+    train: Callable[..., tuple[StoredModel, TrainingRecord]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "run_on_ray", Trainer())
+    reads: list[int] = []
+
+    def read() -> pa.Table:
+        reads.append(1)
+        return make_pairs(4)
+
+    model, record = train((read, "d"))
+    assert record.num_by_source == summarise_pairs("", make_pairs(4)).num_by_source
+    card = model.storage.read_bytes(f"{model.path}/README.md")
+    before = len(reads)
+    train((read, "d"))
+    assert (len(reads), model.storage.read_bytes(f"{model.path}/README.md")) == (before, card)
 
 
 def test_a_model_whose_lease_was_lost_is_not_stored(train: Callable[[], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

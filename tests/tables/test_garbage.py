@@ -1,6 +1,7 @@
 """What may go and what must stay, on workspaces made by hand and by the steps themselves; nothing is removed that a record or a lease refers to."""
 
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 from jobs import clean
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
 from synpref_ray.pipeline.steps import Resources, StepInput, run_step
+from synpref_ray.rules.leaks import LEAKS
 from synpref_ray.tables.garbage import Item, find_items, names_in
 from synpref_ray.tables.leases import Lease
-from synpref_ray.tables.pools import Pool
+from synpref_ray.tables.parts import pool_parts
+from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
 from synpref_ray.tables.selection import Piece
 from synpref_ray.tables.sets import Member, save_set
 from synpref_ray.tables.sidecars import Sidecar
+from tests.builders import make_pairs
 from tests.pipeline.test_steps import LENGTHS, counting_step, make_pool
 
 
@@ -97,6 +101,75 @@ def test_an_index_stays_with_its_embeddings(tmp_path: Path) -> None:
     pool.storage.write_bytes("indexes/seed-2/trained.faiss", b"begun")
     assert may_go(pool) == {old.folder: "table", "indexes/seed-0": "index"}
     assert may_go(pool, unfinished=True)["indexes/seed-2"] == "unfinished index"
+
+
+def test_the_parts_that_a_sealed_index_was_merged_from_may_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = make_pool(tmp_path, "seed", [3])
+    table = lengths(pool, 1)
+    manifest = {"fingerprint": "0" * 32, "embeddings": table.fingerprint}
+    pool.storage.write_bytes("indexes/seed-0/parts/part-00000.faiss", b"merged")
+    assert may_go(pool) == {}  # unfinished
+    pool.storage.write_json("indexes/seed-0/manifest.json", manifest)
+    assert may_go(pool) == {"indexes/seed-0/parts": "index parts"}
+    assert clean.main([f"workspace={tmp_path}"]) == 0
+    assert not pool.storage.list_files("indexes/seed-0/parts")
+    assert pool.storage.read_json("indexes/seed-0/manifest.json") == manifest
+
+
+def grow(pool: Pool, rows: int) -> Pool:
+    new = write_pool_shard(pool.storage, pool.name, len(pool.shards), make_pairs(rows, f"grown {pool.version}"))
+    return commit_pool(pool.storage, pool.name, "f" * 32, [*pool.shards, new], {})
+
+
+def test_the_tables_of_the_parts_of_a_grown_pool_stay(tmp_path: Path) -> None:
+    first = make_pool(tmp_path, "unverified", [3])
+    old, of_first = lengths(first, 1), lengths(first, 2)
+    second = pool_parts(first.storage, "unverified", grow(first, 2).version)[1]
+    old_second, of_second = lengths(second, 1), lengths(second, 2)
+    assert why_kept(first, of_first.folder) == "the newest version of its kind"
+    assert why_kept(second, of_second.folder) == "the newest version of its kind"
+    assert {*may_go(first)} == {old.folder, old_second.folder}
+    named = [["unverified", table.name, table.fingerprint] for table in (old, old_second)]
+    first.storage.write_json("rounds/01/round.json", {"pools": {"unverified": 1}, "candidates": named})
+    assert may_go(first) == {}
+
+
+def test_decisions_about_leaks_of_every_version_stay_and_older_ones_that_no_round_names_go(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "unverified", [3])
+    paths = []
+    for number, version in enumerate((pool, pool, grow(pool, 2))):
+        folder = f"pools/unverified/{LEAKS}/{number:08d}"
+        pool.storage.write_json(f"{folder}/manifest.json", {"pool_digest": version.digest, "fingerprint": f"{number:032d}"})
+        os.utime(tmp_path / folder / "manifest.json", (number, number))
+        paths.append(folder)
+    assert may_go(pool) == {paths[0]: "table"}  # decided anew for the same version
+    pool.storage.write_json("rounds/01/round.json", {"candidates": [["unverified", LEAKS, f"{0:032d}"]]})
+    assert may_go(pool) == {}
+
+
+def test_the_keys_of_a_comparison_stay_when_its_pool_has_grown(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "unverified", [3])
+    grow(pool, 2)
+    keys = Sidecar(pool, "text_keys", "a" * 32)
+    pool.storage.write_json(f"{keys.folder}/manifest.json", {"pool_digest": "of an earlier version", "fingerprint": keys.fingerprint})
+    assert keys.folder in may_go(pool)
+    pool.storage.write_json("hygiene/0/done.json", {"name": "0", "pools": {"unverified": keys.fingerprint}})
+    assert may_go(pool) == {}
+
+
+def test_a_round_that_does_not_say_what_it_selected_from_keeps_all_that_it_may_have_read(tmp_path: Path) -> None:
+    pool, other = make_pool(tmp_path, "unverified", [3]), make_pool(tmp_path, "wild", [2])
+    old, _ = lengths(pool, 1), lengths(pool, 2)
+    of_other, _ = lengths(other, 1), lengths(other, 2)
+    pool.storage.write_json("models/gold-r01-0123abcd/training_record.json", {})
+    record = {"round": 1, "pools": {"unverified": 0}}
+    pool.storage.write_json("rounds/01/round.json", record)
+    assert may_go(pool) == {of_other.folder: "table"}
+    assert "does not say what it selected from" in why_kept(pool, old.folder)
+    pool.storage.write_json("rounds/01/round.json", {**record, "candidates": []})
+    assert may_go(pool) == {old.folder: "table", of_other.folder: "table", "models/gold-r01-0123abcd": "model"}
+    pool.storage.write_json("rounds/01/round.json", {**record, "candidates": [], "gold_rm": "gold-r01-0123abcd"})
+    assert "models/gold-r01-0123abcd" not in may_go(pool)
 
 
 def write_run(pool: Pool, name: str, *events: str) -> None:
