@@ -403,6 +403,7 @@ def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[st
         "sets": {name: {"name": pairs.name, "digest": pairs.digest} for name, pairs in labels.sets.items()},
         "simulated_gold": config.simulated,
         "audit_gold_accuracy": final,
+        "rewards": [[rewards.pool.name, rewards.name, rewards.fingerprint] for rewards in scored],
         "rounds": len(rounds) - 1,
         "stop_reason": rounds[-1]["decided"]["then"],
         **({"near_duplicates": clusters} if (clusters := labels.pools[0].pool.clusters) else {}),
