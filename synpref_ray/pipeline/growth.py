@@ -55,7 +55,7 @@ def peek_inputs(storage: Storage, number: int) -> RoundInputs:
     Raises:
         InputError: a pool is not there.
     """
-    newest = RoundInputs(*(open_pool(storage, name).version for name in (SEED, UNVERIFIED)))
+    newest = RoundInputs(open_pool(storage, SEED).version, open_pool(storage, UNVERIFIED).version)
     path = inputs_path(number)
     if storage.exists(path):
         pinned = storage.read_json(path)["pools"]
