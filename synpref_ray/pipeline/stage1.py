@@ -10,11 +10,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pydantic import Field
 
-from synpref_ray.bundled import resolve_model
+from synpref_ray.bundled import find_model
 from synpref_ray.errors import InputError
 from synpref_ray.evaluation.tag_report import read_tag_edits
 from synpref_ray.human.verdict_file import import_verdicts
@@ -41,6 +42,7 @@ from synpref_ray.pipeline.growth import (
     pin_inputs,
     unverified_parts,
 )
+from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import leaked_pairs, open_leaks
 from synpref_ray.pipeline.licences import with_source_licences
@@ -123,16 +125,26 @@ class Stage1Config(JobConfig):
 
 
 def check_stage1(config: Stage1Config) -> None:
-    """Check pools, models and the verdict file, without loading a model."""
+    """Check pools, models, GPUs and the verdict file, without loading a model; all that is wrong is told at once."""
+    check_each(
+        partial(_check_pools, config),
+        *(partial(find_model, model) for model in (config.train.backbone, config.gold_train.backbone, config.embed.embedder.model)),
+        partial(check_gpus, "embed", config.embed.embedder.device, config.embed.num_gpus_per_worker),
+        partial(check_gpus, "score", config.score.device, config.score.num_gpus_per_worker),
+        *(step.check for step in (*config.taggers, *config.judges)),
+        partial(_check_human_tags, config),
+        partial(_check_annotator, config),
+    )
+
+
+def _check_pools(config: Stage1Config) -> None:
     choose_round_clusters(config.storage, config.near_duplicates, peek_inputs(config.storage, 0))
-    for model in (config.train.backbone, config.gold_train.backbone, config.embed.embedder.model):
-        resolve_model(model)
-    for step in (*config.taggers, *config.judges):
-        step.check()
+
+
+def _check_human_tags(config: Stage1Config) -> None:
     human_tags = human_tags_file(config.storage, config.human_tags)
     if human_tags:
         read_tag_edits(human_tags)
-    _check_annotator(config)
 
 
 def _check_annotator(config: Stage1Config) -> None:

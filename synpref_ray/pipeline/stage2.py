@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from synpref_ray.bundled import resolve_model
+from synpref_ray.bundled import find_model
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import AUTO, read_by_clusters
 from synpref_ray.pipeline.gathering import find_covering_pool, gather_pool, gather_sidecars, scatter_sidecar
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, open_gold, report_judges
+from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import open_leaks
 from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, Judges, Taggers, judge_pools, tag_pools
@@ -126,14 +128,23 @@ class _Mismatches:
 
 
 def check_stage2(config: Stage2Config) -> None:
-    """Check the pool, Stage 1's record and the models' names, without loading a model."""
-    pool, before = open_pool(config.storage, config.pool), load_stage1(config)
-    open_leaks(read_by_clusters(pool, before.near_duplicates), config.decontamination)
+    """Check the pool, Stage 1's record, GPUs and the models' names, without loading a model; all that is wrong is told at once."""
+    check_each(
+        partial(open_pool, config.storage, config.pool),
+        partial(_check_stage1_s_result, config),
+        partial(find_model, config.embed.embedder.model),
+        partial(check_gpus, "embed", config.embed.embedder.device, config.embed.num_gpus_per_worker),
+        partial(check_gpus, "score", config.score.device, config.score.num_gpus_per_worker),
+        *(step.check for step in (*config.taggers, *config.judges)),
+    )
+
+
+def _check_stage1_s_result(config: Stage2Config) -> None:
+    """Check what Stage 1 left, and that it fits the pool."""
+    before = load_stage1(config)
+    open_leaks(read_by_clusters(open_pool(config.storage, config.pool), before.near_duplicates), config.decontamination)
     for stored in (before.best, before.gold_rm):
         require_parity(stored, parity_for(config.score, config.parity))
-    resolve_model(config.embed.embedder.model)
-    for step in (*config.taggers, *config.judges):
-        step.check()
 
 
 def plan_stage2(config: Stage2Config) -> str:
