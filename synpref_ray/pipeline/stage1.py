@@ -43,75 +43,57 @@ from synpref_ray.pipeline.growth import (
     unverified_parts,
 )
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
-from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import leaked_pairs, open_leaks
 from synpref_ray.pipeline.licences import with_source_licences
-from synpref_ray.pipeline.llm_steps import JudgedPool, Judges, TaggedPools, Taggers, judge_pools, tag_pools
+from synpref_ray.pipeline.llm_steps import JudgedPool, TaggedPools, judge_pools, tag_pools
 from synpref_ray.pipeline.query_selection import Candidates, Selected, report_selection, select_pairs
-from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
+from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars
 from synpref_ray.pipeline.round_record import ROUND_FILE, Labels, Training, accuracy_on, closing_table, gold_margins, make_record, selected_path
-from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
-from synpref_ray.pipeline.step_plan import StagePlan
+from synpref_ray.pipeline.scoring import parity_for, score_pools
+from synpref_ray.pipeline.stage_config import StageConfig
 from synpref_ray.pipeline.tag_reports import report_taggers
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
 from synpref_ray.reporting.pair_story import SELECTED_FILE
 from synpref_ray.reporting.run import Run
-from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.retrieval.select import RetrievalConfig
 from synpref_ray.reward.model_card import CardConfig
 from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_best_rm_training, check_gold_rm_training, check_silver, describe_small_gold
-from synpref_ray.rules.judges import TrustConfig
 from synpref_ray.rules.query_selection import SelectionConfig, SelectionKind
 from synpref_ray.rules.stop import StopConfig, StopReason, stop_reason
-from synpref_ray.rules.verdicts import MergeConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.parts import PartedSidecar, join_parts
 from synpref_ray.tables.pools import Pool, content_digest, open_pool
-from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
 from synpref_ray.tables.sidecars import Sidecar
 
 STAGE1_RECORD = "rounds/stage1.json"
 logger = logging.getLogger(__name__)
 
 
-class Stage1Config(JobConfig):
+class Stage1Config(StageConfig):
     """Everything Stage 1 needs."""
 
-    taggers: Taggers
     human_tags: str = ""  # attributes that people edited, for gold and the taggers' report; empty: the workspace's annotations, if they hold edits
-    judges: Judges
     train: TrainConfig
     gold_train: TrainConfig
     annotator: AnnotatorConfig = AnnotatorConfig()
-    embed: EmbedStepConfig = EmbedStepConfig()
-    index: IndexConfig = IndexConfig()
-    score: ScoreConfig = ScoreConfig()
     parity: ParityConfig = ParityConfig()
     """What the best and the gold RM must pass. Ours: the models of the rounds, which score gold and nothing else, pass it without vLLM."""
     card: CardConfig = CardConfig()
     gold: GoldConfig = GoldConfig()
-    trust: TrustConfig = TrustConfig()
-    merge: MergeConfig = MergeConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     selection: SelectionConfig = SelectionConfig()
     near_duplicates: str = AUTO  # ours: prompts go by the clusters of jobs/hygiene.py where it was run; off, or the head of a comparison's name
-    decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are left out where it was run; off, or the head of a fingerprint
     stop: StopConfig = StopConfig()
     max_pairs_per_round: int = Field(default=250_000, ge=1)  # ours: about a million pairs in eight rounds would be 125,000 each
-    gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
-    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
     @property
     def simulated(self) -> bool:
         """Whether gold comes from an annotator that reads known truth."""
         return self.annotator.kind == "simulated"
-
-    plan: StagePlan = StagePlan()
-    """What the plan of `--dry-run` supposes."""
 
     @property
     def final_parity(self) -> ParityConfig:
