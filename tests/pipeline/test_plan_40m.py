@@ -1,12 +1,15 @@
 """docs/plan_40m.md: its tables are what the planner prints, its models are the family's, and the stages' own plans go by the same paces."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from synpref_ray.config import load_config
 from synpref_ray.errors import ConfigError
+from synpref_ray.pipeline.hygiene import HygieneConfig
+from synpref_ray.pipeline.job import parse_arguments
 from synpref_ray.pipeline.plan import PlanConfig, check_plan, run_plan
 from synpref_ray.pipeline.stage1 import Stage1Config
 from synpref_ray.pipeline.stage2 import Stage2Config
@@ -14,9 +17,10 @@ from synpref_ray.planning.cost import Throughputs
 from synpref_ray.planning.stages import StagesConfig
 from synpref_ray.reporting.run import Run
 from tests.cluster.test_operations_guide import SIZES
-from tests.pipeline.test_configs import CONFIGS, FAMILY, family_config
+from tests.pipeline.test_configs import CONFIGS, FAMILY, JOBS, family_config
 
-PAGE = (Path(__file__).parents[2] / "docs" / "plan_40m.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "plan_40m.md").read_text(encoding="utf-8")
 WHAT_IF = re.findall(r"^\| `(.+?)` \| .+? \| ([\d,]+) \| ([\d,]+) \|$", PAGE, re.MULTILINE)
 
 
@@ -41,6 +45,17 @@ def test_what_if_is_what_the_planner_says(tmp_path: Path, setting: str, gpu_hour
 
 def test_several_things_are_varied() -> None:
     assert len(WHAT_IF) >= 8
+
+
+def test_every_command_has_valid_settings_and_every_file_is_there() -> None:
+    commands = re.findall(r"python jobs/(\w+)\.py (.*?)[`\n]", PAGE)
+    assert {job for job, _ in commands} == {"plan", "train", "hygiene"}
+    for job, words in commands:
+        parsed = parse_arguments(shlex.split(words.removesuffix(" SETTING")))
+        load_config({**JOBS, "hygiene": HygieneConfig}[job], parsed.config, parsed.overrides)
+    named = re.findall(r"(?:benchmarks/|jobs/configs/|\]\()([\w./-]+\.(?:py|yaml|md))", PAGE)
+    assert len(named) > 8
+    assert not [name for name in named if not any((folder / name).exists() for folder in (ROOT / "benchmarks", CONFIGS, ROOT / "docs"))]
 
 
 def test_its_models_are_the_family() -> None:
