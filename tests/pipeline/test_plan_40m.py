@@ -52,7 +52,7 @@ def test_every_command_has_valid_settings_and_every_file_is_there() -> None:
     assert {job for job, _ in commands} == {"plan", "train", "hygiene"}
     for job, words in commands:
         parsed = parse_arguments(shlex.split(words.removesuffix(" SETTING")))
-        load_config({**JOBS, "hygiene": HygieneConfig}[job], parsed.config, parsed.overrides)
+        load_config({**JOBS, "hygiene": HygieneConfig}[job], str(ROOT / parsed.config) if parsed.config else None, parsed.overrides)
     named = re.findall(r"(?:benchmarks/|jobs/configs/|\]\()([\w./-]+\.(?:py|yaml|md))", PAGE)
     assert len(named) > 8
     assert not [name for name in named if not any((folder / name).exists() for folder in (ROOT / "benchmarks", CONFIGS, ROOT / "docs"))]
