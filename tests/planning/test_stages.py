@@ -3,6 +3,7 @@
 import secrets
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -76,7 +77,7 @@ def made(schema: pa.Schema, rows: int) -> pa.Table:
         if name in ("chosen", "rejected"):
             return secrets.token_hex(300)  # 300 bytes that cannot be told in fewer
         if pa.types.is_fixed_size_list(kind):
-            return [secrets.randbelow(1 << 24) / (1 << 24) for _ in range(kind.list_size)]
+            return np.random.default_rng(row).standard_normal(kind.list_size, np.float32)
         if pa.types.is_string(kind):
             is_id = name.endswith(("id", "_group")) and name != "source_id"
             return secrets.token_hex(16) if is_id else ("one", "two", "three")[row % 3]
@@ -94,14 +95,14 @@ def made(schema: pa.Schema, rows: int) -> pa.Table:
         (POOL_SCHEMA, {"prompt": 0.0, "chosen": 300.0, "rejected": 300.0}),
         (REWARDS_SCHEMA, {}),
         (DECISION_SCHEMA, {}),
-        (embeddings_schema(64), {}),
+        (embeddings_schema(1024), {}),
     ],
     ids=["pool", "rewards", "decision", "embeddings"],
 )
 def test_estimated_bytes_are_about_those_of_a_file(tmp_path: Path, schema: pa.Schema, texts: dict[str, float]) -> None:
-    rows = 4096
+    rows = 1024
     Storage(str(tmp_path)).write_table("t.parquet", made(schema, rows))
-    assert (tmp_path / "t.parquet").stat().st_size / rows == pytest.approx(row_bytes(schema, texts), rel=0.15)
+    assert (tmp_path / "t.parquet").stat().st_size / rows == pytest.approx(row_bytes(schema, texts), rel=0.25)
 
 
 def test_a_pair_s_votes_are_counted_by_their_fields() -> None:
