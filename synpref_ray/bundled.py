@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +79,26 @@ def resolve_model(name: str, revision: str | None = None) -> str:
     Raises:
         InputError: the folder is no model, the bundled model is not converted yet, or the hub did not give the repository; one line.
     """
+    return _local_folder(name, revision) or _download(name, revision)
+
+
+def find_model(name: str) -> None:
+    """Check that a model can be had, as `resolve_model` would, without downloading it: the hub is asked for the size of its config.json.
+
+    Raises:
+        InputError: as `resolve_model`.
+    """
+    if _local_folder(name, None):
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    with _hub_errors(name, None):
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+
+
+def _local_folder(name: str, revision: str | None) -> str:
+    """Return the folder of a user's or a bundled model, or "" for one of the hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -89,7 +110,9 @@ def resolve_model(name: str, revision: str | None = None) -> str:
         if not _is_converted(model, folder):
             raise InputError(f"the bundled model {name} is not in {folder}: run make setup, or name a model folder of your own")
         return str(folder)
-    return _download(name, revision)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise InputError(f"there is no model folder {name}")
+    return ""
 
 
 def bundled_folder(name: str) -> Path:
@@ -227,13 +250,20 @@ def _copy_minilm(source: Path, output: Path) -> None:
 
 
 def _download(name: str, revision: str | None) -> str:
-    from httpx2 import HTTPError
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise InputError(f"there is no model folder {name}")
-    try:
+    with _hub_errors(name, revision):
         return str(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub or the way to it may raise into one line."""
+    from httpx2 import HTTPError
+    from huggingface_hub import errors
+
+    try:
+        yield
     except (OSError, HTTPError, errors.HFValidationError, errors.RevisionResolutionError) as error:
         wanted = f"{name} (revision {revision})" if revision else name
         reason = redact(" ".join(str(error).split()))[:200]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from synpref_ray import bundled
-from synpref_ray.bundled import BundledModel, bundled_folder, convert_bundled, digest_folder, resolve_model
+from synpref_ray.bundled import BundledModel, bundled_folder, convert_bundled, digest_folder, find_model, resolve_model
 from synpref_ray.errors import InputError
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -48,10 +48,26 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./none", "~/no-such-model", "some/deep/path", "not a name", "nobody/no-such-model"])
 def test_an_unknown_model_is_one_line_that_names_it(name: str) -> None:
-    with pytest.raises(InputError) as caught:
-        resolve_model(name)
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for look in (resolve_model, find_model):
+        with pytest.raises(InputError) as caught:
+            look(name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_finding_a_model_of_the_hub_downloads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", asked.append)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads"))
+    find_model("nobody/no-such-model")
+    assert [url.rsplit("/", 4)[1:] for url in asked] == [["no-such-model", "resolve", "main", "config.json"]]
+
+
+def test_a_local_model_is_found_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda _: pytest.fail("asks the hub"))
+    find_model(str(write_model(tmp_path / "model")))
+    with pytest.raises(InputError, match=r"no config\.json"):
+        find_model(str(tmp_path))
 
 
 def test_a_bundled_model_is_converted_once(calls: list[Path]) -> None:

@@ -7,15 +7,16 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, Field
 
-from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.bundled import digest_folder, find_model, resolve_model
 from synpref_ray.config import Settings
+from synpref_ray.errors import ConfigError
 from synpref_ray.llm.endpoint import EndpointEngine, open_engine
 from synpref_ray.llm.endpoint_config import FLUSH_REPLIES, FLUSH_SECONDS, AnyEngineConfig, EndpointConfig
 from synpref_ray.llm.engine import Engine, EngineConfig, engine_environment
@@ -25,6 +26,7 @@ from synpref_ray.llm.prompts import TAG_PROMPT_VERSION, judge_prompt_version
 from synpref_ray.llm.spending import Budget, SpendingRecord
 from synpref_ray.llm.tagger import TaggerConfig, tag_pairs
 from synpref_ray.llm.vllm_engine import VllmEngine
+from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.shared_budget import SharedBudget
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, plan_sidecars, run_step
 from synpref_ray.reporting.run import Run
@@ -80,17 +82,31 @@ class LLMStepConfig(Settings):
         return {} if isinstance(self.engine, EndpointConfig) else {"model": digest_folder(resolve_model(self.engine.model))}
 
     def check(self) -> None:
-        """Check that the model can be found, or the endpoint's key and tokenizer, without loading or asking anything.
+        """Check that the model can be found, or the endpoint's key and tokenizer, that it gets its GPUs and that the longest request fits, without
+        loading or asking anything.
 
         Raises:
-            InputError, ConfigError: one of them is missing.
+            InputError, ConfigError: one of these is not so.
         """
         if isinstance(self.engine, EndpointConfig):
             self.engine.api_key()
             if self.engine.tokenizer:
                 resolve_model(self.engine.tokenizer)
-        else:
-            resolve_model(self.engine.model)
+            return
+        check_each(partial(self._check_engine, self.engine), partial(find_model, self.engine.model))
+
+    def _check_engine(self, engine: EngineConfig) -> None:
+        check_gpus(engine.model, engine.device, self.num_gpus_per_worker, engine.tensor_parallel_size)
+        if self.longest_request_tokens > engine.max_model_len_tokens:
+            raise ConfigError(
+                f"{engine.model}: max_model_len_tokens={engine.max_model_len_tokens} is less than max_input_tokens and the reply together, "
+                f"{self.longest_request_tokens}: the longest requests would not fit"
+            )
+
+    @property
+    def longest_request_tokens(self) -> int:
+        """Tokens of the longest request with its reply, without the chat template's; 0: the step does not bound it."""
+        return 0
 
     def open_engine(self, budget: Budget | None) -> VllmEngine | EndpointEngine:
         """Start one worker's engine."""
@@ -102,6 +118,11 @@ class TagStepConfig(LLMStepConfig):
     """One tagger and its engine; `tagger.name` is its name in tables and reports."""
 
     tagger: TaggerConfig = TaggerConfig()
+
+    @property
+    def longest_request_tokens(self) -> int:
+        """Of tagging."""
+        return self.tagger.max_input_tokens + self.tagger.max_new_tokens
 
 
 StepConfig = TypeVar("StepConfig", bound=LLMStepConfig)
@@ -128,6 +149,11 @@ class JudgeStepConfig(LLMStepConfig):
     """One judge and its engine; `name` is the judge's name in votes and reports."""
 
     judge: JudgeConfig
+
+    @property
+    def longest_request_tokens(self) -> int:
+        """Of judging, whose reply is one choice."""
+        return self.judge.max_input_tokens + 1
 
 
 Judges = Annotated[tuple[JudgeStepConfig, ...], Field(min_length=1), names_differ("judge", lambda step: step.judge.judge)]

@@ -13,9 +13,12 @@ from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.measured_runs import read_runs
+from synpref_ray.pipeline.plan_stages import describe_stages
 from synpref_ray.planning.cost import Assumptions, Cost, CostModel, Prices, Sizes, Throughputs
+from synpref_ray.planning.derived import Compute
 from synpref_ray.planning.scaling import Curve, CurvePoint, Interval, StopRule, fit_curve, pairs_for_target, stop_size
 from synpref_ray.planning.split import Policy, Split, check_sizes, split_budget
+from synpref_ray.planning.stages import StagesConfig
 from synpref_ray.planning.timing import fit_paces
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
@@ -67,6 +70,9 @@ class PlanConfig(JobConfig):
     prices: Prices = Prices()
     throughputs: Throughputs = Throughputs()
     assumptions: Assumptions = Assumptions()
+    stages: StagesConfig = StagesConfig()
+    compute: Compute = Compute()
+    """With a table by stages: where throughputs come from that are neither given nor measured."""
     policy: Policy = Policy()
     curve: CurveConfig = CurveConfig()
     stop: StopRule = StopRule()
@@ -86,6 +92,8 @@ def check_plan(config: PlanConfig) -> None:
         raise ConfigError("say what to plan: budget=MONEY, target=SCORE (with curve.points or curve.file), sizes.stage2=PAIRS …, or like=demo")
     if config.curve.points and config.curve.file:
         raise ConfigError("give curve.points or curve.file, not both")
+    if config.stages.gpus and (config.budget or not any(config.sizes.as_mapping().values()) or not config.prices.gpu_hour):
+        raise ConfigError("a table by stages (stages.gpus) needs sizes and prices.gpu_hour, and no budget")
     if config.target and not (config.curve.points or config.curve.file):
         raise ConfigError("a target needs a scaling curve: give curve.points, or curve.file=METRICS of a finished jobs/ablate.py")
 
@@ -104,7 +112,7 @@ def run_plan(config: PlanConfig, run: Run) -> str:
             if not any(wanted.as_mapping().values()):
                 wanted = _sizes_for(size.value, config)
     if any(wanted.as_mapping().values()):
-        parts.append(_describe_given(wanted, model, config, run))
+        parts.append(_describe_by_stages(model, config, run) if config.stages.gpus else _describe_given(wanted, model, config, run))
     elif config.budget:
         split = split_budget(config.budget, model, config.policy)
         parts.append(_describe_split(split, config, run, curve))
@@ -116,9 +124,15 @@ def run_plan(config: PlanConfig, run: Run) -> str:
 
 
 def _cost_model(config: PlanConfig) -> CostModel:
-    """Return the prices with throughputs: given ones, and measured ones for those that are not."""
-    if not (config.measured.gpus and config.prices.gpu_hour):
-        return CostModel(config.prices, config.throughputs, config.assumptions)
+    """Return the prices with throughputs: given ones, for others measured ones, and with a table by stages derived ones for the rest."""
+    given = {name: rate for name, rate in config.throughputs.model_dump().items() if rate}
+    derived = config.compute.throughputs().model_dump() if config.stages.gpus else {}
+    measured = _measured_throughputs(config) if config.measured.gpus and config.prices.gpu_hour else {}
+    return CostModel(config.prices, Throughputs(**{**derived, **measured, **given}), config.assumptions)
+
+
+def _measured_throughputs(config: PlanConfig) -> dict[str, float]:
+    """Return pairs per GPU hour of the kinds of steps that finished runs have."""
     steps = [step for storage in config.measured_storages for step in read_runs(storage)[0].steps]
     found: dict[str, float] = {}
     for kind, pace in fit_paces(steps).items():
@@ -126,8 +140,7 @@ def _cost_model(config: PlanConfig) -> CostModel:
         if name in Throughputs.model_fields and pace.per_unit > 0:
             rate = SECONDS_PER_HOUR / (pace.per_unit * config.measured.gpus)
             found[name] = 1 / (1 / found[name] + 1 / rate) if name in found else rate  # several taggers or judges go one after another
-    given = {name: rate for name, rate in config.throughputs.model_dump().items() if rate}
-    return CostModel(config.prices, Throughputs(**{**found, **given}), config.assumptions)
+    return found
 
 
 def _curve(config: PlanConfig) -> Curve | None:
@@ -196,6 +209,10 @@ def _describe_given(sizes: Sizes, model: CostModel, config: PlanConfig, run: Run
     cost = model.cost(sizes.as_mapping())
     run.metrics["cost"] = _cost_metrics(cost) | {"sizes": sizes.model_dump()}
     return _cost_table(cost)
+
+
+def _describe_by_stages(model: CostModel, config: PlanConfig, run: Run) -> str:
+    return describe_stages(config.sizes, config.assumptions, model.throughputs, config.prices, config.compute, config.stages, run)
 
 
 def _describe_split(split: Split, config: PlanConfig, run: Run, curve: Curve | None) -> str:

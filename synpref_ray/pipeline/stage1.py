@@ -9,13 +9,13 @@ best. Every step is resumable by itself; running the job again goes on where it 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
 
-from synpref_ray.bundled import resolve_model
+from synpref_ray.bundled import find_model
 from synpref_ray.errors import InputError
 from synpref_ray.evaluation.tag_report import read_tag_edits
 from synpref_ray.human.verdict_file import import_verdicts
@@ -45,36 +45,32 @@ from synpref_ray.pipeline.growth import (
     seed_leaks,
     unverified_parts,
 )
-from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.leak_marks import leaked_pairs
 from synpref_ray.pipeline.licences import with_source_licences
-from synpref_ray.pipeline.llm_steps import JudgedPool, Judges, TaggedPools, Taggers, judge_pools, tag_pools
+from synpref_ray.pipeline.llm_steps import JudgedPool, TaggedPools, judge_pools, tag_pools
 from synpref_ray.pipeline.query_selection import Candidates
-from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
+from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars
 from synpref_ray.pipeline.round_record import ROUND_FILE, Labels, Training, accuracy_on, closing_table, gold_ids, gold_margins, make_record
 from synpref_ray.pipeline.round_selection import RoundSource, SelectionSettings, select_round
-from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
-from synpref_ray.pipeline.step_plan import StagePlan
+from synpref_ray.pipeline.scoring import parity_for, score_pools
+from synpref_ray.pipeline.stage_config import StageConfig
 from synpref_ray.pipeline.tag_reports import report_taggers
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
 from synpref_ray.reporting.pair_story import SELECTED_FILE
 from synpref_ray.reporting.run import Run
-from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.retrieval.select import RetrievalConfig
 from synpref_ray.reward.model_card import CardConfig
 from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_best_rm_training, check_gold_rm_training, check_silver, describe_small_gold
-from synpref_ray.rules.judges import TrustConfig
 from synpref_ray.rules.query_selection import SelectionConfig, SelectionKind
 from synpref_ray.rules.stop import StopConfig, StopReason, stop_reason
-from synpref_ray.rules.verdicts import MergeConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.parts import PartedSidecar, join_parts
 from synpref_ray.tables.pools import Pool, open_pool
-from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
 from synpref_ray.tables.sidecars import Sidecar
 from synpref_ray.tables.storage import Storage
 
@@ -82,40 +78,27 @@ STAGE1_RECORD = "rounds/stage1.json"
 logger = logging.getLogger(__name__)
 
 
-class Stage1Config(JobConfig):
+class Stage1Config(StageConfig):
     """Everything Stage 1 needs."""
 
-    taggers: Taggers
     human_tags: str = ""  # attributes that people edited, for gold and the taggers' report; empty: the workspace's annotations, if they hold edits
-    judges: Judges
     train: TrainConfig
     gold_train: TrainConfig
     annotator: AnnotatorConfig = AnnotatorConfig()
-    embed: EmbedStepConfig = EmbedStepConfig()
-    index: IndexConfig = IndexConfig()
-    score: ScoreConfig = ScoreConfig()
     parity: ParityConfig = ParityConfig()
     """What the best and the gold RM must pass. Ours: the models of the rounds, which score gold and nothing else, pass it without vLLM."""
     card: CardConfig = CardConfig()
     gold: GoldConfig = GoldConfig()
-    trust: TrustConfig = TrustConfig()
-    merge: MergeConfig = MergeConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     selection: SelectionConfig = SelectionConfig()
     near_duplicates: str = AUTO  # ours: prompts go by the clusters of jobs/hygiene.py where it was run; off, or the head of a comparison's name
-    decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are left out where it was run; off, or the head of its report's name
     stop: StopConfig = StopConfig()
     max_pairs_per_round: int = Field(default=250_000, ge=1)  # ours: about a million pairs in eight rounds would be 125,000 each
-    gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
-    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
 
     @property
     def simulated(self) -> bool:
         """Whether gold comes from an annotator that reads known truth."""
         return self.annotator.kind == "simulated"
-
-    plan: StagePlan = StagePlan()
-    """What the plan of `--dry-run` supposes."""
 
     @property
     def selection_settings(self) -> SelectionSettings:
@@ -134,17 +117,27 @@ class Stage1Config(JobConfig):
 
 
 def check_stage1(config: Stage1Config) -> None:
-    """Check pools, models and the verdict file, without loading a model."""
+    """Check pools, models, GPUs and the verdict file, without loading a model; all that is wrong is told at once."""
+    check_each(
+        partial(_check_pools, config),
+        *(partial(find_model, model) for model in (config.train.backbone, config.gold_train.backbone, config.embed.embedder.model)),
+        partial(check_gpus, "embed", config.embed.embedder.device, config.embed.num_gpus_per_worker),
+        partial(check_gpus, "score", config.score.device, config.score.num_gpus_per_worker),
+        *(step.check for step in (*config.taggers, *config.judges)),
+        partial(_check_human_tags, config),
+        partial(_check_annotator, config),
+    )
+
+
+def _check_pools(config: Stage1Config) -> None:
     choose_round_clusters(config.storage, config.near_duplicates, peek_inputs(config.storage, 0))
     check_leak_pins(config.storage, config.decontamination, config.stop.max_rounds)
-    for model in (config.train.backbone, config.gold_train.backbone, config.embed.embedder.model):
-        resolve_model(model)
-    for step in (*config.taggers, *config.judges):
-        step.check()
+
+
+def _check_human_tags(config: Stage1Config) -> None:
     human_tags = human_tags_file(config.storage, config.human_tags)
     if human_tags:
         read_tag_edits(human_tags)
-    _check_annotator(config)
 
 
 def _check_annotator(config: Stage1Config) -> None:

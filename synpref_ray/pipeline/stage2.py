@@ -8,29 +8,30 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
-from synpref_ray.bundled import resolve_model
+from synpref_ray.bundled import find_model
 from synpref_ray.errors import InputError
-from synpref_ray.pipeline.clusters import AUTO, read_by_clusters
+from synpref_ray.pipeline.clusters import read_by_clusters
 from synpref_ray.pipeline.gathering import find_covering_pool, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecar
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, open_gold, report_judges
+from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.leak_marks import open_leaks
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, Judges, Taggers, judge_pools, plan_tags, plan_votes, tag_pools
+from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, judge_pools, plan_tags, plan_votes, tag_pools
 from synpref_ray.pipeline.parity import require_parity
-from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars, plan_embeddings, plan_exemplars
-from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
+from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars, plan_embeddings, plan_exemplars
+from synpref_ray.pipeline.scoring import parity_for, score_pools
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD
+from synpref_ray.pipeline.stage_config import StageConfig
 from synpref_ray.pipeline.step_plan import (
     PlannedWork,
     PoolSize,
-    StagePlan,
     describe_plan,
     embed_work,
     gathered,
@@ -42,16 +43,15 @@ from synpref_ray.pipeline.step_plan import (
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
-from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.rules.gate import DECISION_SCHEMA, GateConfig, decide_shard, select_for_judge
-from synpref_ray.rules.judges import JudgeTrust, TrustConfig, describe_trust
-from synpref_ray.rules.verdicts import VERDICT_SCHEMA, MergeConfig
+from synpref_ray.rules.judges import JudgeTrust, describe_trust
+from synpref_ray.rules.verdicts import VERDICT_SCHEMA
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, Decision
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool, Shard, open_pool
 from synpref_ray.tables.reading import read_each
-from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS, Piece
+from synpref_ray.tables.selection import Piece
 from synpref_ray.tables.sets import Member, save_set
 from synpref_ray.tables.sidecars import Sidecar
 
@@ -60,26 +60,14 @@ STAGE2_RECORD = "rounds/stage2.json"
 SELECTED_SCHEMA = pa.schema([pa.field("pair_id", pa.string(), nullable=False), pa.field("ask_judge", pa.bool_(), nullable=False)])
 
 
-class Stage2Config(JobConfig):
+class Stage2Config(StageConfig):
     """Everything Stage 2 needs; reward models and gold come from Stage 1's record in the workspace."""
 
     pool: str = "wild"
     """The pool that is curated."""
-    taggers: Taggers
-    judges: Judges
     tag_scope: Literal["mismatches", "all"] = "mismatches"  # Sec. 3.3: attributes only for what a judge sees
-    embed: EmbedStepConfig = EmbedStepConfig()
-    index: IndexConfig = IndexConfig()
-    score: ScoreConfig = ScoreConfig()
     parity: ParityConfig = ParityConfig()  # what both reward models must have passed
-    trust: TrustConfig = TrustConfig()
-    merge: MergeConfig = MergeConfig()
     gate: GateConfig = GateConfig()
-    decontamination: str = AUTO  # ours: pairs that jobs/decontaminate.py drops are dropped where it was run; off, or the head of its report's name
-    gathered_shard_pairs: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)
-    """Pairs in a file of a gathered pool: what an LLM step finishes at once."""
-    plan: StagePlan = StagePlan()
-    """What the plan of `--dry-run` supposes."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +115,23 @@ class _Mismatches:
 
 
 def check_stage2(config: Stage2Config) -> None:
-    """Check the pool, Stage 1's record and the models' names, without loading a model."""
-    pool, before = open_pool(config.storage, config.pool), load_stage1(config)
-    open_leaks(read_by_clusters(pool, before.near_duplicates), config.decontamination)
+    """Check the pool, Stage 1's record, GPUs and the models' names, without loading a model; all that is wrong is told at once."""
+    check_each(
+        partial(open_pool, config.storage, config.pool),
+        partial(_check_stage1_s_result, config),
+        partial(find_model, config.embed.embedder.model),
+        partial(check_gpus, "embed", config.embed.embedder.device, config.embed.num_gpus_per_worker),
+        partial(check_gpus, "score", config.score.device, config.score.num_gpus_per_worker),
+        *(step.check for step in (*config.taggers, *config.judges)),
+    )
+
+
+def _check_stage1_s_result(config: Stage2Config) -> None:
+    """Check what Stage 1 left, and that it fits the pool."""
+    before = load_stage1(config)
+    open_leaks(read_by_clusters(open_pool(config.storage, config.pool), before.near_duplicates), config.decontamination)
     for stored in (before.best, before.gold_rm):
         require_parity(stored, parity_for(config.score, config.parity))
-    resolve_model(config.embed.embedder.model)
-    for step in (*config.taggers, *config.judges):
-        step.check()
 
 
 def plan_stage2(config: Stage2Config) -> str:

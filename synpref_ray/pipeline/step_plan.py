@@ -131,7 +131,7 @@ def describe_plan(works: Sequence[PlannedWork], sizes: Mapping[str, PoolSize], n
     rows = []
     for work in works:
         hours = work.hours
-        cells = (f"{work.pairs:,}", f"{work.shards:,}", str(work.workers), f"{work.gpus:g}" if work.gpus else "-")
+        cells = (f"{work.pairs:,}", f"{work.shards:,}", str(work.workers or "-"), f"{work.gpus:g}" if work.gpus else "-")
         rows.append(
             (work.step, *cells, "-" if hours is None else f"{hours:,.1f}", "-" if hours is None or not work.gpus else f"{hours * work.gpus:,.0f}")
         )
@@ -139,11 +139,13 @@ def describe_plan(works: Sequence[PlannedWork], sizes: Mapping[str, PoolSize], n
     known = [work for work in works if work.hours is not None]
     if known:
         hours, gpu_hours = sum(work.hours or 0.0 for work in known), sum((work.hours or 0.0) * work.gpus for work in known)
-        rest = f", {len(works) - len(known)} steps without a stated pace left out" if len(known) < len(works) else ""
+        unknown = [work.step for work in works if work.hours is None]
+        rest = f", without {', '.join(unknown)} (no pace is stated)" if unknown else ""
         sums = f"one after the other: {hours:,.1f} hours, {gpu_hours:,.0f} GPU hours{rest}"
         lines.append(f"{sums}; paces are those of `plan`, without the starts of nodes and engines")
     else:
         lines.append("no hours: `plan.throughputs` states no pace")
+    lines.append(f"workers are processes of Ray (actors), each with its part of the GPUs; at most {max(work.gpus for work in works):g} GPUs at once")
     stated = [f"{name} {size.pairs:,}" for name, size in sizes.items() if size.is_stated]
     if stated:
         lines.append(f"not in the workspace, so sizes are those of `plan.pool_pairs`: {', '.join(stated)}")

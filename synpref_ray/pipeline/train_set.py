@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from synpref_ray.bundled import resolve_model
+from synpref_ray.bundled import find_model
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.ingest.readers import open_binary, read_pair_file
 from synpref_ray.ingest.source import SourceConfig
@@ -70,7 +70,7 @@ def check_train(config: TrainJobConfig) -> None:
         raise ConfigError("give either set=NAME (a set of the workspace) or pairs=FILE, not both and not neither")
     if config.gold_set and config.gold_pairs:
         raise ConfigError("give gold_set or gold_pairs, not both")
-    resolve_model(config.train.backbone)
+    find_model(config.train.backbone)
     for file in filter(None, (config.pairs, config.gold_pairs)):
         with open_binary(file):
             pass

@@ -36,7 +36,7 @@ def test_hours_follow_from_pairs_workers_and_paces() -> None:
 def test_stage_1_at_the_paper_s_scale(tmp_path: Path) -> None:
     config = load_config(Stage1Config, str(CONFIGS / "stage1.yaml"), [f"workspace={tmp_path / 'none'}"])
     rows = rows_of(plan_stage1(config))
-    assert rows["tag (tagger)"] == ["1,000,000", "123", "2", "8", "12.5", "100"]  # 80K and 920K in shards of 8,192; 10,000 an hour on each of 8 GPUs
+    assert rows["tag (tagger)"] == ["1,000,000", "123", "2", "8", "10.7", "85"]  # 80K and 920K in shards of 8,192; 11,700 an hour on each of 8 GPUs
     judged = 80_000 + 920_000 + sum(round(100_000 * (number + 1) / 9) for number in range(9))
     assert rows["judge (qwen2.5-72b), seed and 8 rounds"][0] == f"{judged:,}"
     assert rows["train gold RM"][:2] == ["100,000", "391"]  # batches of 256
@@ -48,16 +48,22 @@ def test_stage_2_at_the_paper_s_scale(tmp_path: Path) -> None:
     config = load_config(Stage2Config, str(CONFIGS / "stage2.yaml"), [f"workspace={tmp_path / 'none'}"])
     text = plan_stage2(config)
     rows = rows_of(text)
-    assert rows["score, both RMs"] == ["39,000,000", "4,761", "8", "8", "97.5", "780"]  # 2 x 39M at 100,000 an hour on 8 GPUs
+    assert rows["score, both RMs"] == ["39,000,000", "4,761", "8", "8", "176.0", "1,408"]  # 2 x 39M at 55,400 an hour on 8 GPUs
     assert rows["tag (tagger)"][:2] == ["13,650,000", "26,661"]  # 35 %, in shards of 512
     assert "wild 39,000,000" in text
+    assert rows["decide"][2] == "-"  # no workers of its own, no pace
+    assert "without decide (no pace is stated)" in text
+    assert "at most 8 GPUs at once" in text
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-8b-40m"])
 def test_a_final_training_at_the_paper_s_scale(tmp_path: Path, name: str) -> None:
     config = load_config(TrainJobConfig, str(CONFIGS / "family" / f"{name}.yaml"), [f"workspace={tmp_path / 'none'}"])
-    pairs, steps = {"llama-3.1-8b": ("26,000,000", "2,540"), "llama-3.1-8b-40m": ("40,000,000", "3,907")}[name]
-    assert rows_of(plan_train(config))[f"train {name}"] == [pairs, steps, "64", "64", "-", "-"]
+    numbers = {
+        "llama-3.1-8b": ["26,000,000", "2,540", "64", "64", "33.6", "2,149"],
+        "llama-3.1-8b-40m": ["40,000,000", "3,907", "64", "64", "51.7", "3,306"],
+    }
+    assert rows_of(plan_train(config))[f"train {name}"] == numbers[name]  # 12,100 pairs an hour on each of 64 GPUs
 
 
 def test_a_laptop_s_plan_counts_the_pools_that_are_there(tmp_path: Path) -> None:
