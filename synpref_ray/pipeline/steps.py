@@ -268,13 +268,14 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
     retries = {"max_retries": MAX_TASK_RETRIES}
     source = _ShardSource(light, _with_rows(inputs, pending))
     dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=retries)
+    # `map_batches` wants a number of rows where a worker asks for GPUs; we want whole shards, and the one of Ray's developer API gives them.
     arguments: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, "num_cpus": resources.num_cpus}
     if resources.num_gpus:
         arguments["num_gpus"] = resources.num_gpus
     if resources.environment:
         arguments["runtime_env"] = {"env_vars": dict(resources.environment)}
     if resources.num_workers == 0:
-        dataset = dataset.map_batches(_StatelessTask(step, tables), **arguments, **retries)
+        dataset = dataset.map_batches_internal(_StatelessTask(step, tables), **arguments, **retries)
     else:
         most = min(resources.num_workers, len(pending))
         compute = ActorPoolStrategy(
@@ -287,7 +288,7 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
         named = type(step.label, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
         bounded = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
         made_of = (step, tables, uuid.uuid4().hex[:8], pending[0].table)
-        dataset = dataset.map_batches(named, fn_constructor_args=made_of, compute=compute, **arguments, **bounded)
+        dataset = dataset.map_batches_internal(named, fn_constructor_args=made_of, compute=compute, **arguments, **bounded)
     rows = _with_rows(inputs, pending)
     of_table = [(outputs[-1], {key.number: count for key, count in rows if key.table == index}) for index, outputs in enumerate(tables)]
     try:
