@@ -1,4 +1,4 @@
-"""A real S3 server on loopback for tests: SeaweedFS, one process, in a temporary folder. It checks signatures, and honours conditional writes."""
+"""A real S3 server for tests, by default on loopback: SeaweedFS, one process in a temporary folder; it checks signatures and honours conditions."""
 
 import json
 import os
@@ -26,9 +26,10 @@ def server_program() -> str | None:
 
 
 class S3Server:
-    """Up inside the `with` block, gone with all that it holds after. Nothing is reachable but on loopback, by the one key of `environment`."""
+    """Up inside the `with` block, gone with all that it holds after. It listens at `host` alone, and asks for the one key of `environment`."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, host: str = "127.0.0.1") -> None:
+        self._host = host
         self._folder = Path(tempfile.mkdtemp(prefix="s3-"))
         self._ports = _free_ports(8)
         self._log = self._folder / "log"
@@ -37,7 +38,7 @@ class S3Server:
         (self._folder / "data").mkdir()
         names = ("s3.port", "s3.port.grpc", "filer.port", "filer.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc")
         ports = [f"-{name}={port}" for name, port in zip(names, self._ports, strict=True)]
-        common = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self._folder / 'data'}", f"-s3.config={self._folder / 's3.json'}", "-s3"]
+        common = [f"-ip={host}", f"-ip.bind={host}", f"-dir={self._folder / 'data'}", f"-s3.config={self._folder / 's3.json'}", "-s3"]
         self._command = [program, "server", *common, "-master.volumeSizeLimitMB=64", "-volume.max=0", *ports]
         self._process: subprocess.Popen[bytes] | None = None
         once = Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=20)
@@ -48,12 +49,12 @@ class S3Server:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port."""
-        return "127.0.0.1", self._ports[0]
+        return self._host, self._ports[0]
 
     @property
     def url(self) -> str:
         """The endpoint, without a proxy before it."""
-        return f"http://127.0.0.1:{self._ports[0]}"
+        return f"http://{self._host}:{self._ports[0]}"
 
     def environment(self, endpoint: str) -> dict[str, str]:
         """Return what a process needs to know, by environment variables alone."""

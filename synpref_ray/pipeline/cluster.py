@@ -5,7 +5,7 @@ import os
 import socket
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -13,7 +13,7 @@ from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from synpref_ray.config import Settings
-from synpref_ray.errors import InputError
+from synpref_ray.errors import InputError, SynprefError
 from synpref_ray.tables.pools import MAX_BYTES_PER_SHARD
 from synpref_ray.tables.storage import Storage
 
@@ -62,8 +62,13 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
             logger.info("Ray dashboard: http://%s (if it asks for a token: ray get-auth-token)", context.dashboard_url)
     configure_ray_data()
     try:
-        probe_workspace(storage)
-        yield
+        probed = probe_workspace(storage)
+        try:
+            yield
+        except (SynprefError, FileNotFoundError):
+            probe_nodes(storage, probed)  # that a file is not there for a node that came since tells less than what is wrong with the node
+            raise
+        probe_nodes(storage, probed)
     finally:
         ray.shutdown()
 
@@ -79,33 +84,54 @@ def _connect() -> None:
         ) from None
 
 
-def probe_workspace(storage: Storage) -> None:
+def probe_workspace(storage: Storage) -> set[str]:
     """Check that a local workspace on more than one node is a shared file system, and that object storage has conditional writes.
 
-    A node that leaves meanwhile need not see the workspace.
+    Returns:
+        The ids of the nodes that need not be asked again.
 
     Raises:
         InputError: a node cannot read what the driver wrote, or the driver what the node wrote; or a conditional write replaced an object.
     """
+    if storage.is_local:
+        return probe_nodes(storage)
+    _probe_conditions(storage)
+    return set()
+
+
+def probe_nodes(storage: Storage, probed: Collection[str] = ()) -> set[str]:
+    """Check that a local workspace is the same folder on all nodes but those that were probed before; return the ids of all nodes.
+
+    For a job's end, too: a cluster that grows with its load has no workers when a job begins. One that leaves meanwhile need not see it.
+
+    Raises:
+        InputError: as `probe_workspace`.
+    """
     if not storage.is_local:
-        _probe_conditions(storage)
-        return
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if len(nodes) < 2:
-        return
+        return set()
+    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    new = {node: host for node, host in nodes.items() if node not in probed}
+    if len(nodes) > 1 and new:
+        _probe_each(storage, new)
+    return {*nodes}
+
+
+def _probe_each(storage: Storage, nodes: Mapping[str, str]) -> None:
+    """Check that every one of some nodes ({id: host name}) reads what this process writes, and this process what they write."""
     token = uuid.uuid4().hex
     storage.write_bytes(f"probe/{token}/driver", token.encode())
     try:
-        for node in nodes:
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        where = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
+        answers = {node: _probe.options(scheduling_strategy=where[node]).remote(storage, token) for node in nodes}
+        for node, host in nodes.items():
             try:
-                answer = ray.get(_probe.options(scheduling_strategy=where).remote(storage, token))
+                answer = ray.get(answers[node])
             except NODE_GONE:
                 continue
-            if answer != token or not storage.exists(f"probe/{token}/{node['NodeID']}"):
+            if answer != token or not storage.exists(f"probe/{token}/{node}"):
                 raise InputError(
-                    f"the workspace {storage.url} is a local folder that node {node['NodeManagerHostname']} does not share with "
-                    f"{socket.gethostname()}; use a shared file system or an s3:// workspace"
+                    f"the workspace {storage.url} is a local folder that node {host} does not share with {socket.gethostname()}; "
+                    "use a shared file system or an s3:// workspace"
                 )
     finally:
         for path in storage.list_files(f"probe/{token}"):

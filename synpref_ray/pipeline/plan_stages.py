@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from synpref_ray.llm.judge import VOTE, VOTES_SCHEMA
+from synpref_ray.llm.both_orders import VOTE
+from synpref_ray.llm.judge import VOTES_SCHEMA
 from synpref_ray.planning.cost import Assumptions, Prices, Sizes, Throughputs
 from synpref_ray.planning.derived import Compute
 from synpref_ray.planning.stages import ID_BYTES, StageLine, StagesConfig, TableLine, model_lines, row_bytes, stage_lines, stage_work

@@ -52,15 +52,19 @@ LAUNCHER: dict[str, Any] = {
 class SlowCounter:
     """Counts characters, slowly."""
 
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        time.sleep(SHARD_SECONDS)
-        return pa.table([shard["pair_id"], pa.array([len(text) for text in shard["chosen"].to_pylist()])], schema=SCHEMA), {"busy": SHARD_SECONDS}
+        time.sleep(self._seconds)
+        return pa.table([shard["pair_id"], pa.array([len(text) for text in shard["chosen"].to_pylist()])], schema=SCHEMA), {"busy": self._seconds}
 
 
-def count(folder: Path, *, workers: int) -> tuple[list[bytes], float]:
+def count(folder: Path, *, workers: int, seconds: float) -> tuple[list[bytes], float]:
     """Run the step in a workspace of its own; return the bytes of its shards and the busy seconds that it counted."""
     pool = make_pool(folder, "seed", [3] * SHARDS)
-    step = Step("count", 1, SlowCounter, (Output("lengths", SCHEMA),), {}, resources=Resources(workers, num_cpus=float(WORKER_CPUS)))
+    resources = Resources(workers, num_cpus=float(WORKER_CPUS))
+    step = Step("count", 1, SlowCounter, (Output("lengths", SCHEMA),), {}, resources=resources, worker_arguments=lambda _: {"seconds": seconds})
     result = run_step(step, [StepInput(pool, ("chosen",))])
     sidecar = result.sidecars[0][0]
     return [pool.storage.read_bytes(f"{sidecar.folder}/shard-{number:05d}.parquet") for number in range(SHARDS)], result.counters["busy"]
@@ -161,7 +165,7 @@ def cpu_use(worker_cpu_seconds: float, busy_cpu_seconds: float) -> dict[str, flo
 
 def main(folder: Path, session: str) -> dict[str, Any]:
     """Return what happened."""
-    wanted, _ = count(folder / "inline", workers=0)
+    wanted, _ = count(folder / "inline", workers=0, seconds=0.0)
     with autoscaling_head(session):
         connect(session)
         try:
@@ -169,7 +173,7 @@ def main(folder: Path, session: str) -> dict[str, Any]:
             at_start = len(worker_nodes())
             watch = Watch(folder / "cluster")
             watch.start()
-            found, busy = count(folder / "cluster", workers=ACTORS)
+            found, busy = count(folder / "cluster", workers=ACTORS, seconds=SHARD_SECONDS)
             probe_workspace(Storage(str(folder / "cluster")))
             deadline = time.monotonic() + GONE_SECONDS
             while worker_nodes() and time.monotonic() < deadline:

@@ -1,7 +1,6 @@
 """Workers come for a step, one is lost in the middle, another comes, the result is that of one process, and all go when the step has ended."""
 
 import json
-import secrets
 import shutil
 import subprocess
 import sys
@@ -10,27 +9,26 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.machines import can_make_machines, in_own_network, with_token
 from tests.pipeline.small_loop import REPOSITORY, environment
+
+SESSION_SECONDS = 3600.0
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_workers_come_are_lost_come_again_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode != 0:
+    if not can_make_machines():
         pytest.skip("this user may not make network namespaces, and port 6379 may be another's")
-    token = tmp_path / "token"
-    token.write_text(secrets.token_hex(32))
-    plain = {key: value for key, value in environment().items() if not key.startswith("RAY_")}
     session = tempfile.mkdtemp(prefix="ray-")  # short: the path of a socket in it may have 107 bytes
-    command = f"ip link set lo up && exec {sys.executable} -m tests.cluster.autoscaling_session {tmp_path} {session}"
     try:
         done = subprocess.run(
-            ["unshare", "-n", "sh", "-c", command],
+            in_own_network([sys.executable, "-m", "tests.cluster.autoscaling_session", str(tmp_path), session]),
             cwd=REPOSITORY,
-            env={**plain, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)},
+            env=with_token(environment(), tmp_path / "token"),
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=SESSION_SECONDS,
             check=False,
         )
     finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from synpref_ray.config import load_config
-from synpref_ray.pipeline.job import parse_arguments
+from synpref_ray.pipeline.job import JobConfig, parse_arguments
 from synpref_ray.pipeline.report import VERBS, ReportConfig
 from synpref_ray.reporting.metrics import METRICS
 from tests.pipeline.test_configs import FAMILY, JOBS, family_config
@@ -60,3 +60,11 @@ def test_the_table_of_metrics_is_that_of_the_code() -> None:
     assert {(name, kind, tuple(re.sub(r" \([^)]*\)", "", tags).split(", "))) for name, kind, tags in told} == {
         (metric.name, metric.kind, metric.tags) for metric in METRICS
     }
+
+
+def test_workspaces_in_the_checkout_are_neither_tracked_nor_uploaded() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = {JobConfig().workspace, *re.findall(r"workspace=(\w+)(?= |$)", readme, re.MULTILINE)}
+    assert len(named) > 1
+    for file in (".gitignore", ".dockerignore"):  # `ray job submit --working-dir .` leaves out what the first one names
+        assert named <= {line.rstrip("/") for line in (ROOT / file).read_text(encoding="utf-8").splitlines()}, file

@@ -17,8 +17,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.browser import needs_browser, open_browser
+from tests.cluster.machines import free_port
 from tests.pipeline.small_loop import REPOSITORY, environment
-from tests.pipeline.test_workspace_probe import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, needs_browser]
 UP_SECONDS = 600.0

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.machines import RAY, free_port
 from tests.pipeline.small_loop import REPOSITORY, SmallLoop, environment, finished_shards
 from tests.pipeline.test_kills import MOMENTS, check_model_tables, results
-from tests.pipeline.test_workspace_probe import RAY, free_port
 
 UP_SECONDS = 300.0
 JOB_SECONDS = 1500.0

@@ -1,6 +1,8 @@
 """`run_step`: the same tables inline and on Ray, pending shards only, whole shards, rejects, leases."""
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +22,7 @@ from synpref_ray.tables.pools import Pool, Shard, commit_pool, shard_path, write
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
+from tests.pipeline.small_loop import REPOSITORY, environment
 
 LENGTHS = pa.schema([pa.field("pair_id", pa.string(), nullable=False), ("chosen_characters", pa.int64()), ("drop_reason", pa.string())])
 
@@ -245,3 +248,18 @@ def test_stateless_work_is_done_where_its_shard_is_read(tmp_path: Path, resource
 
 def test_pool_schema_is_what_the_builder_makes() -> None:
     assert make_pairs(2).schema.equals(POOL_SCHEMA)
+
+
+@pytest.mark.ray
+def test_workers_that_ask_for_gpus_get_whole_shards(tmp_path: Path) -> None:
+    code = (
+        "import ray, sys; from pathlib import Path; from synpref_ray.pipeline.cluster import configure_ray_data; "
+        "from synpref_ray.pipeline.steps import Resources, StepInput, run_step; from tests.pipeline.test_steps import counting_step, make_pool; "
+        "ray.init(address='local', num_cpus=4, num_gpus=1, object_store_memory=100_000_000, include_dashboard=False); configure_ray_data(); "
+        "root = Path(sys.argv[1]); pool = make_pool(root, 'seed', [3, 1, 2]); "
+        "step = counting_step(root / 'log', Resources(num_workers=1, num_gpus=1.0)); "
+        "assert run_step(step, [StepInput(pool, ('chosen',))]).rows_computed == 6"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_log(tmp_path / "log") == ["0:0", "0:1", "0:2"]
