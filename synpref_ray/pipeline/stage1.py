@@ -49,7 +49,7 @@ from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.llm_steps import JudgedPool, Judges, TaggedPools, Taggers, judge_pools, tag_pools
 from synpref_ray.pipeline.query_selection import Candidates
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, find_exemplars
-from synpref_ray.pipeline.round_record import ROUND_FILE, Labels, Training, accuracy_on, closing_table, gold_margins, make_record
+from synpref_ray.pipeline.round_record import ROUND_FILE, Labels, Training, accuracy_on, closing_table, gold_margins, make_record, table_names
 from synpref_ray.pipeline.round_selection import RoundSource, SelectionSettings, select_round
 from synpref_ray.pipeline.scoring import ScoreConfig, parity_for, score_pools
 from synpref_ray.pipeline.step_plan import StagePlan
@@ -398,6 +398,7 @@ def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[st
         "sets": {name: {"name": pairs.name, "digest": pairs.digest} for name, pairs in labels.sets.items()},
         "simulated_gold": config.simulated,
         "audit_gold_accuracy": final,
+        "tables": table_names(scored),
         "rounds": len(rounds) - 1,
         "stop_reason": rounds[-1]["decided"]["then"],
         **({"near_duplicates": clusters} if (clusters := labels.pools[0].pool.clusters) else {}),
