@@ -153,8 +153,8 @@ def make_record(
         "set_sizes": sizes,
         "joined": {name: size - earlier.get(name, 0) for name, size in sizes.items()},
         "decided": {**counted, "then": then},
-        "tables": _names(_tables(labels, training)),
-        ROUND_SOURCES: _names(candidates),
+        "tables": table_names(_tables(labels, training)),
+        ROUND_SOURCES: table_names(candidates),
         "gold_rm": training.gold_rm.name if training.gold_rm else None,
         "simulated_gold": simulated,
         "judges_on_working_gold": {judge: trust.report() for judge, trust in labels.trust.items()},
@@ -192,7 +192,8 @@ def _digests(labels: Labels) -> dict[str, str]:
     return {name: pairs.digest for name, pairs in labels.sets.items()} | {"gold_pool": labels.gold.pool.name}
 
 
-def _names(tables: Sequence[Sidecar]) -> list[list[str]]:
+def table_names(tables: Sequence[Sidecar]) -> list[list[str]]:
+    """Return how a record names tables: pool, table and fingerprint of each."""
     return [[table.pool.name, table.name, table.fingerprint] for table in tables]
 
 

@@ -51,7 +51,17 @@ from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.llm_steps import JudgedPool, TaggedPools, judge_pools, tag_pools
 from synpref_ray.pipeline.query_selection import Candidates
 from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars
-from synpref_ray.pipeline.round_record import ROUND_FILE, Labels, Training, accuracy_on, closing_table, gold_ids, gold_margins, make_record
+from synpref_ray.pipeline.round_record import (
+    ROUND_FILE,
+    Labels,
+    Training,
+    accuracy_on,
+    closing_table,
+    gold_ids,
+    gold_margins,
+    make_record,
+    table_names,
+)
 from synpref_ray.pipeline.round_selection import RoundSource, SelectionSettings, select_round
 from synpref_ray.pipeline.scoring import parity_for, score_pools
 from synpref_ray.pipeline.stage_config import StageConfig
@@ -396,7 +406,7 @@ def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[st
         "sets": {name: {"name": pairs.name, "digest": pairs.digest} for name, pairs in labels.sets.items()},
         "simulated_gold": config.simulated,
         "audit_gold_accuracy": final,
-        "rewards": [[rewards.pool.name, rewards.name, rewards.fingerprint] for rewards in scored],
+        "tables": table_names(scored),
         "rounds": len(rounds) - 1,
         "stop_reason": rounds[-1]["decided"]["then"],
         **({"near_duplicates": clusters} if (clusters := labels.pools[0].pool.clusters) else {}),

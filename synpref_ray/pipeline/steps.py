@@ -268,11 +268,10 @@ def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, p
         place["runtime_env"] = {"env_vars": dict(resources.environment)}
     around = retries if resources.num_workers else {**place, **retries}
     dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=around)
+    # `map_batches` refuses whole blocks for workers with GPUs, since it cannot know that a block is a shard; it is this function after that check.
     whole: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, **place}
-    # `map_batches` wants a number of rows where a worker asks for GPUs; we want whole shards, and its twin in Ray's developer API gives them.
-    work_on = dataset.map_batches_internal if resources.num_gpus else dataset.map_batches
     if resources.num_workers == 0:
-        return work_on(_StatelessTask(step, tables), **whole, **retries), around
+        return dataset.map_batches_internal(_StatelessTask(step, tables), **whole, **retries), around
     most = min(resources.num_workers, len(pending))
     compute = ActorPoolStrategy(
         min_size=min(resources.min_workers or most, most),
@@ -284,7 +283,7 @@ def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, p
     named = type(step.label, (_ShardTask,), {})  # the operator's name in progress bars and on the dashboard
     made_of = (step, tables, uuid.uuid4().hex[:8], pending[0].table)
     bounds = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
-    return work_on(named, fn_constructor_args=made_of, compute=compute, **whole, **bounds), around
+    return dataset.map_batches_internal(named, fn_constructor_args=made_of, compute=compute, **whole, **bounds), around
 
 
 def _with_rows(inputs: Sequence[StepInput], pending: Sequence[ShardKey]) -> list[tuple[ShardKey, int]]:

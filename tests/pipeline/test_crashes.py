@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -255,19 +256,22 @@ def test_rules_are_one_task_a_shard_and_nothing_is_retried_without_end(tmp_path:
 
     plans: list[str] = []
     bounds: list[object] = []
-    write, batches = Dataset.write_datasink, Dataset.map_batches
+    write, batches = Dataset.write_datasink, Dataset.map_batches_internal
 
-    def write_and_look(dataset: Dataset, *arguments: object, **named: object) -> None:
+    def bounds_in(arguments: Mapping[str, object]) -> dict[str, object]:
+        return {name: arguments[name] for name in ("max_retries", "max_restarts", "max_task_retries") if name in arguments}
+
+    def write_and_look(dataset: Dataset, *arguments: object, **named: Any) -> None:
         write(dataset, *arguments, **named)
         plans.extend(line.split(": ")[0] for line in dataset._write_ds.stats().splitlines() if line.startswith("Operator"))
-        bounds.append(named["ray_remote_args"])
+        bounds.append(bounds_in(named["ray_remote_args"]))
 
     def map_and_look(dataset: Dataset, *arguments: object, **named: object) -> Dataset:
-        bounds.append({name: named[name] for name in ("max_retries", "max_restarts", "max_task_retries") if name in named})
+        bounds.append(bounds_in(named))
         return batches(dataset, *arguments, **named)
 
     monkeypatch.setattr(Dataset, "write_datasink", write_and_look)
-    monkeypatch.setattr(Dataset, "map_batches", map_and_look)
+    monkeypatch.setattr(Dataset, "map_batches_internal", map_and_look)
     monkeypatch.setattr(steps, "INLINE_ROWS", 0)
     pool = make_pool(tmp_path, "seed", [2, 2])
     run_step(dying_step(tmp_path / "log", Resources(), set(), set()), [StepInput(pool, ("chosen",))])
