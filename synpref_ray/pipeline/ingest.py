@@ -39,7 +39,7 @@ from synpref_ray.ingest.partition import Comparison, IdWriter, Layout, PairFile
 from synpref_ray.ingest.plan import pairs_path
 from synpref_ray.ingest.readers import MAX_CHUNK_BYTES, MAX_CHUNK_ROWS, digest_file, read_pair_file
 from synpref_ray.ingest.source import Route, SourceConfig, list_source_files
-from synpref_ray.pipeline.ingest_growth import Base, check_added_benchmarks, pin_base, stage_held
+from synpref_ray.pipeline.ingest_growth import Base, check_addition, find_base, pin_base, stage_held
 from synpref_ray.pipeline.ingest_sources import IngestConfig, passed_over_hint, resolve_sources
 from synpref_ray.pipeline.pools import make_pools, timed
 from synpref_ray.pipeline.tasks import run_tasks
@@ -72,6 +72,8 @@ def check_ingest(config: IngestConfig) -> None:
         if source.path:
             list_source_files(source)
     read_benchmarks(config.decontaminate)
+    if config.add and not any(pool_exists(config.storage, route.value) for route in Route):
+        raise InputError(f"{config.storage.url} has no pool to add to; the first ingest into a workspace runs without add=true")
 
 
 def run_ingest(config: IngestConfig, run: Run) -> str:
@@ -98,8 +100,9 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
             if not storage.exists(record):  # or another driver made the pools before the lease was ours
                 if not config.add:
                     _refuse_other_pools(storage, name)
-                base = pin_base(storage, name) if config.add else {}
-                check_added_benchmarks(storage, base, config.decontaminate)
+                base = find_base(storage, name) if config.add else {}
+                check_addition(base, config.decontaminate, sources)
+                pin_base(storage, name, base)
                 summary = _ingest(storage, name, lease.hold, base, sources, files, config, run, phases, inline=inline)
                 lease.check()
                 storage.write_json(record, summary)
@@ -112,13 +115,18 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
 
 def _correct_record(storage: Storage, path: str, sources: Sequence[SourceConfig], benchmarks: DecontaminateConfig) -> list[str]:
     """Bring what decides no pair (licences, kinds of labels, names of benchmarks) up to date in a record; return lines that say what changed."""
-    old = storage.read_json(path)
-    new = refresh_accounts(old, sources)
-    if benchmarks.benchmarks and "compared" not in old:  # as earlier versions wrote it
-        new["compared"] = comparison_facts(benchmarks)
-    if new == old:
+
+    def corrected(old: dict[str, Any]) -> dict[str, Any]:
+        new = refresh_accounts(old, sources)
+        if benchmarks.benchmarks and "compared" not in old:  # as earlier versions wrote it
+            new["compared"] = comparison_facts(benchmarks)
+        return new
+
+    if corrected(storage.read_json(path)) == storage.read_json(path):
         return []
     with Lease(storage, "pools/ingest.lease.json"):
+        old = storage.read_json(path)  # again: another driver may have corrected it meanwhile
+        new = corrected(old)
         storage.write_json(path, new)
     return [
         f"record corrected, {name}: {field} {counts.get(field)} is now {new['sources'][name][field]}"

@@ -7,7 +7,7 @@ benchmarks, and the texts of one shard of pairs and of one of proposals.
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def _check_ingest(pool: Pool, path: str, given: Mapping[str, Any]) -> None:
         raise InputError(f"pool {pool.name!r} was not made by ingest ({pool.storage.join(path)} does not exist): overlaps were not looked for")
     record = pool.storage.read_json(path)
     if "compared" not in record:
-        why = "with none" if "benchmark_items" not in record else "before it recorded them: run it again with its config (nothing is computed)"
+        why = "with none" if "benchmark_items" not in record else "before it recorded them: ingest into another workspace"
         raise InputError(f"pool {pool.name!r}: the record {pool.storage.join(path)} names no benchmarks; ingest ran {why}")
     found = record["compared"]
     absent = sorted(set(given["benchmarks"]) - set(found["benchmarks"]))
@@ -70,11 +70,17 @@ def _check_ingest(pool: Pool, path: str, given: Mapping[str, Any]) -> None:
         raise InputError(f"pool {pool.name!r}: ingest ran with decontaminate.max_candidates={bound}, this config says {says}: say the same")
 
 
-def read_proposals(pool: Pool, min_words: int) -> pa.Table:
-    """Return what ingest reported about a pool's pairs and pairs that it left out: MATCHES_SCHEMA, sorted by pair and item, each item once a pair."""
+def read_proposals(pool: Pool, benchmarks: Iterable[str], min_words: int) -> pa.Table:
+    """Return what ingest reported about a pool's pairs and pairs that it left out: MATCHES_SCHEMA, sorted by pair and item, each item once a pair.
+
+    Args:
+        benchmarks: whose overlaps are wanted; an addition to the pool may have been compared with more.
+        min_words: of candidates.
+    """
     storage, folders = pool.storage, [f"decontamination/{name[:8]}" for name in ingests_of(pool)]
     tables = [storage.read_table(path) for folder in folders for path in storage.list_files(folder, deep=False)]
     table = pa.concat_tables([MATCHES_SCHEMA.empty_table(), *tables])
+    table = table.filter(pc.is_in(table["benchmark"], value_set=pa.array(sorted(benchmarks), pa.string())))
     long_enough = pc.or_(pc.greater_equal(table["n"], min_words), pc.not_equal(table["kind"], MatchKind.CANDIDATE.value))
     keys = [("pair_id", "ascending"), ("benchmark", "ascending"), ("item", "ascending"), ("n", "descending"), ("field", "ascending")]
     table = table.filter(long_enough).sort_by(keys).combine_chunks()
@@ -95,8 +101,8 @@ def gather_proposals(storage: Storage, pools: Sequence[Pool], benchmarks: Decont
     Raises:
         InputError: the benchmarks are not those that ingest compared with.
     """
-    texts = _BenchmarkTexts(benchmarks)
-    placed = pa.concat_tables([_PLACED_SCHEMA.empty_table(), *(_place_proposals(pool, min_words) for pool in pools)])
+    texts, names = _BenchmarkTexts(benchmarks), comparison_facts(benchmarks)["benchmarks"]
+    placed = pa.concat_tables([_PLACED_SCHEMA.empty_table(), *(_place_proposals(pool, names, min_words) for pool in pools)])
     digest = _digest(placed, texts, max_pairs)
     name = f"proposals-{digest[:8]}"
     if pool_exists(storage, name):
@@ -111,9 +117,9 @@ def gather_proposals(storage: Storage, pools: Sequence[Pool], benchmarks: Decont
         return commit_pool(storage, name, digest, shards, {"step": "propose"})
 
 
-def _place_proposals(pool: Pool, min_words: int) -> pa.Table:
+def _place_proposals(pool: Pool, benchmarks: Iterable[str], min_words: int) -> pa.Table:
     """Return the proposals about a pool's pairs and where those stand, in their order (_PLACED_SCHEMA)."""
-    proposed = read_proposals(pool, min_words)
+    proposed = read_proposals(pool, benchmarks, min_words)
     keys = np.array(proposed["pair_id"].to_pylist(), "S32")
     tables = [_PLACED_SCHEMA.empty_table()]
     for shard in pool.shards if proposed.num_rows else ():

@@ -18,6 +18,7 @@ from synpref_ray.tables.storage import Storage, encode_json, encode_table
 
 SHARD_NUMBER_KEY = b"synpref_ray.shard"
 MAX_PAIRS_PER_SHARD = 8192  # ours: 8k pairs of typical text are a few tens of MB, one task's worth of memory
+MAX_EXCLUSIVE_BYTES = 32 * 2**20  # ours: from there on object stores want uploads in parts (docs/storage.md)
 MAX_BYTES_PER_SHARD = 64 * 2**20  # ours: a shard is read, held and written whole by a worker
 
 
@@ -100,6 +101,7 @@ def with_shard_number(table: pa.Table, number: int) -> pa.Table:
 def write_pool_shard(storage: Storage, pool: str, number: int, table: pa.Table) -> Shard:
     """Write one shard of a pool that is being made; it comes into being when `commit_pool` lists it.
 
+    Our choice: what fits into one request is made by one that does nothing where a file of that name is; more goes up in parts, after a look.
     A file of that name may be there: of a driver that was killed, which is replaced; or the same bytes, which stay. So a driver that was taken for
     dead cannot change what its successor has committed.
 
@@ -108,7 +110,9 @@ def write_pool_shard(storage: Storage, pool: str, number: int, table: pa.Table) 
     """
     path, data = shard_path(f"pools/{pool}", number), encode_table(with_shard_number(table, number))
     shard = Shard(number, table.num_rows, len(data), hashlib.blake2b(data, digest_size=16).hexdigest())
-    if storage.create_exclusive(path, data) or storage.read_bytes(path) == data:
+    if len(data) <= MAX_EXCLUSIVE_BYTES and storage.create_exclusive(path, data):
+        return shard
+    if storage.exists(path) and storage.read_bytes(path) == data:
         return shard
     if pool_exists(storage, pool) and any(listed.number == number for listed in open_pool(storage, pool).shards):
         raise RunConflictError(f"{storage.join(path)} is part of the pool {pool!r}, and shards are never rewritten: another driver made it meanwhile")
@@ -120,11 +124,13 @@ def commit_pool(storage: Storage, name: str, fingerprint: str, shards: list[Shar
     """Write the next version of a pool, which must list every shard of the version before.
 
     Raises:
-        RunConflictError: an earlier shard is missing from `shards` or differs, or another driver committed first.
+        RunConflictError: an earlier shard is missing from `shards` or differs, two have one number, or another driver committed first.
     """
     latest = open_pool(storage, name) if pool_exists(storage, name) else None
     if latest is not None and set(latest.shards) - set(shards):
         raise RunConflictError(f"pool {name!r}: a new version must keep every shard of version {latest.version}; use another pool name or workspace")
+    if len({shard.number for shard in shards}) != len(shards):
+        raise RunConflictError(f"pool {name!r}: a shard's number is there twice; use another pool name or workspace")
     pool = Pool(storage, name, 0 if latest is None else latest.version + 1, fingerprint, tuple(sorted(shards, key=lambda shard: shard.number)))
     manifest = {
         "pool": name,

@@ -11,7 +11,7 @@ from synpref_ray.ingest.decontamination import comparison_facts
 from synpref_ray.pipeline import ingest_growth
 from synpref_ray.pipeline import pools as pools_job
 from synpref_ray.pipeline.growth import peek_inputs
-from synpref_ray.pipeline.ingest import run_ingest
+from synpref_ray.pipeline.ingest import check_ingest, run_ingest
 from synpref_ray.pipeline.ingest_growth import ingests_of
 from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.leak_proposals import check_compared, read_proposals
@@ -145,9 +145,42 @@ def test_an_addition_that_was_cut_off_does_not_join_pools_that_grew_meanwhile(da
     ingest(config_of(data, ["web-new"], data / "ws", add=True))
     with pytest.raises(RunConflictError, match=r"pool 'wild' has grown to version 1 .* delete .*-base.json"):
         ingest(config_of(data, NEW, data / "ws", add=True))
+    storage = Storage(str(data / "ws"))
+    bases = [path for path in storage.list_files("pools", deep=False) if path.endswith("-base.json")]
+    (base,) = [path for path in bases if not storage.exists(path.replace("-base", ""))]
+    storage.delete(base)
+    counts = ingest(config_of(data, NEW, data / "ws", add=True))["sources"]
+    assert {name: counts[name]["kept"] for name in counts} == {"seed-new": 1, "people-new": 2, "web-new": 0}
+    for name, wanted in (("seed", 4), ("unverified", 4), ("wild", 30)):
+        pool = open_pool(storage, name)
+        ids = pool.read_all(["pair_id"])["pair_id"].to_pylist()
+        assert len(ids) == len(set(ids)) == pool.num_rows == wanted
+
+
+def test_nothing_is_added_to_what_an_ingest_left_without_its_record(data: Path) -> None:
+    config = config_of(data, FIRST, data / "ws")
+    ingest(config)
+    (record,) = [path for path in config.storage.list_files("pools", deep=False) if path.startswith("pools/ingest-")]
+    kept = config.storage.read_bytes(record)
+    config.storage.delete(record)
+    with pytest.raises(RunConflictError, match="was cut off before it had written its record"):
+        ingest(config_of(data, NEW, data / "ws", add=True))
+    ingest(config)
+    assert config.storage.read_json(record)["sources"].keys() == json.loads(kept)["sources"].keys()
+    ingest(config_of(data, NEW, data / "ws", add=True))
+
+
+def test_a_source_of_a_known_name_has_the_known_licence(data: Path) -> None:
+    ingest(config_of(data, FIRST, data / "ws"))
+    other = config_of(data, ["seed"], data / "ws", add=True)
+    sources = [source.model_copy(update={"licence": "mit", "path": str(data / "seed-new.jsonl")}) for source in other.sources]
+    with pytest.raises(ConfigError, match="a source 'seed' already, with licence 'licence of seed'; this one's is 'mit'"):
+        ingest(other.model_copy(update={"sources": tuple(sources)}))
 
 
 def test_there_must_be_a_pool_to_add_to_and_other_files_do_not_replace_one(data: Path) -> None:
+    with pytest.raises(InputError, match="has no pool to add to"):
+        check_ingest(config_of(data, NEW, data / "ws", add=True))
     with pytest.raises(InputError, match="has no pool to add to"):
         ingest(config_of(data, NEW, data / "ws", add=True))
     ingest(config_of(data, FIRST, data / "ws"))
@@ -163,12 +196,14 @@ def test_what_joins_is_compared_with_the_benchmarks_of_the_pools(data: Path) -> 
     ingest(config_of(data, [*FIRST, "web-old"], data / "ws", decontaminate=decontaminate))
     with pytest.raises(ConfigError, match="was compared with benchmark bench, and these sources would not be"):
         ingest(config_of(data, ["web-leak"], data / "ws", add=True))
+    with pytest.raises(ConfigError, match=r"decontaminate.max_candidates=16, these sources would be with 4"):
+        ingest(config_of(data, ["web-leak"], data / "ws", add=True, decontaminate={**decontaminate, "max_candidates": 4}))
     config = config_of(data, ["web-leak"], data / "ws", add=True, decontaminate=decontaminate)
     assert ingest(config)["sources"]["web-leak"]["contaminated"] == 1
     pool = open_pool(config.storage, "wild")
     assert len(ingests_of(pool)) == 2
     check_compared([pool], config.decontaminate)
     held = {pair["pair_id"]: pair["prompt"][0]["content"] for pair in pool.read_all(["pair_id", "prompt"]).to_pylist()}
-    proposed = {held[pair_id] for pair_id in read_proposals(pool, 5)["pair_id"].to_pylist() if pair_id in held}
+    proposed = {held[pair_id] for pair_id in read_proposals(pool, ["bench"], 5)["pair_id"].to_pylist() if pair_id in held}
     assert proposed == {"Tell me how many red foxes live there", "Who has counted them so far?"}
     assert comparison_facts(config.decontaminate)["benchmarks"].keys() == {"bench"}
