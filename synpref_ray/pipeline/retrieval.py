@@ -6,6 +6,7 @@ Paper: Sec. 3.2, Step 2 (similar unverified pairs for the errors on gold) and St
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -104,13 +105,23 @@ def _embed_step(title: str, config: EmbedStepConfig) -> Step:
     )
 
 
+@lru_cache(maxsize=1)
+def _index_working_gold(pool: Pool, embeddings: Sidecar, human: Sidecar, index: IndexConfig) -> PairIndex:
+    """Return an exact index over working gold, built once a process: a stateless step makes its worker anew for every shard."""
+    table = read_embedded(pool, embeddings, {"gold_split": "gold_split"}, human)
+    return PairIndex.build(table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value)), _on_cpu(index))
+
+
+def _on_cpu(index: IndexConfig) -> IndexConfig:
+    """Return the settings for a process that asked Ray for no GPU."""
+    return index.model_copy(update={"use_gpu": False})
+
+
 class ExemplarWorker:
     """Holds an exact index over working gold, and nothing else; on a CPU, since gold is small and these workers ask for no GPU."""
 
     def __init__(self, gold: GoldTables, config: ExemplarConfig, index: IndexConfig):
-        table = read_embedded(gold.pool, gold.embeddings, {"gold_split": "gold_split"}, gold.human)
-        on_cpu = index.model_copy(update={"use_gpu": False})
-        self._index = PairIndex.build(table.filter(pc.equal(table["gold_split"], GoldSplit.WORKING.value)), on_cpu)
+        self._index = _index_working_gold(gold.pool, gold.embeddings, gold.human, index)
         self._config = config
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
@@ -214,7 +225,7 @@ def open_neighbours(candidates: Sequence[tuple[Pool, Sidecar]], left_out: LeftOu
         tables = [read_embedded(*part) for part, exact in zip(parts, exactly, strict=True) if exact]
         if tables:
             pairs = pa.concat_tables(tables)
-            searches.append(PairIndex.build(pairs.filter(pa.array(left_out.allows(pairs))), index))
+            searches.append(PairIndex.build(pairs.filter(pa.array(left_out.allows(pairs))), _on_cpu(index)))
         for (pool, embeddings), exact in zip(parts, exactly, strict=True):
             if not exact:
                 searches.append(opened.enter_context(build_pool_index(pool, embeddings, index).opened(left_out)))

@@ -119,7 +119,8 @@ def _inputs_digest(source: RoundSource, settings: SelectionSettings) -> str:
     """Name all that determines the selection and the gathered pool."""
     gold, candidates = source.gold, source.candidates
     values = {
-        **{name: getattr(settings, name).model_dump(mode="json") for name in ("selection", "retrieval", "index")},
+        **{name: getattr(settings, name).model_dump(mode="json") for name in ("selection", "retrieval")},
+        "index": settings.index.model_dump(mode="json", exclude={"num_threads"}),
         "max_pairs": settings.max_pairs,
         "gather": [GATHER_POOL_VERSION, settings.gathered_shard_pairs],
         "parts": [[part.digest, part.clusters] for part in candidates.parts],

@@ -411,8 +411,8 @@ def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[st
         "stop_reason": rounds[-1]["decided"]["then"],
         **({"near_duplicates": clusters} if (clusters := labels.pools[0].pool.clusters) else {}),
     }
-    _forget_rounds(config.storage, len(rounds), labels.sets)
     config.storage.write_json(STAGE1_RECORD, record)
+    _forget_rounds(config.storage, len(rounds), labels.sets)  # after what no longer names them
     run.metrics.update({"stage1": record, "rounds": rounds})
     return closing_table(rounds, final, labels.gold_sizes, simulated=config.simulated)
 

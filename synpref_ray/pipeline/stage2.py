@@ -1,12 +1,13 @@
 """Stage 2: two reward models score the wild pool, judges see only what the best RM disagrees with, one table decides: keep, flip or drop.
 
 Paper: Sec. 3.3 and App. H.4. Both curated datasets (kept pairs: the 26M kind; kept and flipped: the 40M kind) are filters over the decision sidecar.
-A new judge bar or flip bar is applied to stored votes and rewards without running a model; a band that asks about more pairs has them judged.
+A new judge bar or flip bar is applied to stored votes and rewards without running a model; a band that asks about more pairs has all that it
+asks about judged, the earlier ones too.
 """
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from synpref_ray.pipeline.leak_marks import open_leaks
 from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, judge_pools, plan_tags, plan_votes, tag_pools
 from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars, plan_embeddings, plan_exemplars
+from synpref_ray.pipeline.round_record import table_names
 from synpref_ray.pipeline.scoring import parity_for, score_pools
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD
 from synpref_ray.pipeline.stage_config import StageConfig
@@ -103,6 +105,8 @@ class _Judges:
     working: Mapping[str, JudgeTrust]
     audit: Mapping[str, JudgeTrust]
     report: Mapping[str, Any]
+    votes: Sequence[Sidecar] = ()
+    """On gold, as it was judged here."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,7 @@ def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: G
         gold_votes.append(both[0])
         votes.append(both[1])
     trust, audit = measure_judges(gold, gold_votes, config.trust)
-    return merge_pool_votes(mismatches, attributes, votes, trust, config.merge), _Judges(trust, audit, report_judges(gold, gold_votes))
+    return merge_pool_votes(mismatches, attributes, votes, trust, config.merge), _Judges(trust, audit, report_judges(gold, gold_votes), gold_votes)
 
 
 class _NothingAsked:
@@ -318,6 +322,7 @@ def _finish(
         "judges_on_working_gold": {judge: measured.report() for judge, measured in judges.working.items()},
         "judges_on_audit_gold": {judge: measured.report() for judge, measured in judges.audit.items()},
         "judge_report": dict(judges.report),
+        "tables": table_names(judges.votes),
         "sets": {"kept": f"curated-{pool.name}-kept", "kept_and_flipped": f"curated-{pool.name}-kept-and-flipped"},
         "simulated_gold": before.simulated_gold,
     }

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -41,6 +42,7 @@ from synpref_ray.reporting.metrics import ShardWork, shard_samples
 from synpref_ray.schema import REJECT_REASONS
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, content_digest
+from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.sidecars import Sidecar, fingerprint
 
 CRASHES = "crashes"
@@ -190,10 +192,11 @@ def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun)
     for place, (output, sidecar) in enumerate(zip(step.outputs, outputs, strict=True)):
         rejected: Counter[str] = Counter()
         for shard in source.pool.shards:
-            if shard.number in done.reasons:
-                rejected.update(done.reasons[shard.number][place])
-            elif shard.rows and "drop_reason" in output.schema.names:  # made by an earlier run
-                rejected.update(count_values(sidecar.read(shard.number, ["drop_reason"])["drop_reason"]))
+            rejected.update(done.reasons[shard.number][place] if shard.number in done.reasons else {})
+        earlier = [shard.number for shard in source.pool.shards if shard.number not in done.reasons and shard.rows]
+        if "drop_reason" in output.schema.names:
+            for table in read_each(partial(sidecar.read, columns=["drop_reason"]), earlier):
+                rejected.update(count_values(table["drop_reason"]))
         failed = sum(count for reason, count in rejected.items() if reason in REJECT_REASONS)
         if failed > step.max_failed_fraction * source.pool.num_rows:
             raise SynprefError(

@@ -89,7 +89,7 @@ def write_configs(root: Path, backbone: Path, truth: Path) -> dict[str, Path]:
     engine = {"model": str(backbone), "dtype": "float32", "max_model_len_tokens": 1024, "kv_cache_bytes": 256 << 20}
     step = {"engine": engine, "concurrent_shards": 1}
     common = {
-        "taggers": [{**step, "tagger": {"max_attributes_chars": 30, "max_guideline_chars": 40, "max_new_tokens": 80}}],
+        "taggers": [{**step, "tagger": {"max_attributes_chars": 30, "max_guideline_chars": 40, "max_input_tokens": 900, "max_new_tokens": 80}}],
         "judges": [{**step, "judge": {"judge": "small", "max_exemplars": 1, "max_input_tokens": 800}}],
         "score": {"dtype": "float32"},
         "gathered_shard_pairs": 8,

@@ -233,7 +233,7 @@ def test_what_ingest_did_not_compare_is_never_called_clean(tmp_path: Path) -> No
     (path,) = (path for path in storage.list_files("pools", deep=False) if path.startswith("pools/ingest-"))
     record = storage.read_json(path)
     storage.write_json(path, {name: value for name, value in record.items() if name != "compared"})  # as an earlier version left it
-    with pytest.raises(InputError, match="ingest ran before it recorded them: run it again"):
+    with pytest.raises(InputError, match="ingest ran before it recorded them: ingest into another workspace"):
         judge(settings, leak_if(LEAKING))
     given = {name: settings[name] for name in ("workspace", "decontaminate")}
     again = IngestConfig.model_validate({"data": str(tmp_path / "data"), **given})
