@@ -1,8 +1,8 @@
 """Proposals: the pairs of pools that share words with benchmark items, gathered with the items' prompts, to be put to judges.
 
 Paper: App. C (v3). Our choice: a pair is proposed once for every item; the pool of proposals is named by its content, so that no judge is asked
-twice. The driver holds all proposals without their texts, some 200 bytes each (a few times that while they are sorted), the prompts of the
-benchmarks, and the texts of one shard of pairs and of one of proposals.
+twice. While they are gathered, the driver holds all proposals without their texts, some 200 bytes each (a few times that while they are sorted), the
+prompts of the benchmarks, and the texts of one shard of pairs and of one of proposals.
 """
 
 import hashlib
