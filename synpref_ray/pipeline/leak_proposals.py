@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.accounts import record_path
-from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, DecontaminateConfig, MatchKind, comparison_facts, read_benchmark_texts
+from synpref_ray.ingest.benchmark_prompts import DecontaminateConfig, comparison_facts, read_benchmark_texts
+from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, MatchKind
 from synpref_ray.pipeline.ingest_growth import ingests_of
 from synpref_ray.rules.leaks import PROPOSAL_FIELDS
 from synpref_ray.schema import GATHERED_FIELDS, GATHERED_SCHEMA, PAIR_FIELDS, canonical_json

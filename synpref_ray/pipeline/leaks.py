@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from synpref_ray.errors import ConfigError
-from synpref_ray.ingest.decontamination import FULL_NGRAM, MIN_NGRAM, DecontaminateConfig
+from synpref_ray.ingest.benchmark_prompts import DecontaminateConfig
+from synpref_ray.ingest.decontamination import FULL_NGRAM, MIN_NGRAM
 from synpref_ray.ingest.source import Route
 from synpref_ray.llm.journal import Journal
 from synpref_ray.llm.leak_judge import LEAK_PROMPT_VERSION, LEAK_VOTES_SCHEMA, LeakJudgeConfig, judge_leaks
