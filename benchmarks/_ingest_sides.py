@@ -23,8 +23,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from synpref_ray.ingest.benchmark_prompts import BenchmarkFile, DecontaminateConfig, read_benchmarks
 from synpref_ray.ingest.chunk import count_reasons, read_staged, write_staged
-from synpref_ray.ingest.decontamination import BenchmarkFile, BenchmarkIndex, DecontaminateConfig, drop_contaminated, find_matches, read_benchmarks
+from synpref_ray.ingest.decontamination import BenchmarkIndex, drop_contaminated, find_matches
 from synpref_ray.ingest.duplicates import Ids, find_duplicates, parse_ids
 from synpref_ray.ingest.readers import read_pair_file
 from synpref_ray.ingest.source import SourceConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 
 from synpref_ray.credentials import redact, refuse_credentials
 from synpref_ray.errors import ConfigError
@@ -35,18 +35,25 @@ def load_config(cls: type[SettingsT], file: str | None, overrides: Sequence[str]
     values = _read_with_base(Path(file)) if file is not None else {}
     for override in overrides:
         _apply(values, override, cls)
-    _refuse_credentials_in(values, "")
+    _refuse_credentials_in(values, "", [cls])
     try:
         return cls.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_one_line(error, file)) from None
 
 
-def _refuse_credentials_in(value: Any, key: str) -> None:
-    if isinstance(value, str):
+def _refuse_credentials_in(value: Any, key: str, kinds: Sequence[Any]) -> None:
+    """Look through raw settings; `kinds` are the annotations that a value may be read by. What is a secret by these (SecretStr) is never written."""
+    if isinstance(value, str) and not (kinds and all(kind is SecretStr for kind in kinds)):
         refuse_credentials(value, key)
-    for name, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        _refuse_credentials_in(inner, f"{key}.{name}" if key else str(name))
+    if isinstance(value, dict):
+        models = [model for kind in kinds for model in models_in(kind)]
+        for name, inner in value.items():
+            fields = [model.model_fields[name] for model in models if name in model.model_fields]
+            _refuse_credentials_in(inner, f"{key}.{name}" if key else str(name), [field.annotation for field in fields])
+    if isinstance(value, list):
+        for place, inner in enumerate(value):
+            _refuse_credentials_in(inner, f"{key}.{place}", [kind for kind in kinds if kind is not SecretStr])
 
 
 def _read_with_base(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

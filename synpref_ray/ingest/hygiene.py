@@ -27,7 +27,7 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from synpref_ray.ingest.decontamination import split_words
+from synpref_ray.ingest.benchmark_prompts import split_words
 from synpref_ray.schema import HYGIENE_SCHEMA, Message, Role
 
 NUM_HASHES = 120  # ours: an estimate's standard error is at most 0.046

@@ -11,7 +11,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from synpref_ray.config import Settings
-from synpref_ray.ingest.decontamination import MATCHER_VERSION, BenchmarkIndex, BenchmarkItem, first_turn, is_contaminated, split_words
+from synpref_ray.ingest.benchmark_prompts import MATCHER_VERSION, BenchmarkItem, first_turn, split_words
+from synpref_ray.ingest.decontamination import BenchmarkIndex, is_contaminated
 from synpref_ray.pipeline.benchmark_files import LoadedBenchmark
 from synpref_ray.pipeline.steps import INLINE_ROWS, Output, Resources, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run

@@ -17,22 +17,24 @@ import pyarrow as pa
 
 from synpref_ray.errors import InputError, RunConflictError
 from synpref_ray.ingest.accounts import StagedFile, account, record_path, refresh_accounts
-from synpref_ray.ingest.chunk import Chunk, count_reasons, write_staged
-from synpref_ray.ingest.decontamination import (
+from synpref_ray.ingest.benchmark_prompts import (
     MATCHER_VERSION,
     Action,
-    BenchmarkIndex,
     DecontaminateConfig,
-    MatchKind,
     candidate_settings,
     comparison_facts,
     count_benchmark_items,
+    read_benchmarks,
+)
+from synpref_ray.ingest.chunk import Chunk, count_reasons, write_staged
+from synpref_ray.ingest.decontamination import (
+    BenchmarkIndex,
+    MatchKind,
     count_matches,
     drop_contaminated,
     find_matches,
     limit_candidates,
     matches_table,
-    read_benchmarks,
 )
 from synpref_ray.ingest.hub import hub_address, pin_revision, read_hub_chunks
 from synpref_ray.ingest.partition import Comparison, IdWriter, Layout, PairFile

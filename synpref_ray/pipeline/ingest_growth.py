@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
 from synpref_ray.ingest.accounts import normalise_licence, record_path
-from synpref_ray.ingest.decontamination import DecontaminateConfig, comparison_facts
+from synpref_ray.ingest.benchmark_prompts import DecontaminateConfig, comparison_facts
 from synpref_ray.ingest.partition import IdWriter, PairFile
 from synpref_ray.ingest.source import Route, SourceConfig
 from synpref_ray.pipeline.tasks import run_tasks

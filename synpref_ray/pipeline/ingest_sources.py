@@ -6,8 +6,8 @@ import posixpath
 from pydantic import Field
 
 from synpref_ray.errors import ConfigError
+from synpref_ray.ingest.benchmark_prompts import DecontaminateConfig
 from synpref_ray.ingest.catalogue import with_catalogue
-from synpref_ray.ingest.decontamination import DecontaminateConfig
 from synpref_ray.ingest.source import PairColumns, Route, SourceConfig, check_source_names, find_source_files, list_source_files
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.tables.files import filesystem_of, find_files, is_file, is_folder

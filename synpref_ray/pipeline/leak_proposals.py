@@ -8,7 +8,7 @@ prompts of the benchmarks, and the texts of one shard of pairs and of one of pro
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import InputError
 from synpref_ray.ingest.accounts import record_path
-from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, DecontaminateConfig, MatchKind, comparison_facts, read_benchmark_texts
+from synpref_ray.ingest.benchmark_prompts import DecontaminateConfig, comparison_facts, read_benchmark_texts
+from synpref_ray.ingest.decontamination import MATCHES_SCHEMA, MatchKind
 from synpref_ray.pipeline.ingest_growth import ingests_of
 from synpref_ray.rules.leaks import PROPOSAL_FIELDS
 from synpref_ray.schema import GATHERED_FIELDS, GATHERED_SCHEMA, PAIR_FIELDS, canonical_json
@@ -29,7 +30,15 @@ PROPOSAL_NAMES = tuple(field.name for field in PROPOSAL_FIELDS)
 PROPOSALS_SCHEMA = pa.schema([*GATHERED_SCHEMA, *PROPOSAL_FIELDS, pa.field("benchmark_prompt", pa.string(), nullable=False)])
 """A pair once for every benchmark item that it shares words with."""
 _PLACED_SCHEMA = pa.schema([PROPOSALS_SCHEMA.field("pair_id"), *GATHERED_FIELDS, *PROPOSAL_FIELDS])
+_ID_BYTES = 32
 _DIGEST_ROWS = 10_000  # ours: some MB of rows as Python values
+
+
+class Proposals(NamedTuple):
+    """The pool of proposals, and which of its shards are about a shard of a source pool: numbers, by the source's name and shard."""
+
+    pool: Pool
+    about: Mapping[str, Mapping[int, Sequence[int]]]
 
 
 def check_compared(pools: Sequence[Pool], benchmarks: DecontaminateConfig) -> None:
@@ -71,28 +80,31 @@ def _check_ingest(pool: Pool, path: str, given: Mapping[str, Any]) -> None:
 
 
 def read_proposals(pool: Pool, benchmarks: Iterable[str], min_words: int) -> pa.Table:
-    """Return what ingest reported about a pool's pairs and pairs that it left out: MATCHES_SCHEMA, sorted by pair and item, each item once a pair.
+    """Return what ingest reported about a pool's pairs and pairs that it left out: pair_id and PROPOSAL_FIELDS, sorted by pair and item.
+
+    Each item comes once a pair.
 
     Args:
         benchmarks: whose overlaps are wanted; an addition to the pool may have been compared with more.
         min_words: of candidates.
     """
     storage, folders = pool.storage, [f"decontamination/{name[:8]}" for name in ingests_of(pool)]
-    tables = [storage.read_table(path) for folder in folders for path in storage.list_files(folder, deep=False)]
-    table = pa.concat_tables([MATCHES_SCHEMA.empty_table(), *tables])
+    names = ["pair_id", *PROPOSAL_NAMES]
+    tables = [storage.read_table(path, names) for folder in folders for path in storage.list_files(folder, deep=False)]
+    table = pa.concat_tables([MATCHES_SCHEMA.empty_table().select(names), *tables])
     table = table.filter(pc.is_in(table["benchmark"], value_set=pa.array(sorted(benchmarks), pa.string())))
     long_enough = pc.or_(pc.greater_equal(table["n"], min_words), pc.not_equal(table["kind"], MatchKind.CANDIDATE.value))
     keys = [("pair_id", "ascending"), ("benchmark", "ascending"), ("item", "ascending"), ("n", "descending"), ("field", "ascending")]
     table = table.filter(long_enough).sort_by(keys).combine_chunks()
-    names = [table[name].to_numpy(zero_copy_only=False) for name in ("pair_id", "benchmark", "item")]
     first = np.ones(table.num_rows, np.bool_)
     if table.num_rows:
-        first[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in names])
+        columns = [table[name] for name in ("pair_id", "benchmark", "item")]
+        first[1:] = np.logical_or.reduce([pc.not_equal(column[1:], column[:-1]).to_numpy() for column in columns])
     return table.filter(pa.array(first))
 
 
-def gather_proposals(storage: Storage, pools: Sequence[Pool], benchmarks: DecontaminateConfig, *, min_words: int, max_pairs: int) -> Pool:
-    """Make (or reopen) the pool of proposals: the pairs that share words with benchmark items, and the items' prompts.
+def gather_proposals(storage: Storage, pools: Sequence[Pool], benchmarks: DecontaminateConfig, *, min_words: int, max_pairs: int) -> Proposals:
+    """Make (or reopen) the pool of proposals: the pairs that share words with benchmark items, in the pools' order, and the items' prompts.
 
     Args:
         min_words: of candidates; overlaps of 13 words and equal short prompts are proposed whatever their length.
@@ -105,22 +117,34 @@ def gather_proposals(storage: Storage, pools: Sequence[Pool], benchmarks: Decont
     placed = pa.concat_tables([_PLACED_SCHEMA.empty_table(), *(_place_proposals(pool, names, min_words) for pool in pools)])
     digest = _digest(placed, texts, max_pairs)
     name = f"proposals-{digest[:8]}"
+    about = _shards_about(placed, max_pairs)
     if pool_exists(storage, name):
-        return open_pool(storage, name)
+        return Proposals(open_pool(storage, name), about)
     with Lease(storage, f"pools/{name}/lease.json") as lease:
         if pool_exists(storage, name):  # made by another driver meanwhile
-            return open_pool(storage, name)
+            return Proposals(open_pool(storage, name), about)
         by_name = {pool.name: pool for pool in pools}
         slices = [placed.slice(start, max_pairs) for start in range(0, placed.num_rows, max_pairs)]
         shards = [write_pool_shard(storage, name, number, _with_texts(rows, by_name, texts)) for number, rows in enumerate(slices)]
         lease.check()
-        return commit_pool(storage, name, digest, shards, {"step": "propose"})
+        return Proposals(commit_pool(storage, name, digest, shards, {"step": "propose"}), about)
+
+
+def _shards_about(placed: pa.Table, max_pairs: int) -> dict[str, dict[int, list[int]]]:
+    """Return by source pool and shard the numbers of the shards of `max_pairs` proposals that name it, ascending."""
+    names = ["source_pool", "source_shard", "number"]
+    numbers = pa.array(np.arange(placed.num_rows) // max_pairs)
+    about: dict[str, dict[int, list[int]]] = {}
+    for row in placed.select(names[:2]).append_column("number", numbers).group_by(names).aggregate([]).sort_by("number").to_pylist():
+        about.setdefault(row["source_pool"], {}).setdefault(row["source_shard"], []).append(row["number"])
+    return about
 
 
 def _place_proposals(pool: Pool, benchmarks: Iterable[str], min_words: int) -> pa.Table:
     """Return the proposals about a pool's pairs and where those stand, in their order (_PLACED_SCHEMA)."""
     proposed = read_proposals(pool, benchmarks, min_words)
-    keys = np.array(proposed["pair_id"].to_pylist(), "S32")
+    ids = proposed["pair_id"].cast(pa.binary(_ID_BYTES)).combine_chunks()
+    keys = np.frombuffer(ids.buffers()[1], f"S{_ID_BYTES}", len(ids), ids.offset * _ID_BYTES) if len(ids) else np.zeros(0, f"S{_ID_BYTES}")
     tables = [_PLACED_SCHEMA.empty_table()]
     for shard in pool.shards if proposed.num_rows else ():
         places, found = _places(keys, pool.read(shard.number, ["pair_id"])["pair_id"].to_pylist())
@@ -142,7 +166,7 @@ def _digest(placed: pa.Table, texts: "_BenchmarkTexts", max_pairs: int) -> str:
 
 def _places(keys: Any, pair_ids: Sequence[str]) -> tuple[list[int], list[int]]:
     """Return, for the pairs of a shard that are proposed, their rows and the rows of their proposals (sorted keys, perhaps several a pair)."""
-    ids = np.array(pair_ids, "S32")
+    ids = np.array(pair_ids, f"S{_ID_BYTES}")
     starts, ends = np.searchsorted(keys, ids, "left"), np.searchsorted(keys, ids, "right")
     hits = np.flatnonzero(ends > starts)
     places = [row for row in hits.tolist() for _ in range(int(ends[row] - starts[row]))]

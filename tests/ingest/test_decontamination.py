@@ -12,23 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synpref_ray.errors import InputError
+from synpref_ray.ingest.benchmark_prompts import (
+    BenchmarkFile,
+    BenchmarkItem,
+    DecontaminateConfig,
+    count_benchmark_items,
+    first_turn,
+    read_benchmarks,
+    split_words,
+)
 from synpref_ray.ingest.chunk import count_reasons, normalise_rows
 from synpref_ray.ingest.decontamination import (
     FULL_NGRAM,
     MIN_NGRAM,
-    BenchmarkFile,
     BenchmarkIndex,
-    BenchmarkItem,
-    DecontaminateConfig,
     MatchKind,
-    count_benchmark_items,
     drop_contaminated,
     find_matches,
-    first_turn,
     limit_candidates,
     matches_table,
-    read_benchmarks,
-    split_words,
 )
 from synpref_ray.ingest.fields import TextForm
 from synpref_ray.ingest.readers import read_pair_file

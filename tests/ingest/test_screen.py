@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synpref_ray.ingest import screen
+from synpref_ray.ingest.benchmark_prompts import BenchmarkItem, split_words
 from synpref_ray.ingest.chunk import normalise_rows
-from synpref_ray.ingest.decontamination import BenchmarkIndex, BenchmarkItem, find_matches, split_words
+from synpref_ray.ingest.decontamination import BenchmarkIndex, find_matches
 from synpref_ray.ingest.screen import NgramScreen
 from synpref_ray.ingest.source import SourceConfig
 

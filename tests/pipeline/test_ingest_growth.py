@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
-from synpref_ray.ingest.decontamination import comparison_facts
+from synpref_ray.ingest.benchmark_prompts import comparison_facts
 from synpref_ray.pipeline import ingest_growth
 from synpref_ray.pipeline import pools as pools_job
 from synpref_ray.pipeline.growth import peek_inputs

@@ -81,8 +81,9 @@ def workspace(root: Path, action: str = "drop") -> dict[str, Any]:
     return {"workspace": str(root / "ws"), "decontaminate": decontaminate, "gathered_shard_pairs": 2}
 
 
-def judge(settings: dict[str, Any], *judges: Callable[[str], str], **more: Any) -> Run:
-    steps = tuple(ScriptedJudge(judge=LeakJudgeConfig(judge=f"j{n}", max_input_tokens=99_000), statement=says) for n, says in enumerate(judges))
+def judge(settings: dict[str, Any], *judges: Callable[[str], str], max_input_tokens: int = 99_000, **more: Any) -> Run:
+    limits = {"max_input_tokens": max_input_tokens}
+    steps = tuple(ScriptedJudge(judge=LeakJudgeConfig(judge=f"j{n}", **limits), statement=says) for n, says in enumerate(judges))
     config = LeaksConfig(judges=steps, **settings, **more)
     check_leaks(config)
     run = Run(config.storage, "decontaminate", config)
@@ -191,7 +192,7 @@ def test_texts_of_proposals_are_held_a_shard_at_a_time(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("synpref_ray.pipeline.leak_proposals.write_pool_shard", write)
     before = pa.total_allocated_bytes()
-    pool = gather_proposals(config.storage, [open_pool(config.storage, "seed")], config.decontaminate, min_words=5, max_pairs=2)
+    pool = gather_proposals(config.storage, [open_pool(config.storage, "seed")], config.decontaminate, min_words=5, max_pairs=2).pool
     assert (pool.num_rows, len(held)) == (24, 12)
     assert max(held) < 8 * 200_000  # of 24; a shard has two, a source's three
     rows_of = pool.read_all(["source_shard", "source_row", "prompt"]).to_pylist()
