@@ -1,5 +1,6 @@
 """KubeRay's manifests: every field against the excerpt of the CRDs beside this file, and Ray's own reading of the resource for its autoscaler."""
 
+import re
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -69,6 +70,42 @@ def test_every_pod_mounts_only_volumes_that_it_has_and_limits_what_it_asks_for()
             assert {name: limits[name] for name in ("cpu", "memory")} == {
                 name: container["resources"]["requests"][name] for name in ("cpu", "memory")
             }
+
+
+def gigabytes(quantity: str) -> int:
+    number, unit = re.fullmatch(r"(\d+)(Gi|Ti)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * {"Gi": 1, "Ti": 1024}[unit]
+
+
+def test_the_caches_of_all_pods_are_writable_for_the_image_s_user_and_within_the_pod_s_limit() -> None:
+    image = (ROOT / "cluster" / "Dockerfile").read_text(encoding="utf-8")
+    [user] = re.findall(r"^USER (\d+):\1$", image, re.MULTILINE)
+    places = re.findall(r"(?:XDG_CACHE_HOME|HF_HOME|VLLM_CACHE_ROOT)=(\S+)", image)
+    spec = load("raycluster")["spec"]
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        [container] = pod["containers"]
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert all(any(place == path or place.startswith(f"{path}/") for path in mounts) for place in places)
+        [cache] = [volume for volume in pod["volumes"] if volume["name"] == mounts["/cache"]]
+        assert {*cache} <= {"name", "emptyDir", "ephemeral", "persistentVolumeClaim"}, "fsGroup does nothing to others: root alone could write"
+        assert (pod["securityContext"]["runAsUser"], pod["securityContext"]["fsGroup"]) == (int(user), int(user))
+        limit = gigabytes(container["resources"]["limits"]["ephemeral-storage"])
+        assert gigabytes(cache["emptyDir"].get("sizeLimit", "0Gi")) <= limit
+        assert gigabytes(container["resources"]["requests"]["ephemeral-storage"]) <= limit
+
+
+def test_gpu_pods_have_room_for_the_largest_models_of_the_configs() -> None:
+    [gpu] = [group for group in load("raycluster")["spec"]["workerGroupSpecs"] if group["groupName"] == "gpu"]
+    asked = gigabytes(gpu["template"]["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"])
+    assert asked > 470 + 145, "Qwen3-235B and Qwen2.5-72B in bfloat16"
+
+
+def test_gpu_nodes_have_the_label_of_the_launchers() -> None:
+    manifest = load("raycluster")
+    manifest["metadata"]["namespace"] = "default"
+    types = _derive_autoscaling_config_from_ray_cr(manifest)["available_node_types"]
+    assert {name: kind["labels"] for name, kind in types.items()} == {"headgroup": {}, "cpu": {}, "gpu": {"synpref/node": "gpu"}}
 
 
 def test_the_entrypoint_of_the_job_is_a_job_with_a_valid_config() -> None:

@@ -11,6 +11,7 @@ from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from synpref_ray.config import load_config
 from synpref_ray.pipeline.stage2 import Stage2Config
@@ -18,6 +19,8 @@ from tests.pipeline.test_configs import CONFIGS, FAMILY, family_config
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 LAUNCHERS = ("aws", "gcp")
+NOT_ON_GPU_NODES = [[("synpref/node", LabelSelectorOperator.LABEL_OPERATOR_NOT_IN, ["gpu"])]]
+"""What Ray makes of `label_selector={"synpref/node": "!gpu"}`."""
 
 
 def load(name: str) -> dict[str, Any]:
@@ -25,14 +28,14 @@ def load(name: str) -> dict[str, Any]:
     return config
 
 
-def launched(name: str, demand: list[dict[str, float]], unavailable: tuple[str, ...] = ()) -> dict[str, int]:
+def launched(name: str, demand: list[dict[str, float]], unavailable: tuple[str, ...] = (), selectors: Any = None) -> dict[str, int]:
     """Return how many nodes of each type Ray's autoscaler (v2) would start for a demand on an empty cluster."""
     config = AutoscalingConfig(load(name), skip_content_hash=True)
     request = SchedulingRequest(
         node_type_configs=config.get_node_type_configs(),
         max_num_nodes=config.get_max_num_worker_nodes(),
         disable_launch_config_check=True,
-        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(wanted) for wanted in demand]),
+        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(wanted, label_selectors=selectors) for wanted in demand]),
         recoverable_resource_availabilities=dict.fromkeys(unavailable, 0.0),
     )
     reply = ResourceDemandScheduler(None).schedule(request)
@@ -63,6 +66,29 @@ def test_gpus_are_spot_first_and_on_demand_where_spot_is_not_to_be_had(name: str
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
+def test_cpu_nodes_are_spot_first_and_on_demand_where_spot_is_not_to_be_had(name: str) -> None:
+    two_nodes = [{"CPU": 1.0}] * 20
+    assert launched(name, two_nodes) == {"cpu.spot": 2}
+    assert launched(name, two_nodes, unavailable=("cpu.spot",)) == {"cpu.ondemand": 2}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("tasks", [400, 2000])
+def test_work_that_avoids_gpu_nodes_starts_none_however_much_of_it_waits(name: str, tasks: int) -> None:
+    assert launched(name, [{"CPU": 1.0}] * tasks, selectors=NOT_ON_GPU_NODES) == {"cpu.spot": 8, "cpu.ondemand": 8}
+    types = load(name)["available_node_types"]
+    assert {kind for kind, its in types.items() if its.get("labels") == {"synpref/node": "gpu"}} == {
+        kind for kind in types if "GPU" in types[kind]["resources"]
+    }
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_all_groups_may_be_up_at_once(name: str) -> None:
+    config = load(name)
+    assert config["max_workers"] == sum(kind["max_workers"] for kind in config["available_node_types"].values())
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
 @pytest.mark.parametrize("model", FAMILY)
 def test_every_model_of_the_family_fits(name: str, model: str) -> None:
     train = family_config(model).train
@@ -75,22 +101,23 @@ def test_the_judges_of_stage_2_fit_on_one_node(name: str) -> None:
     assert launched(name, [{"GPU": judge.num_gpus_per_worker, "CPU": 1.0}] * judge.num_workers) == {"gpu.spot": 1}
 
 
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_spot_and_on_demand_nodes_are_otherwise_the_same(name: str) -> None:
+def test_spot_and_on_demand_nodes_are_otherwise_the_same(name: str, kind: str) -> None:
     types = load(name)["available_node_types"]
-    spot, paid = (dict(types[kind]["node_config"]) for kind in ("gpu.spot", "gpu.ondemand"))
+    spot, paid = (dict(types[f"{kind}.{market}"]["node_config"]) for market in ("spot", "ondemand"))
     spot_keys = {"aws": ["InstanceMarketOptions"], "gcp": ["scheduling"]}[name]
     assert [spot.pop(key) for key in spot_keys] != [paid.pop(key, None) for key in spot_keys]
     assert spot == paid
-    assert types["gpu.spot"]["resources"] == types["gpu.ondemand"]["resources"]
-    assert types["gpu.spot"]["priority"] > types["gpu.ondemand"]["priority"]
+    assert types[f"{kind}.spot"]["resources"] == types[f"{kind}.ondemand"]["resources"]
+    assert types[f"{kind}.spot"]["priority"] > types[f"{kind}.ondemand"]["priority"]
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_tokens_are_asked_for_on_every_node(name: str) -> None:
     config = load(name)
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
-    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert config["file_mounts"] == {"~/.ray": "~/.ray/synpref"}, "a folder of its own: what else is in ~/.ray is not for the nodes"
     assert "disabled" not in (CLUSTER / f"{name}.yaml").read_text(encoding="utf-8")
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1], "reached through ray dashboard, an SSH tunnel"
 
