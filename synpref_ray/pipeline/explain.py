@@ -162,6 +162,8 @@ def _describe_votes(told: Mapping[str, Any]) -> Iterator[str]:
 
 def _describe_merge(told: Mapping[str, Any]) -> str:
     values = told["values"]
+    if not values["num_votes"]:
+        return f"{_head(told)}: no judge has voted"
     alone = f"all judges together: {values['all_judges_verdict'] or 'none'}"
     rule = f"rule merge votes {told['version']}, weights {told['settings']['weights']}; " if "weights" in told["settings"] else ""
     verdict = values["judge_verdict"] or "no verdict"

@@ -221,6 +221,9 @@ def _run(
     except (SynprefError, *OBJECT_STORAGE_ERRORS) as error:
         _print_error(name, error)
         return EXIT_USAGE
+    except (KeyboardInterrupt, SystemExit):
+        print(f"{name}: stopped; run it again to go on where it is", file=sys.stderr)  # noqa: T201
+        raise
     print(summary)  # noqa: T201  # the job's summary
     print(f"run: {storage.join(run.folder)}")  # noqa: T201  # the job's last line
     return code
