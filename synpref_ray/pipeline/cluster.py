@@ -1,6 +1,7 @@
 """Connecting to Ray: a given cluster, or a local one that this process starts, with the settings that shard-aligned streaming needs."""
 
 import logging
+import math
 import os
 import socket
 import uuid
@@ -9,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
+from pydantic import Field
+from ray.data import DataContext, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,23 +32,51 @@ class RayConfig(Settings):
     object_store_memory_bytes: int = 1 * 2**30  # ours: shards of 64 MiB stream; a local run needs no more
     dashboard: bool = True
     """Whether a local Ray shows its dashboard."""
+    max_cpus: int = Field(
+        default=112, ge=1
+    )  # ours: the 8 nodes of 16 CPUs of cluster/'s files, less one for what holds CPUs beside (an index in memory)
+    """CPUs of a given cluster that tasks without a GPU ask for at once, at most. Keep it below what its nodes without GPUs hold when all are
+    up: Ray's autoscaler only prefers those, and starts nodes with GPUs for every task that they have no room for. Raise it on a cluster of your
+    own that is always up; jobs that run side by side share the nodes, so divide it among them."""
 
 
-def configure_ray_data() -> None:
-    """Set what whole-shard streaming relies on: large blocks are not split, and errors of ours arrive as themselves."""
-    context = ray.data.DataContext.get_current()
+def configure_ray_data(max_cpus: float = math.inf) -> None:
+    """Set what whole-shard streaming relies on: large blocks are not split, and errors of ours arrive as themselves.
+
+    Args:
+        max_cpus: what work without GPUs may ask for at once (`RayConfig.max_cpus`), by Ray Data and by `tasks.run_tasks`; infinite: no bound.
+    """
+    context = DataContext.get_current()
+    bounded = {} if math.isinf(max_cpus) else {"cpu": max_cpus, "gpu": 0.0}  # no GPU: what Ray Data asks for ahead is then no node that has some
+    context.execution_options.resource_limits = ExecutionResources.for_limits(**bounded)
     context.target_max_block_size = 16 * MAX_BYTES_PER_SHARD  # a decoded shard with embeddings stays one block
     context.raise_original_map_exception = True
     # Bounds on restarts and retries have no named parameter in Ray 2.60, and without them there are none.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated", category=RayDeprecationWarning)
 
 
+def cpu_bound() -> float:
+    """Return how many CPUs work without GPUs may ask for at once; infinite on a local Ray, which starts no nodes."""
+    return float(DataContext.get_current().execution_options.resource_limits.cpu)
+
+
+@contextmanager
+def data_context(num_gpus: float) -> Iterator[None]:
+    """Make datasets whose workers take `num_gpus` each; with GPUs their number of workers is their only bound."""
+    context = DataContext.get_current().copy()
+    if num_gpus:
+        context.execution_options.resource_limits = ExecutionResources.for_limits()
+    with DataContext.current(context):
+        yield
+
+
 @contextmanager
 def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
     """Connect to the given cluster, or start a local Ray and stop it again; check that every node sees the workspace."""
     given = bool(os.environ.get("RAY_ADDRESS"))
+    max_cpus = config.max_cpus if given else math.inf
     if ray.is_initialized():
-        configure_ray_data()
+        configure_ray_data(max_cpus)
         yield
         return
     if given:
@@ -60,7 +91,9 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
         )
         if config.dashboard:
             logger.info("Ray dashboard: http://%s (if it asks for a token: ray get-auth-token)", context.dashboard_url)
-    configure_ray_data()
+    configure_ray_data(max_cpus)
+    if (cpus := ray.cluster_resources().get("CPU", 0)) > max_cpus:  # type: ignore[no-untyped-call]
+        logger.info("work without GPUs takes at most %d of the cluster's %d CPUs at once (ray.max_cpus)", max_cpus, cpus)
     try:
         probed = probe_workspace(storage)
         try:

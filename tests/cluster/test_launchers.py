@@ -1,6 +1,7 @@
 """The cluster launcher's files: valid for Ray itself, and Ray's own scheduler takes from them the nodes that they are meant to give."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from synpref_ray.config import load_config
+from synpref_ray.pipeline.cluster import RayConfig
 from synpref_ray.pipeline.stage2 import Stage2Config
+from synpref_ray.pipeline.tasks import window_size
 from tests.pipeline.test_configs import CONFIGS, FAMILY, family_config
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -60,6 +63,15 @@ def test_gpus_are_spot_first_and_on_demand_where_spot_is_not_to_be_had(name: str
     assert launched(name, two_nodes) == {"gpu.spot": 2}
     assert launched(name, two_nodes, unavailable=("gpu.spot",)) == {"gpu.ondemand": 2}
     assert launched(name, [{"CPU": 1.0}] * 20) == {"cpu.spot": 2}, "CPU work must not start GPU nodes"
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("cpus_of_task", [1.0, 2.0, 6.0, 16.0])
+def test_as_many_cpu_tasks_as_are_ever_asked_for_start_no_gpu_node(name: str, cpus_of_task: float) -> None:
+    most = window_size({"CPU": 10**6}, RayConfig().max_cpus, cpus_of_task)
+    assert most == RayConfig().max_cpus // 2 ** math.ceil(math.log2(cpus_of_task))
+    beside = [{"CPU": 2.0}]  # an index in memory
+    assert all(kind.startswith("cpu.") for kind in launched(name, [{"CPU": cpus_of_task}] * most + beside))
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
