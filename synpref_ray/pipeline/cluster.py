@@ -110,7 +110,7 @@ def _connect() -> None:
     address = os.environ["RAY_ADDRESS"]
     try:
         ray.init(logging_level=logging.WARNING)
-    except ConnectionError as error:
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise InputError(
             f"cannot reach the Ray cluster at RAY_ADDRESS={address} ({' '.join(str(error).split())}); is it up, and does it want its token "
             "(RAY_AUTH_MODE=token)?"
