@@ -60,6 +60,24 @@ def cpu_bound() -> float:
     return float(DataContext.get_current().execution_options.resource_limits.cpu)
 
 
+def tell_if_no_room(what: str, num_cpus: float, num_gpus: float) -> None:
+    """Say so once, before the work, if no node that is there now could hold one of its workers: Ray then waits without a word, maybe for ever.
+
+    Our choice: no error, since nodes may come, and Ray has no public way to ask which would.
+    """
+    if not ray.is_initialized():
+        return
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in nodes):
+        return
+    logger.warning(
+        "%s waits for a node with %g CPUs and %g GPUs; the nodes that are up have at most %g and %g. If the cluster has node types of that size, "
+        "one comes in minutes; if not, nothing ever begins (ray status tells what is asked for)",
+        *(what, num_cpus, num_gpus),
+        *(max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU")),
+    )
+
+
 @contextmanager
 def data_context(num_gpus: float) -> Iterator[None]:
     """Make datasets whose workers take `num_gpus` each; with GPUs their number of workers is their only bound."""

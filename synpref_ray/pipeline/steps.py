@@ -21,7 +21,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from synpref_ray.errors import SchemaError, SynprefError
 from synpref_ray.llm.engine import EngineDied
-from synpref_ray.pipeline.cluster import cpu_bound, data_context
+from synpref_ray.pipeline.cluster import cpu_bound, data_context, tell_if_no_room
 from synpref_ray.pipeline.crashes import MAX_RESTARTS, MAX_TASK_RETRIES, CrashJournal, ShardGuard, end_process
 from synpref_ray.pipeline.metrics import export
 from synpref_ray.pipeline.progress import Progress
@@ -242,6 +242,7 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
         return []
     tables = [[without_shards(sidecar) for sidecar in outputs] for outputs in tables]
     sink = ShardSink(ShardWriter(step.name, step.outputs, tables))
+    tell_if_no_room(step.label, step.resources.num_cpus, step.resources.num_gpus)
     with data_context(step.resources.num_gpus):
         dataset, writing = plan_dataset(step, tables, ShardSource(inputs, _with_rows(inputs, pending)), pending)
     rows = _with_rows(inputs, pending)

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from synpref_ray.bundled import digest_folder, digest_model, pin_model, plain_name, resolve_model
+from synpref_ray.pipeline.cluster import tell_if_no_room
 from synpref_ray.pipeline.metrics import TrainingWatch
 from synpref_ray.pipeline.parity import check_model, read_parity, require_parity
 from synpref_ray.pipeline.training_batches import prepare_set
@@ -149,6 +150,7 @@ def _train_and_store(data: TrainingData, config: TrainConfig, folder: TrainingFo
         shutil.rmtree(left_over, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f"{stored}-"))
     try:
+        tell_if_no_room(f"train {stored}", 1.0, float(config.use_gpu))
         record = run_on_ray(data, config, folder, str(scratch / "ray"), TrainingWatch(stored))
         seconds = {**record.seconds, "total": time.perf_counter() - started}
         record = record.model_copy(update={"seconds": seconds, "num_by_source": dict(summary.num_by_source)})

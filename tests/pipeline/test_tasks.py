@@ -3,11 +3,13 @@
 import math
 import time
 from itertools import count
+from typing import Any
 
 import pytest
+import ray
 
 from synpref_ray.errors import InputError
-from synpref_ray.pipeline.cluster import configure_ray_data
+from synpref_ray.pipeline.cluster import configure_ray_data, tell_if_no_room
 from synpref_ray.pipeline.tasks import run_tasks, window_size
 
 
@@ -53,14 +55,18 @@ def linger(seconds: float, number: int) -> tuple[int, float, float]:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray")
 def test_the_cluster_is_looked_at_again_while_tasks_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = count(1)
+    looks, under_way = count(1), []
+    wait = ray.wait
+
+    def watched(running: list[Any], **how: Any) -> Any:
+        under_way.append(len(running))
+        return wait(running, **how)
+
+    monkeypatch.setattr(ray, "wait", watched)
     monkeypatch.setattr("synpref_ray.pipeline.tasks.LOOK_SECONDS", 0.0)
     monkeypatch.setattr("synpref_ray.pipeline.tasks.max_running", lambda *_: 1 if next(looks) < 6 else 4)  # as if nodes came
-    ran = run_tasks(linger, 0.3, [(number,) for number in range(12)])
-    assert [number for number, _, _ in ran] == list(range(12))
-    together = [sum(begun <= start < ended for _, begun, ended in ran) for _, start, _ in ran]
-    assert together[:3] == [1, 1, 1]
-    assert 1 < max(together) <= 4
+    assert run_tasks(multiply, 3, [(number,) for number in range(12)]) == [3 * number for number in range(12)]
+    assert (under_way[0], max(under_way), under_way[-1]) == (1, 4, 1)
 
 
 @pytest.mark.ray
@@ -73,6 +79,19 @@ def test_no_more_cpus_are_asked_for_than_allowed() -> None:
         configure_ray_data()
     assert [number for number, _, _ in ran] == list(range(8))
     assert max(sum(begun <= start < ended for _, begun, ended in ran) for _, start, _ in ran) <= 2
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray")
+def test_work_that_no_node_could_hold_is_told_before_it_waits(caplog: pytest.LogCaptureFixture) -> None:
+    tell_if_no_room("judge", 8.0, 0.0)
+    assert caplog.messages == []
+    tell_if_no_room("judge", 1.0, 4.0)
+    tell_if_no_room("index", 9.0, 0.0)
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "judge waits for a node with 1 CPUs and 4 GPUs",
+        "index waits for a node with 9 CPUs and 0 GPUs",
+    ]
 
 
 @pytest.mark.ray
