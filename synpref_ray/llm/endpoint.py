@@ -415,4 +415,4 @@ def open_engine(config: EngineConfig | EndpointConfig, budget: Budget | None = N
 def _load_encoder(name: str) -> PlainEncoder:
     from transformers import AutoTokenizer
 
-    return PlainEncoder(AutoTokenizer.from_pretrained(resolve_model(name)))
+    return PlainEncoder(AutoTokenizer.from_pretrained(resolve_model(name, weights=False)))

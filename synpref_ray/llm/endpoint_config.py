@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, WrapValidator, model_validator
 
-from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.bundled import digest_model
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.engine import EngineConfig
@@ -120,7 +120,7 @@ class EndpointConfig(Settings):
         values = {**self.model_dump(mode="json", include=set(ENDPOINT_SETTINGS)), "wire": WIRE_VERSION}
         if self.tokenizer:
             del values["bytes_per_token"]
-            values["tokenizer"] = digest_folder(resolve_model(self.tokenizer))
+            values["tokenizer"] = digest_model(self.tokenizer)
         return values
 
     def share(self, num_workers: int) -> "EndpointConfig":

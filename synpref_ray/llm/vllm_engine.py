@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.bundled import digest_model, plain_name, resolve_model
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.choices import Watched, normalise_logprobs, watched_tokens
 from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment, take
@@ -110,7 +110,7 @@ class VllmEngine:
 
     def identity(self) -> ModelIdentity:
         """Return the configured model and the digest of its folder."""
-        return ModelIdentity(model=self._config.model, revision=digest_folder(self._model_dir))
+        return ModelIdentity(model=plain_name(self._config.model), revision=digest_model(self._config.model))
 
     def close(self) -> None:
         """End the engine and its child processes, if any; whoever still waits gets `EngineDied`. May be called twice."""

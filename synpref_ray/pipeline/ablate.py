@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, PositiveInt
 
-from synpref_ray.bundled import resolve_model
+from synpref_ray.bundled import find_model
 from synpref_ray.errors import ConfigError
 from synpref_ray.evaluation.accuracy import SeedAccuracy, paired_bootstrap, seed_accuracy
 from synpref_ray.evaluation.matching import NUMBERS, SMALL_DIFFERENCE, standardised_differences
@@ -91,7 +91,7 @@ def check_ablate(config: AblateConfig) -> None:
         raise ConfigError(f"parts must name each of matched, ladder and scaling at most once, found {', '.join(config.parts) or 'none'}")
     if "scaling" in config.parts and (len(set(config.fractions)) < MIN_SIZES or not all(0 < fraction <= 1 for fraction in config.fractions)):
         raise ConfigError(f"the scaling curve needs {MIN_SIZES} different fractions above 0 and at most 1, found {list(config.fractions)}")
-    resolve_model(config.train.backbone)
+    find_model(config.train.backbone)
     with open_binary(config.held_out):
         pass
     load_stage1(config)

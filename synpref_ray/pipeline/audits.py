@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from synpref_ray.bundled import digest_folder
 from synpref_ray.config import Settings
 from synpref_ray.evaluation.accuracy import accuracy_by, as_metrics
 from synpref_ray.evaluation.benchmarks.core import Item, Outcome
@@ -34,6 +33,7 @@ from synpref_ray.reward.render import RENDER_VERSION
 from synpref_ray.reward.reply_scorer import add_reply_rewards
 from synpref_ray.reward.scorer import PairScorer
 from synpref_ray.schema import REPLY_SCHEMA, reply_id, stable_hash
+from synpref_ray.tables.models import model_digest, model_folder
 from synpref_ray.tables.pools import Pool, commit_pool, content_digest, open_pool, pool_exists, write_pool_shard
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
@@ -233,7 +233,7 @@ class SuffixWorker:
     """Loads the model once per actor, and searches for the rows of a shard one after the other."""
 
     def __init__(self, model: str, config: ScoreConfig, search: SearchConfig):
-        self._scorer = PairScorer.load(model, config)
+        self._scorer = PairScorer.load(model_folder(model), config)
         self._vocabulary = printable_tokens(self._scorer.tokenizer)
         self._search = search
 
@@ -284,7 +284,7 @@ def _suffixes(report: AuditReport, run: Run, cache: ScoreCache, config: AuditCon
             "render_version": RENDER_VERSION,
             "versions": versions_of("torch", "transformers", "tokenizers"),
         },
-        digests={"model": digest_folder(cache.model)},
+        digests={"model": model_digest(cache.model)},
         worker_arguments=lambda _: {"model": cache.model, "config": cache.config, "search": config.search},
         resources=Resources(cache.config.num_workers, num_gpus=cache.config.num_gpus_per_worker),
     )

@@ -1,6 +1,7 @@
 """Connecting to Ray: a given cluster, or a local one that this process starts, with the settings that shard-aligned streaming needs."""
 
 import logging
+import math
 import os
 import socket
 import uuid
@@ -9,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
+from pydantic import Field
+from ray.data import DataContext, ExecutionResources
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,23 +32,69 @@ class RayConfig(Settings):
     object_store_memory_bytes: int = 1 * 2**30  # ours: shards of 64 MiB stream; a local run needs no more
     dashboard: bool = True
     """Whether a local Ray shows its dashboard."""
+    max_cpus: int = Field(
+        default=112, ge=1
+    )  # ours: the 8 nodes of 16 CPUs of cluster/'s files, less one for what holds CPUs beside (an index in memory)
+    """CPUs of a given cluster that tasks without a GPU ask for at once, at most. Keep it below what its nodes without GPUs hold when all are
+    up: Ray's autoscaler only prefers those, and starts nodes with GPUs for every task that they have no room for. Raise it on a cluster of your
+    own that is always up; jobs that run side by side share the nodes, so divide it among them."""
 
 
-def configure_ray_data() -> None:
-    """Set what whole-shard streaming relies on: large blocks are not split, and errors of ours arrive as themselves."""
-    context = ray.data.DataContext.get_current()
+def configure_ray_data(max_cpus: float = math.inf) -> None:
+    """Set what whole-shard streaming relies on: large blocks are not split, and errors of ours arrive as themselves.
+
+    Args:
+        max_cpus: what work without GPUs may ask for at once (`RayConfig.max_cpus`), by Ray Data and by `tasks.run_tasks`; infinite: no bound.
+    """
+    context = DataContext.get_current()
+    bounded = {} if math.isinf(max_cpus) else {"cpu": max_cpus, "gpu": 0.0}  # no GPU: what Ray Data asks for ahead is then no node that has some
+    context.execution_options.resource_limits = ExecutionResources.for_limits(**bounded)
     context.target_max_block_size = 16 * MAX_BYTES_PER_SHARD  # a decoded shard with embeddings stays one block
     context.raise_original_map_exception = True
     # Bounds on restarts and retries have no named parameter in Ray 2.60, and without them there are none.
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated", category=RayDeprecationWarning)
 
 
+def cpu_bound() -> float:
+    """Return how many CPUs work without GPUs may ask for at once; infinite on a local Ray, which starts no nodes."""
+    return float(DataContext.get_current().execution_options.resource_limits.cpu)
+
+
+def tell_if_no_room(what: str, num_cpus: float, num_gpus: float) -> None:
+    """Say so once, before the work, if no node that is there now could hold one of its workers: Ray then waits without a word, maybe for ever.
+
+    Our choice: no error, since nodes may come, and Ray has no public way to ask which would.
+    """
+    if not ray.is_initialized():
+        return
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in nodes):
+        return
+    logger.warning(
+        "%s waits for a node with %g CPUs and %g GPUs; the nodes that are up have at most %g and %g. If the cluster has node types of that size, "
+        "one comes in minutes; if not, nothing ever begins (ray status tells what is asked for)",
+        *(what, num_cpus, num_gpus),
+        *(max((node.get(kind, 0) for node in nodes), default=0) for kind in ("CPU", "GPU")),
+    )
+
+
+@contextmanager
+def data_context(num_gpus: float) -> Iterator[None]:
+    """Make datasets whose workers take `num_gpus` each; with GPUs their number of workers is their only bound."""
+    context = DataContext.get_current().copy()
+    if num_gpus:
+        context.execution_options.resource_limits = ExecutionResources.for_limits()
+    with DataContext.current(context):
+        yield
+
+
 @contextmanager
 def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
     """Connect to the given cluster, or start a local Ray and stop it again; check that every node sees the workspace."""
     given = bool(os.environ.get("RAY_ADDRESS"))
+    max_cpus = config.max_cpus if given else math.inf
     if ray.is_initialized():
-        configure_ray_data()
+        configure_ray_data(max_cpus)
         yield
         return
     if given:
@@ -60,7 +109,9 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
         )
         if config.dashboard:
             logger.info("Ray dashboard: http://%s (if it asks for a token: ray get-auth-token)", context.dashboard_url)
-    configure_ray_data()
+    configure_ray_data(max_cpus)
+    if (cpus := ray.cluster_resources().get("CPU", 0)) > max_cpus:  # type: ignore[no-untyped-call]
+        logger.info("work without GPUs takes at most %d of the cluster's %d CPUs at once (ray.max_cpus)", max_cpus, cpus)
     try:
         probed = probe_workspace(storage)
         try:
@@ -77,7 +128,7 @@ def _connect() -> None:
     address = os.environ["RAY_ADDRESS"]
     try:
         ray.init(logging_level=logging.WARNING)
-    except ConnectionError as error:
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise InputError(
             f"cannot reach the Ray cluster at RAY_ADDRESS={address} ({' '.join(str(error).split())}); is it up, and does it want its token "
             "(RAY_AUTH_MODE=token)?"

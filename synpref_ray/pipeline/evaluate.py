@@ -103,11 +103,11 @@ def check_evaluate(config: EvaluateConfig) -> None:
     if not config.model and (config.audits or config.compare):
         raise ConfigError("audits and compare are of a reward model's rewards: name a model (model=FOLDER)")
     for folder in (*config.compare, *config.model_seeds):
-        model_folder(folder)
+        model_folder(folder, weights=False)
     if len(set(names)) != len(names):
         raise ConfigError(f"every judge needs a name of its own, found {', '.join(names)}")
     if config.model:
-        model_folder(config.model)
+        model_folder(config.model, weights=False)
     for judge in config.judges:
         judge.check()
     for found in benchmark_files(config).values():
@@ -159,7 +159,7 @@ def _audit_tables(config: EvaluateConfig, run: Run, benchmarks: Sequence[LoadedB
     reports = []
     by_name = {one.name: one for one in benchmarks}
     if config.audits:
-        cache = ScoreCache(config.cache_storage, model_folder(config.model), config.score)
+        cache = ScoreCache(config.cache_storage, config.model, config.score)
         reports.append(run_audits(run, cache, {name: (by_name[name], found) for name, found in outcomes.items()}, config.audits, config.audit))
     if config.compare:
         seeds = [outcomes, *(_outcomes_of(config, run, folder, benchmarks) for folder in config.model_seeds)]
@@ -180,7 +180,7 @@ def _model_outcomes(config: EvaluateConfig, run: Run, benchmarks: Sequence[Loade
 def _outcomes_of(
     config: EvaluateConfig, run: Run, model: str, benchmarks: Sequence[LoadedBenchmark], *, count: bool = False
 ) -> dict[str, list[Outcome]]:
-    cache = ScoreCache(config.cache_storage, model_folder(model), config.score)
+    cache = ScoreCache(config.cache_storage, model, config.score)
     every = conversations_of((item.prompt, reply) for one in benchmarks for item in one.read.items if item.problem is None for reply in item.replies)
     computed = cache.fill(run, every, replies_per_shard=config.replies_per_shard)
     if count:

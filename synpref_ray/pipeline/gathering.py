@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 
-from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, plan_sidecars, run_step, unwrap
+from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, plan_sidecars, run_step
+from synpref_ray.pipeline.tasks import run_tasks
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.parts import PartedSidecar
 from synpref_ray.tables.pools import Pool, Shard, commit_pool, list_pools, open_pool, pool_exists, write_pool_shard
@@ -55,23 +55,13 @@ def _write_shards(storage: Storage, name: str, plan: Sequence[Sequence[Piece]]) 
     light = {id(pool): replace(pool, shards=()) for pool in {id(piece.pool): piece.pool for pieces in plan for piece in pieces}.values()}
     plan = [[replace(piece, pool=light[id(piece.pool)]) for piece in pieces] for pieces in plan]  # a task would carry every list of shards
     if sum(len(piece.rows) for pieces in plan for piece in pieces) <= INLINE_ROWS:
-        return _write_some(storage, name, 0, plan)
-    starts = range(0, len(plan), SHARDS_PER_TASK)
-    try:
-        tasks = [_write_gathered.remote(storage, name, start, plan[start : start + SHARDS_PER_TASK]) for start in starts]
-        written: list[list[Shard]] = ray.get(tasks)
-    except ray.exceptions.RayError as error:
-        raise unwrap(error) from error
-    return [shard for some in written for shard in some]
+        return _write_some((storage, name), 0, plan)
+    tasks = [(start, plan[start : start + SHARDS_PER_TASK]) for start in range(0, len(plan), SHARDS_PER_TASK)]
+    return [shard for some in run_tasks(_write_some, (storage, name), tasks, title=f"gather {name}") for shard in some]
 
 
-def _write_some(storage: Storage, name: str, first: int, plan: Sequence[Sequence[Piece]]) -> list[Shard]:
-    return [write_pool_shard(storage, name, first + number, table) for number, table in enumerate(gather_shards(plan))]
-
-
-@ray.remote
-def _write_gathered(storage: Storage, name: str, first: int, plan: Sequence[Sequence[Piece]]) -> list[Shard]:
-    return _write_some(storage, name, first, plan)
+def _write_some(target: tuple[Storage, str], first: int, plan: Sequence[Sequence[Piece]]) -> list[Shard]:
+    return [write_pool_shard(*target, first + number, table) for number, table in enumerate(gather_shards(plan))]
 
 
 def gathered_from(gathered: Pool, source: Pool) -> dict[int, tuple[Shard, ...]]:

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from pydantic import Field
 
 from synpref_ray.errors import ConfigError
@@ -49,7 +48,8 @@ from synpref_ray.ingest.source import Route
 from synpref_ray.ingest.token_lengths import tokenizer_file
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.pair_facts import PiiConfig, measure_pools, scan_pools
-from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, run_step, unwrap
+from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, run_step
+from synpref_ray.pipeline.tasks import run_tasks
 from synpref_ray.reporting.histograms import format_histogram, length_bars
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
@@ -182,12 +182,11 @@ def _compare(config: HygieneConfig, keys: Sequence[Sidecar], run: Run) -> Compar
         with Lease(config.storage, f"{compared.folder}/lease.json") as lease:
             parts = max(1, -(-rows // MAX_PAIRS_PER_PART))
             bands = max(1, min(NUM_BANDS, MAX_BANDS_OF_PAIRS // max(rows, 1)))
-            tasks: list[Any] = [_FindCycles(tuple(keys), compared, part, parts) for part in range(parts)]
-            tasks += [
-                _FindLinks(tuple(keys), compared, BAND_COLUMNS[start : start + bands], config.min_similarity) for start in range(0, NUM_BANDS, bands)
-            ]
-            _run_tasks(tasks, rows)
-            (counts,) = _run_tasks([_FindClusters(compared)], rows)
+            tasks: list[Any] = [_FindCycles(compared, part, parts) for part in range(parts)]
+            tasks += [_FindLinks(compared, BAND_COLUMNS[start : start + bands], config.min_similarity) for start in range(0, NUM_BANDS, bands)]
+            inline = rows <= INLINE_ROWS
+            run_tasks(_call, tuple(keys), [(task,) for task in tasks], inline=inline, title="compare")
+            (counts,) = run_tasks(_call, (), [(_FindClusters(compared),)], inline=inline)
             lease.check()
             config.storage.write_json(f"{compared.folder}/done.json", {"name": compared.name, "pools": inputs, **settings, "counts": counts})
         computed = rows
@@ -195,36 +194,24 @@ def _compare(config: HygieneConfig, keys: Sequence[Sidecar], run: Run) -> Compar
     return compared
 
 
-def _run_tasks(tasks: Sequence[Any], num_pairs: int) -> list[Any]:
-    if num_pairs <= INLINE_ROWS:
-        return [task() for task in tasks]
-    remote = ray.remote(_call)
-    try:
-        results: list[Any] = ray.get([remote.remote(task) for task in tasks])
-    except ray.exceptions.RayError as error:
-        raise unwrap(error) from error
-    return results
-
-
-def _call(task: Any) -> Any:
-    return task()
+def _call(keys: tuple[Sidecar, ...], task: Any) -> Any:
+    return task(keys)
 
 
 @dataclass(frozen=True)
 class _FindCycles:
     """Writes the places of the pairs in cycles, of the prompt groups whose key leaves `part` when divided by `parts`."""
 
-    keys: tuple[Sidecar, ...]
     compared: Compared
     part: int
     parts: int
 
-    def __call__(self) -> None:
+    def __call__(self, keys: tuple[Sidecar, ...]) -> None:
         path = f"{self.compared.folder}/cycles-{self.part:05d}.parquet"
         if self.compared.storage.exists(path):
             return
         values, places = [], []
-        for table, sidecar in enumerate(self.keys):
+        for table, sidecar in enumerate(keys):
             for shard in sidecar.pool.shards:
                 columns = _columns(sidecar, shard.number, ["group_key", "chosen_key", "rejected_key"])
                 rows = np.flatnonzero(columns[:, 0] % np.uint64(self.parts) == self.part)
@@ -234,7 +221,7 @@ class _FindCycles:
         if values:
             pairs = np.concatenate(values)
             marked = np.concatenate(places)[in_cycle(pairs[:, 0], pairs[:, 1], pairs[:, 2])]
-            names = np.array([sidecar.pool.name for sidecar in self.keys], object)[marked[:, 0]]
+            names = np.array([sidecar.pool.name for sidecar in keys], object)[marked[:, 0]]
             found = pa.table([pa.array(names, pa.string()), marked[:, 1], marked[:, 2]], schema=CYCLES_SCHEMA)
         self.compared.storage.write_table(path, found)
 
@@ -243,16 +230,15 @@ class _FindCycles:
 class _FindLinks:
     """Writes the near-duplicates that share one of some bands; two readings, so that only prompts that meet another are held whole."""
 
-    keys: tuple[Sidecar, ...]
     compared: Compared
     bands: tuple[str, ...]
     min_similarity: float
 
-    def __call__(self) -> None:
+    def __call__(self, keys: tuple[Sidecar, ...]) -> None:
         path = f"{self.compared.folder}/links-{self.bands[0]}.parquet"
         if self.compared.storage.exists(path):
             return
-        shards = [(sidecar, shard.number) for sidecar in self.keys for shard in sidecar.pool.shards]
+        shards = [(sidecar, shard.number) for sidecar in keys for shard in sidecar.pool.shards]
         groups, bands, sizes = [], [], []
         for sidecar, number in shards:
             table = sidecar.read(number, ["group_key", "signature", *self.bands])
@@ -294,7 +280,7 @@ class _FindClusters:
 
     compared: Compared
 
-    def __call__(self) -> dict[str, int]:
+    def __call__(self, _: tuple[Sidecar, ...]) -> dict[str, int]:
         links = self.compared.links()
         clusters = find_clusters(links)
         self.compared.storage.write_table(clusters_path(self.compared.name), pa.table(list(clusters), schema=CLUSTERS_SCHEMA))

@@ -8,13 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, Field
 
-from synpref_ray.bundled import digest_folder, find_model, resolve_model
+from synpref_ray.bundled import digest_model, find_model, pin_model, resolve_model
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.endpoint import EndpointEngine, open_engine
@@ -79,7 +79,13 @@ class LLMStepConfig(Settings):
     @property
     def digests(self) -> dict[str, str]:
         """Digest of the engine's model; of one behind an endpoint nothing is known but its name, which is among the settings."""
-        return {} if isinstance(self.engine, EndpointConfig) else {"model": digest_folder(resolve_model(self.engine.model))}
+        return {} if isinstance(self.engine, EndpointConfig) else {"model": digest_model(self.engine.model)}
+
+    def pinned(self) -> Self:
+        """Return the settings for workers, which load what the digests name; the driver needs no weights."""
+        name = "tokenizer" if isinstance(self.engine, EndpointConfig) else "model"
+        value = getattr(self.engine, name)
+        return self.model_copy(update={"engine": self.engine.model_copy(update={name: pin_model(value)})}) if value else self
 
     def check(self) -> None:
         """Check that the model can be found, or the endpoint's key and tokenizer, that it gets its GPUs and that the longest request fits, without
@@ -91,7 +97,7 @@ class LLMStepConfig(Settings):
         if isinstance(self.engine, EndpointConfig):
             self.engine.api_key()
             if self.engine.tokenizer:
-                resolve_model(self.engine.tokenizer)
+                resolve_model(self.engine.tokenizer, weights=False)
             return
         check_each(partial(self._check_engine, self.engine), partial(find_model, self.engine.model))
 
@@ -471,15 +477,21 @@ def run_llm_step(run: Run, name: str, step: Step, inputs: Sequence[StepInput], c
         RunConflictError: another job spends this budget now.
     """
     engine = config.engine
+    arguments = step.worker_arguments
+    step = replace(step, worker_arguments=lambda tables: _pinned(arguments(tables)))
     unfinished = not all(sidecar.is_sealed for sidecars in plan_sidecars(step, inputs) for sidecar in sidecars)
     if not (isinstance(engine, EndpointConfig) and engine.spending_limit and unfinished):
         return _report(run, run_step(step, inputs), name).sidecars
     storage, folder = inputs[0].pool.storage, f"spending/{step.outputs[0].name}"
     record = SpendingRecord(storage, folder)
     with Lease(storage, f"{folder}/lease.json"), SharedBudget.start(engine.spending_limit, record, engine.reservation_seconds) as budget:
-        arguments = step.worker_arguments
-        limited = replace(step, worker_arguments=lambda tables: {**arguments(tables), "budget": budget})
+        pinned = step.worker_arguments
+        limited = replace(step, worker_arguments=lambda tables: {**pinned(tables), "budget": budget})
         return _report(run, run_step(limited, inputs), name).sidecars
+
+
+def _pinned(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {**arguments, "config": arguments["config"].pinned()}
 
 
 def _report(run: Run, result: StepResult, name: str) -> StepResult:

@@ -8,9 +8,10 @@ is written last, as a seal, and the parts are removed then. The driver holds row
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ import ray
 
 from synpref_ray.pipeline.crashes import MAX_TASK_RETRIES
 from synpref_ray.pipeline.steps import INLINE_ROWS, unwrap
+from synpref_ray.pipeline.tasks import max_running, run_tasks
 from synpref_ray.retrieval.embedder import embedding_matrix
 from synpref_ray.retrieval.index import IndexConfig, IndexShape
 from synpref_ray.retrieval.neighbours import Matrix
@@ -156,7 +158,7 @@ def _build(index: PoolIndex) -> tuple[int, int, dict[str, float]]:
     """Train, fill and merge what is missing; return the index's bytes and vectors, and the seconds of each phase."""
     clock = [time.monotonic()]
     storage, pool = index.pool.storage, index.pool
-    call = _call_here if index._is_small else _call_on_ray
+    call = partial(run_tasks, inline=index._is_small, options={"max_retries": MAX_TASK_RETRIES, **_resources(index.config)})
     if not storage.exists(f"{index.folder}/trained.faiss"):
         call(_train, index, [()])
     clock.append(time.monotonic())
@@ -166,7 +168,7 @@ def _build(index: PoolIndex) -> tuple[int, int, dict[str, float]]:
     parts = [filled[start : start + step] for start in range(0, len(filled), step)]
     there = {*storage.list_files(f"{index.folder}/parts", deep=False)}
     missing = [(number, shards) for number, shards in enumerate(parts) if _part_path(index, number) not in there]
-    call(_fill, index, missing)
+    call(_fill, index, missing, title=f"fill {index.folder}")
     clock.append(time.monotonic())
     num_bytes, num_vectors = call(_merge, index, [(len(parts),)])[0]
     clock.append(time.monotonic())
@@ -193,20 +195,6 @@ def _merge(index: PoolIndex, num_parts: int) -> tuple[int, int]:
     parts = (load_index(storage, _part_path(index, number)) for number in range(num_parts))
     merged = merge_parts(load_index(storage, f"{index.folder}/trained.faiss"), parts)
     return save_index(merged, storage, index.path), int(merged.ntotal)
-
-
-def _call_here(function: Callable[..., Any], index: PoolIndex, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    return [function(index, *more) for more in arguments]
-
-
-def _call_on_ray(function: Callable[..., Any], index: PoolIndex, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    remote = ray.remote(function).options(max_retries=MAX_TASK_RETRIES, **_resources(index.config))
-    shared = ray.put(index)  # once: it holds the lists of shards
-    try:
-        results: list[Any] = ray.get([remote.remote(shared, *more) for more in arguments])
-    except ray.exceptions.RayError as error:
-        raise unwrap(error) from error
-    return results
 
 
 def _resources(config: IndexConfig) -> dict[str, float]:
@@ -247,7 +235,7 @@ class _RemoteScorer(CandidateScorer):
         running: deque[Any] = deque()
         try:
             for one in candidates:
-                if len(running) >= TASKS_IN_FLIGHT:
+                if len(running) >= min(TASKS_IN_FLIGHT, max_running()):
                     yield ray.get(running.popleft())
                 running.append(_score.remote(shared, question, one))
             while running:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.bundled import digest_model, pin_model
 from synpref_ray.config import Settings
 from synpref_ray.pipeline.llm_steps import ATTRIBUTE_COLUMNS, GoldTables
 from synpref_ray.pipeline.pool_index import build_pool_index
@@ -95,8 +95,8 @@ def _embed_step(title: str, config: EmbedStepConfig) -> Step:
             **config.embedder.model_dump(mode="json", include={"prefix", "task", "dtype"}, exclude_defaults=True),
             "versions": versions_of("torch", "transformers"),
         },
-        digests={"model": digest_folder(resolve_model(config.embedder.model))},
-        worker_arguments=lambda _: {"config": config.embedder},
+        digests={"model": digest_model(config.embedder.model)},
+        worker_arguments=lambda _: {"config": config.embedder.model_copy(update={"model": pin_model(config.embedder.model)})},
         resources=Resources(
             config.num_workers, num_gpus=config.num_gpus_per_worker, min_workers=config.min_workers, max_shard_seconds=config.max_shard_seconds
         ),

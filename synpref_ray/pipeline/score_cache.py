@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from synpref_ray.bundled import digest_folder
 from synpref_ray.pipeline.scoring import RESULT_SETTINGS, ScoreConfig
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
@@ -23,6 +22,7 @@ from synpref_ray.reward.render import RENDER_VERSION, template_digest
 from synpref_ray.reward.reply_scorer import add_reply_rewards
 from synpref_ray.reward.scorer import PairScorer
 from synpref_ray.schema import REPLY_SCHEMA, SCORES_SCHEMA, Message, reply_id
+from synpref_ray.tables.models import model_digest, model_folder, pinned_model
 from synpref_ray.tables.pools import Pool, commit_pool, content_digest, open_pool, pool_exists, shard_number_of_path, write_pool_shard
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
@@ -46,18 +46,18 @@ class ScoreCache:
     """The rewards of one model under one way of scoring."""
 
     def __init__(self, storage: Storage, model: str, config: ScoreConfig):
-        """Open the cache for a model's folder.
+        """Open the cache for a model, as a user names it.
 
         Raises:
             InputError: no such model, or it has no tokenizer with a chat template.
         """
         self.storage = storage
-        self.model = model
+        self.model = pinned_model(model)
         self.config = config
         self._settings = {
             "version": CACHE_VERSION,
-            "model": digest_folder(model),
-            "template": template_digest(load_tokenizer(model)),
+            "model": model_digest(model),
+            "template": template_digest(load_tokenizer(model_folder(self.model, weights=False))),
             **config.model_dump(mode="json", include=RESULT_SETTINGS),
             "render_version": RENDER_VERSION,
             "versions": versions_of("torch", "transformers", "tokenizers"),
@@ -118,7 +118,7 @@ class ReplyScoreWorker:
     """Loads the model once per actor."""
 
     def __init__(self, model: str, config: ScoreConfig):
-        self._scorer = PairScorer.load(model, config)
+        self._scorer = PairScorer.load(model_folder(model), config)
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
         return add_reply_rewards(shard, self._scorer), {"scored_replies": float(shard.num_rows)}

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from synpref_ray.bundled import digest_folder
 from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.ingest.readers import digest_file, open_binary, read_pair_file
@@ -26,7 +25,7 @@ from synpref_ray.pipeline.scoring import ScoreConfig, score_pools
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
 from synpref_ray.schema import POOL_SCHEMA, REWARDS_SCHEMA
-from synpref_ray.tables.models import model_folder
+from synpref_ray.tables.models import model_digest, model_folder
 from synpref_ray.tables.pools import Pool, commit_pool, content_digest, open_pool, pool_exists, write_pool_shard
 from synpref_ray.tables.sidecars import Sidecar
 from synpref_ray.tables.storage import Storage
@@ -82,7 +81,7 @@ class ScoredFile:
 
 def check_score(config: ScoreJobConfig) -> None:
     """Check the model's folder, the file and the output's name."""
-    model_folder(config.model)
+    model_folder(config.model, weights=False)
     with open_binary(config.pairs):
         pass
     if not config.out.endswith((".parquet", ".jsonl")):
@@ -115,7 +114,7 @@ def _counting(tables: Iterable[pa.Table], counted: Counter[str | None]) -> Itera
 def score_file(run: Run, storage: Storage, file: str, models: Sequence[str], reading: FileScoring, config: ScoreConfig) -> list[ScoredFile]:
     """Score every row of a pair file with every model folder; the file is read once."""
     pool = _file_pool(storage, file, reading)
-    names = [digest_folder(model_folder(model))[:8] for model in models]
+    names = [model_digest(model)[:8] for model in models]
     every_row = config.model_copy(update={"max_failed_fraction": 1.0})  # a pair without a reward is an answer here, however many there are
     rewards = score_pools(run, f"score {file.rsplit('/', 1)[-1]}", [pool], dict(zip(names, models, strict=True)), every_row).sidecars[0]
     sidecar_of = dict(zip(dict.fromkeys(names), rewards, strict=True))

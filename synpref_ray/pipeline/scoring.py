@@ -11,7 +11,6 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 
-from synpref_ray.bundled import digest_folder
 from synpref_ray.llm.engine import EngineDied
 from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, run_step
@@ -20,7 +19,7 @@ from synpref_ray.reward.parity_record import DEFAULT_PARITY, ParityConfig
 from synpref_ray.reward.render import RENDER_VERSION
 from synpref_ray.reward.scorer import PairScorer, ScorerConfig, add_rewards_of_all
 from synpref_ray.schema import REWARDS_SCHEMA
-from synpref_ray.tables.models import StoredModel, model_folder
+from synpref_ray.tables.models import StoredModel, model_digest, model_folder, pinned_model
 from synpref_ray.tables.pools import Pool
 from synpref_ray.versions import versions_of
 
@@ -98,8 +97,9 @@ def score_pools(
     for model in models.values():
         if isinstance(model, StoredModel):
             require_parity(model, parity_for(config, parity))
-    prefixes = [(f"{short}." if len(models) > 1 else "", model) for short, model in models.items()]
-    digests = {short: digest_folder(model_folder(model)) if isinstance(model, str) else model.digest for short, model in models.items()}
+    pinned = {short: pinned_model(model) if isinstance(model, str) else model for short, model in models.items()}
+    prefixes = [(f"{short}." if len(models) > 1 else "", model) for short, model in pinned.items()]
+    digests = {short: model_digest(model) if isinstance(model, str) else model.digest for short, model in models.items()}
     versions = versions_of("torch", "transformers", "tokenizers")
     step = Step(
         name="score",

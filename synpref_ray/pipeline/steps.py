@@ -5,6 +5,7 @@ the sidecar with its manifest last. Killing anything at any moment loses the sha
 """
 
 import json
+import logging
 import time
 import uuid
 from collections import Counter
@@ -20,6 +21,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from synpref_ray.errors import SchemaError, SynprefError
 from synpref_ray.llm.engine import EngineDied
+from synpref_ray.pipeline.cluster import cpu_bound, data_context, tell_if_no_room
 from synpref_ray.pipeline.crashes import MAX_RESTARTS, MAX_TASK_RETRIES, CrashJournal, ShardGuard, end_process
 from synpref_ray.pipeline.metrics import export
 from synpref_ray.pipeline.progress import Progress
@@ -44,6 +46,8 @@ from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, content_digest
 from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.sidecars import Sidecar, fingerprint
+
+logger = logging.getLogger(__name__)
 
 CRASHES = "crashes"
 """Folder of a table in the making where its workers write down what they have in hand (`pipeline/crashes.py`)."""
@@ -238,7 +242,9 @@ def _run_on_ray(step: Step, inputs: Sequence[StepInput], tables: list[list[Sidec
         return []
     tables = [[without_shards(sidecar) for sidecar in outputs] for outputs in tables]
     sink = ShardSink(ShardWriter(step.name, step.outputs, tables))
-    dataset, writing = plan_dataset(step, tables, ShardSource(inputs, _with_rows(inputs, pending)), pending)
+    tell_if_no_room(step.label, step.resources.num_cpus, step.resources.num_gpus)
+    with data_context(step.resources.num_gpus):
+        dataset, writing = plan_dataset(step, tables, ShardSource(inputs, _with_rows(inputs, pending)), pending)
     rows = _with_rows(inputs, pending)
     of_table = [(outputs[-1], {key.number: count for key, count in rows if key.table == index}) for index, outputs in enumerate(tables)]
     try:
@@ -275,7 +281,7 @@ def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, p
     whole: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, **place}
     if resources.num_workers == 0:
         return dataset.map_batches_internal(_StatelessTask(step, tables), **whole, **retries), around
-    most = min(resources.num_workers, len(pending))
+    most = min(_num_workers(step), len(pending))
     compute = ActorPoolStrategy(
         min_size=min(resources.min_workers or most, most),
         max_size=most,
@@ -287,6 +293,17 @@ def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, p
     made_of = (step, tables, uuid.uuid4().hex[:8], pending[0].table)
     bounds = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
     return dataset.map_batches_internal(named, fn_constructor_args=made_of, compute=compute, **whole, **bounds), around
+
+
+def _num_workers(step: Step) -> int:
+    """Return how many actors may work at once: of those without GPUs as many as leave a CPU to reading (see `RayConfig.max_cpus`)."""
+    asked, num_cpus = step.resources.num_workers, step.resources.num_cpus
+    if step.resources.num_gpus or asked * num_cpus + 1 <= cpu_bound():
+        return asked
+    most = max(1, int((cpu_bound() - 1) // num_cpus))
+    if most < asked:
+        logger.warning("%s: %d workers instead of %d, for more would ask for more than ray.max_cpus=%d", step.label, most, asked, cpu_bound())
+    return most
 
 
 def _with_rows(inputs: Sequence[StepInput], pending: Sequence[ShardKey]) -> list[tuple[ShardKey, int]]:

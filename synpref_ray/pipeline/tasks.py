@@ -1,18 +1,28 @@
-"""Plain Ray tasks over a list of arguments: in order, a bounded number at a time, errors of ours as themselves."""
+"""Plain Ray tasks over a list of arguments: in order, a bounded number at a time, errors of ours as themselves.
+
+The bound follows the cluster while it grows. It has a lower limit, or a cluster that starts without workers would get few, and an upper one
+(`RayConfig.max_cpus`), or Ray would start nodes with GPUs for tasks that need none.
+"""
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import ray
 
+from synpref_ray.pipeline.cluster import cpu_bound
 from synpref_ray.pipeline.steps import unwrap
 
 Result = TypeVar("Result")
 
 PROGRESS_SECONDS = 60.0  # ours: a line a minute tells that a long pass goes on, and short ones say nothing
 TASKS_PER_CPU = 4  # ours: enough waiting that no worker stands still, and few enough that the driver holds no list of a million tasks
+MIN_CPUS = 64  # ours: asked for where there are no workers yet: four nodes of 16 CPUs, that a later look at the cluster finds at work
+MIN_GPUS = 8  # ours: asked for where there is no GPU yet: one node of cluster/'s files
+LOOK_SECONDS = 1.0  # ours: between two looks at the cluster, which grows by minutes
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +40,54 @@ class _Progress:
             logger.info("%s: %d of %d tasks done", self._title, done, self._total)
 
 
+def max_running(num_cpus: float = 1.0, num_gpus: float = 0.0) -> int:
+    """Return how many tasks of such a size a running Ray should have at once, waiting ones included."""
+    return window_size(ray.cluster_resources(), cpu_bound(), num_cpus, num_gpus)  # type: ignore[no-untyped-call]
+
+
+def window_size(present: Mapping[str, float], most_cpus: float, num_cpus: float = 1.0, num_gpus: float = 0.0) -> int:
+    """Return how many tasks of such a size a cluster should have at once, waiting ones included.
+
+    A task's CPUs are counted up to a power of two, for so many tasks surely have room on nodes whose CPUs are a power of two.
+
+    Args:
+        present: the cluster's CPUs and GPUs by Ray's names.
+        most_cpus: what tasks without GPUs may ask for at once (`RayConfig.max_cpus`).
+    """
+    if num_gpus:
+        return max(1, int(max(MIN_GPUS, present.get("GPU", 0)) // num_gpus))
+    wanted = min(max(MIN_CPUS, present.get("CPU", 0) * TASKS_PER_CPU), most_cpus)
+    return max(1, int(wanted // 2 ** math.ceil(math.log2(max(num_cpus, 1.0)))))
+
+
+class _Window:
+    """How many tasks may be under way, looked up again as the cluster grows."""
+
+    def __init__(self, num_cpus: float = 1.0, num_gpus: float = 0.0):
+        self._size_of_task = (num_cpus, num_gpus)
+        self._looked, self._size = -math.inf, 0
+
+    def has_room(self, running: int) -> bool:
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._looked, self._size = time.monotonic(), max_running(*self._size_of_task)
+        return running < self._size
+
+
 def run_tasks(
-    function: Callable[..., Result], shared: Any, arguments: Sequence[tuple[Any, ...]], *, inline: bool = False, title: str = ""
+    function: Callable[..., Result],
+    shared: Any,
+    arguments: Sequence[tuple[Any, ...]],
+    *,
+    inline: bool = False,
+    title: str = "",
+    options: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Result]:
     """Return `function(shared, *values)` for all values, in their order; `shared` travels to each worker once.
 
     Args:
         inline: run in this process, as it is also done where no Ray is running: for work that takes less time than a worker's start.
         title: of the lines in the log that say how far a long pass is; empty: none.
+        options: of each task, as Ray knows them: num_cpus, num_gpus, max_retries.
 
     Raises:
         SynprefError: a task raised it; the others are not waited for.
@@ -50,12 +100,14 @@ def run_tasks(
             progress.tell(len(done))
         return done
     remote, handle = ray.remote(function), ray.put(shared)
-    window = max(1, int(ray.cluster_resources().get("CPU", 1))) * TASKS_PER_CPU  # type: ignore[no-untyped-call]
+    if options:
+        remote = remote.options(**options)
+    window = _Window(options.get("num_cpus", 1.0), options.get("num_gpus", 0.0))
     results: dict[int, Result] = {}
     running: dict[Any, int] = {}
     try:
         for number, values in enumerate(arguments):
-            if len(running) >= window:
+            while not window.has_room(len(running)):
                 _collect(running, results)
                 progress.tell(len(results))
             running[remote.remote(handle, *values)] = number

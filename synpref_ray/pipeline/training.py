@@ -15,7 +15,8 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.bundled import digest_folder, digest_model, pin_model, plain_name, resolve_model
+from synpref_ray.pipeline.cluster import tell_if_no_room
 from synpref_ray.pipeline.metrics import TrainingWatch
 from synpref_ray.pipeline.parity import check_model, read_parity, require_parity
 from synpref_ray.pipeline.training_batches import prepare_set
@@ -70,9 +71,9 @@ def train_model(
         ParityError: the engines disagree about the model's rewards. It stays in the workspace, with its record.
     """
     started = time.monotonic()
-    backbone = resolve_model(config.backbone)
+    config = config.model_copy(update={"backbone": pin_model(config.backbone)})
     digest = train.digest if isinstance(train, PairSet) else train[1]
-    digests = {"backbone": digest_folder(backbone), "train": digest, "gold": gold[1] if gold else ""}
+    digests = {"backbone": digest_model(config.backbone), "train": digest, "gold": gold[1] if gold else ""}
     unused: set[str] = set() if config.evaluate_every_steps else {"evaluate_every_steps"}  # models from before this setting keep their names
     settings = config.model_dump(mode="json", exclude=RESOURCE_SETTINGS | {"backbone"} | unused)
     settings["versions"] = versions_of("torch", "transformers", "tokenizers", "deepspeed")
@@ -97,7 +98,7 @@ def train_model(
         stored,
         record,
         read_parity(model),
-        backbone=describe_backbone(config.backbone, backbone),
+        backbone=describe_backbone(plain_name(config.backbone), resolve_model(config.backbone, weights=False)),
         data=_summarise(data_name, train) if record.num_by_source is None else DataSummary(data_name, record.num_by_source),
         config=card,
     )
@@ -135,7 +136,7 @@ def _prepare(run: Run, train: TrainingPairs, gold: pa.Table | None, config: Trai
     batches = f"{folder.path}/batches-{config.max_tokens_per_microbatch}"
     if isinstance(train, PairSet):
         return prepare_set(run, train, gold, config, config.backbone, folder.storage, batches)
-    backbone = resolve_model(config.backbone)
+    backbone = resolve_model(config.backbone, weights=False)
     layout = read_row_layout(backbone, config.max_tokens_per_microbatch)
     return prepare_data(load_tokenizer(backbone), _table(train[0]), gold, config, layout, folder.storage, batches)
 
@@ -149,6 +150,7 @@ def _train_and_store(data: TrainingData, config: TrainConfig, folder: TrainingFo
         shutil.rmtree(left_over, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f"{stored}-"))
     try:
+        tell_if_no_room(f"train {stored}", 1.0, float(config.use_gpu))
         record = run_on_ray(data, config, folder, str(scratch / "ray"), TrainingWatch(stored))
         seconds = {**record.seconds, "total": time.perf_counter() - started}
         record = record.model_copy(update={"seconds": seconds, "num_by_source": dict(summary.num_by_source)})

@@ -46,7 +46,7 @@ class TokeniseWorker:
     """Loads the tokenizer once per actor."""
 
     def __init__(self, backbone: str, max_length_tokens: int, over_long: OverLong):
-        self._tokenizer = load_tokenizer(resolve_model(backbone))
+        self._tokenizer = load_tokenizer(resolve_model(backbone, weights=False))
         self._max_length_tokens, self._over_long = max_length_tokens, over_long
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
@@ -99,11 +99,11 @@ def prepare_set(run: Run, pairs: PairSet, gold: pa.Table | None, config: TrainCo
     Raises:
         InputError: nothing of the set can be used.
     """
-    tokenizer = load_tokenizer(resolve_model(backbone))
+    tokenizer = load_tokenizer(resolve_model(backbone, weights=False))
     tokens = _tokenise(run, pairs, config, backbone, template_digest(tokenizer))
     shards, counts = count_shards(pairs.members, tokens)
     counts.require("train")
-    spec = batch_spec(config, read_row_layout(resolve_model(backbone), config.max_tokens_per_microbatch))
+    spec = batch_spec(config, read_row_layout(resolve_model(backbone, weights=False), config.max_tokens_per_microbatch))
     windows = plan_windows(counts.pairs, spec)
     planned = [repr(spec), shards.names, shards.counts, [sidecar.fingerprint for sidecar in tokens]]
     folder = f"{folder}-{content_digest(planned)[:8]}"  # other tokens or another plan make other files

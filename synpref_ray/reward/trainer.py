@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import torch
 
-from synpref_ray.bundled import digest_folder, resolve_model
+from synpref_ray.bundled import digest_model, pin_model, resolve_model
 from synpref_ray.errors import InputError, NonFiniteLossError, RunConflictError
 from synpref_ray.reward.batch_store import Microbatch
 from synpref_ray.reward.checkpoints import TrainingFolder
@@ -369,7 +369,7 @@ def claim_folder(train: pa.Table, gold: pa.Table | None, config: TrainConfig, ou
     folder = TrainingFolder(Storage(str(path.parent)), f"{path.name}.training")
     pairs = [[table[name].to_pylist() for name in ("pair_id", "chosen")] if table is not None else [] for table in (train, gold)]
     settings = config.model_dump(mode="json", exclude=RESOURCE_SETTINGS)
-    folder.claim(content_digest([settings, digest_folder(resolve_model(config.backbone)), pairs]))
+    folder.claim(content_digest([settings, digest_model(config.backbone), pairs]))
     return folder
 
 
@@ -398,6 +398,7 @@ def train_tables(
 ) -> TrainingRecord:
     """Prepare two tables, train on them with `run`, and write the model; arguments and errors as `train_in_process`."""
     start = time.perf_counter()
+    config = config.model_copy(update={"backbone": pin_model(config.backbone)})
     folder = claim_folder(train, gold, config, output_dir)
     backbone = resolve_model(config.backbone)
     layout = read_row_layout(backbone, config.max_tokens_per_microbatch)

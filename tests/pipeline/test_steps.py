@@ -1,5 +1,6 @@
 """`run_step`: the same tables inline and on Ray, pending shards only, whole shards, rejects, leases."""
 
+import math
 import re
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from ray import cloudpickle
+from ray.data import ActorPoolStrategy
 from ray.data._internal.logical.optimizers import get_execution_plan
 
 from synpref_ray.errors import InputError, RunConflictError, SchemaError, SynprefError
+from synpref_ray.pipeline.cluster import configure_ray_data, data_context
 from synpref_ray.pipeline.shard_io import ShardSource
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, plan_dataset, plan_sidecars, run_step
 from synpref_ray.schema import POOL_SCHEMA, DropReason
@@ -244,6 +247,35 @@ def test_stateless_work_is_done_where_its_shard_is_read(tmp_path: Path, resource
         found.insert(0, re.sub(r"\(.*?\)", "", operator.name))
         operator = operator.input_dependencies[0]
     assert found == operators
+
+
+@pytest.mark.parametrize(
+    ("resources", "bound", "workers"),
+    [
+        (Resources(), (4, 0), None),
+        (Resources(9), (4, 0), 3),
+        (Resources(9, 2.0), (4, 0), 1),
+        (Resources(2), (4, 0), 2),
+        (Resources(9, num_gpus=1.0), (math.inf, math.inf), 9),
+    ],
+)
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray")
+def test_steps_without_gpus_ask_for_no_more_cpus_than_allowed(
+    tmp_path: Path, resources: Resources, bound: tuple[float, float], workers: int | None
+) -> None:
+    pool = make_pool(tmp_path, "seed", [1] * 12)
+    step, inputs, pending = counting_step(tmp_path / "log", resources), [StepInput(pool, ("chosen",))], [ShardKey(0, number) for number in range(12)]
+    configure_ray_data(max_cpus=4)
+    try:
+        with data_context(resources.num_gpus):
+            dataset, _ = plan_dataset(step, plan_sidecars(step, inputs), ShardSource(inputs, [(key, 1) for key in pending]), pending)
+    finally:
+        configure_ray_data()
+    limits = dataset.context.execution_options.resource_limits
+    assert (limits.cpu, limits.gpu) == bound
+    compute = dataset._logical_plan.dag.compute
+    assert (compute.max_size if isinstance(compute, ActorPoolStrategy) else None) == workers
 
 
 def test_pool_schema_is_what_the_builder_makes() -> None:
