@@ -78,8 +78,8 @@ def match(reference: PairFacts, candidates: PairFacts, *, seed: int = 0) -> list
         strangers = np.array([[reference.categories[r] != candidates.categories[c] for c in columns] for r in rows])
         for row, column in zip(*linear_sum_assignment((gaps**2).sum(axis=2) + CATEGORY_COST * strangers), strict=True):
             found[rows[row]] = columns[column]
-        taken = set(found)
-        left = [row for row in left if row not in taken]
+        taken = {found[row] for row in rows}
+        left = [row for row in columns if row not in taken] + left[len(columns) :]
     return found
 
 

@@ -14,12 +14,12 @@ import numpy.typing as npt
 from pydantic import Field, PositiveInt
 
 from synpref_ray.bundled import find_model
-from synpref_ray.errors import ConfigError
+from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.evaluation.accuracy import SeedAccuracy, paired_bootstrap, seed_accuracy
 from synpref_ray.evaluation.matching import NUMBERS, SMALL_DIFFERENCE, standardised_differences
-from synpref_ray.ingest.readers import open_binary
-from synpref_ray.pipeline.ablation_sets import Arm, Selection, Wild, ladder_arms, matched_arms, read_wild, save_arm, scaling_arms
-from synpref_ray.pipeline.benchmark_files import find_benchmark, load_benchmark
+from synpref_ray.pipeline.ablation_pairs import Wild, count_words, open_wild, read_wild
+from synpref_ray.pipeline.ablation_sets import Arm, Selection, ladder_arms, matched_arms, matched_size, save_arm, scaling_arms, shared_groups
+from synpref_ray.pipeline.benchmark_files import read_pair_items
 from synpref_ray.pipeline.evaluate import correct_flags
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.licences import with_source_licences
@@ -51,7 +51,7 @@ class AblateConfig(JobConfig):
     parts: tuple[Part, ...] = ("ladder", "matched", "scaling")
     """Which comparisons to make."""
     held_out: str
-    """A file of pairs that no pool shares a prompt with: what every model is tested on."""
+    """A file of pairs that no pool shares a prompt with: what every model is tested on. Pairs with a prompt of a training set are left out."""
     pairs: PositiveInt
     """Pairs of every set of `matched`, and pairs that every rung of the ladder adds; fewer where a kind has fewer."""
     seed_pairs: PositiveInt
@@ -92,27 +92,29 @@ def check_ablate(config: AblateConfig) -> None:
     if "scaling" in config.parts and (len(set(config.fractions)) < MIN_SIZES or not all(0 < fraction <= 1 for fraction in config.fractions)):
         raise ConfigError(f"the scaling curve needs {MIN_SIZES} different fractions above 0 and at most 1, found {list(config.fractions)}")
     find_model(config.train.backbone)
-    with open_binary(config.held_out):
-        pass
+    read_held_out(config)
     load_stage1(config)
-    read_wild(config.storage, None)
+    open_wild(config.storage)
 
 
 def run_ablate(config: AblateConfig, run: Run) -> str:
     """Build the sets, train, test; return the closing tables. What is there already is not made again."""
     storage, before = config.storage, load_stage1(config)
-    wild = read_wild(storage, None)
-    if config.taggers:
-        wild = read_wild(storage, tag_pools(run, "tag for ablations", [wild.pool], config.taggers).merged[0])
+    tables = open_wild(storage)
+    tags = tag_pools(run, "tag for ablations", [tables.pool], config.taggers).merged[0] if config.taggers else None
+    wild = read_wild(tables, count_words(run, tables.pool), tags)
     arms = _arms(config, wild, before)
+    held_out = _without_training_prompts(config, run, read_held_out(config), arms)
     built = _Arms(arms, [save_arm(storage, arm) for arm in arms])
     models = _train(config, run, built, before)
-    flags = _test(config, run, models)
-    prompts = _prompts(config)
+    flags = [of_arm[:, held_out.tested] for of_arm in _test(config, run, models)]
+    prompts = [prompt for prompt, tested in zip(held_out.prompts, held_out.tested, strict=True) if tested]
     parts: list[str] = []
     for part in config.parts:
         of_part = [place for place, arm in enumerate(arms) if arm.part == part]
         parts.append(_describe_part(config, run, part, [arms[place] for place in of_part], [flags[place] for place in of_part], prompts, wild))
+    if num_left_out := int((~held_out.tested).sum()):
+        parts.append(f"{num_left_out} of {len(held_out.prompts)} held-out pairs share their prompt with a set of this run: left out of all numbers")
     if before.simulated_gold:
         parts.append("gold is SIMULATED: an annotator that reads known truth for the budgeted pairs")
     return "\n\n".join(parts)
@@ -172,10 +174,40 @@ def _test(config: AblateConfig, run: Run, models: Sequence[Sequence[StoredModel]
     return [np.array([flags[model.name] for model in of_arm]) for of_arm in models]
 
 
-def _prompts(config: AblateConfig) -> list[str]:
-    """Return the prompt of every held-out row: what the intervals draw together."""
-    items = load_benchmark(find_benchmark(config.held_out, "."), config.reading.columns).read.items
-    return [item.prompt_key for item in items]
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows of the held-out file, (P,) each: the group of the prompt, which intervals draw together, and whether models are tested on it."""
+
+    prompts: list[str]
+    tested: Flags
+
+
+def read_held_out(config: AblateConfig) -> HeldOut:
+    """Read the prompts of the held-out file, as it is read for scoring.
+
+    Raises:
+        InputError: it cannot be read, or holds no pair.
+    """
+    items = read_pair_items(config.held_out, config.reading.columns)
+    if all(item.problem is not None for item in items):
+        raise InputError(
+            f"held_out={config.held_out} holds no pair ({len(items)} rows): expected prompt, chosen and rejected, a text or messages each"
+        )
+    return HeldOut([item.prompt_key for item in items], np.ones(len(items), dtype=bool))
+
+
+def _without_training_prompts(config: AblateConfig, run: Run, held_out: HeldOut, arms: Sequence[Arm]) -> HeldOut:
+    """Return which rows share no prompt with any set of this run, so that all models are tested on the same ones; counted in the metrics.
+
+    Raises:
+        InputError: none is left.
+    """
+    shared = shared_groups(arms, set(held_out.prompts))
+    tested = np.array([prompt not in shared for prompt in held_out.prompts], dtype=bool)
+    run.metrics["held_out"] = {"rows": len(tested), "left_out_as_trained_on": int((~tested).sum())}
+    if not tested.any():
+        raise InputError(f"held_out={config.held_out}: every pair shares its prompt with a set to train on; name pairs that no pool has")
+    return HeldOut(held_out.prompts, tested)
 
 
 def _describe_part(
@@ -214,7 +246,8 @@ def _describe_part(
     )
     lines = [format_table(header, rows), *(f"{arm.name}: {arm.rule}" for arm in arms)]
     if part == "matched":
-        lines[1:1] = ["", _balance(arms, record, wild), ""]
+        record["smaller_because"] = matched_size(wild, config.selection)[1] or None
+        lines[1:1] = [*([record["smaller_because"]] if record["smaller_because"] else []), "", _balance(arms, record, wild), ""]
     return "\n".join(lines)
 
 

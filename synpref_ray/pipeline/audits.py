@@ -24,8 +24,8 @@ from synpref_ray.evaluation.reliability.comparisons import Comparisons, Interval
 from synpref_ray.evaluation.reliability.paired import paired_test
 from synpref_ray.evaluation.reliability.suffix_search import SearchConfig, search_suffix
 from synpref_ray.pipeline.benchmark_files import LoadedBenchmark
-from synpref_ray.pipeline.score_cache import CachedScore, ScoreCache, conversations_of
-from synpref_ray.pipeline.scoring import RESULT_SETTINGS, ScoreConfig
+from synpref_ray.pipeline.score_cache import CACHE_SETTINGS, REPLIES_PER_SHARD, CachedScore, ScoreCache, conversations_of
+from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
@@ -85,12 +85,19 @@ class AuditReport:
 
 
 def run_audits(
-    run: Run, cache: ScoreCache, benchmarks: Mapping[str, tuple[LoadedBenchmark, Sequence[Outcome]]], audits: Sequence[AuditName], config: AuditConfig
+    run: Run,
+    cache: ScoreCache,
+    benchmarks: Mapping[str, tuple[LoadedBenchmark, Sequence[Outcome]]],
+    audits: Sequence[AuditName],
+    config: AuditConfig,
+    *,
+    replies_per_shard: int = REPLIES_PER_SHARD,
 ) -> AuditReport:
     """Run the audits asked for on a model's outcomes (and, for attacks, on the model); return metrics under `audit/…` and tables.
 
     Args:
         benchmarks: by name, with the reward model's outcomes.
+        replies_per_shard: replies that are scored between two writes.
     """
     report = AuditReport()
     pairs = {name: comparisons_of(loaded.read.items, outcomes) for name, (loaded, outcomes) in benchmarks.items()}
@@ -99,7 +106,7 @@ def run_audits(
     if "bias" in audits:
         _biases(report, benchmarks, pairs, config)
     if "attacks" in audits:
-        _attacks(report, run, cache, benchmarks, config)
+        _attacks(report, run, cache, benchmarks, config, replies_per_shard=replies_per_shard)
     return report
 
 
@@ -186,14 +193,20 @@ def _style_shifts(report: AuditReport, prefix: str, items: Sequence[Item], outco
 
 
 def _attacks(
-    report: AuditReport, run: Run, cache: ScoreCache, benchmarks: Mapping[str, tuple[LoadedBenchmark, Sequence[Outcome]]], config: AuditConfig
+    report: AuditReport,
+    run: Run,
+    cache: ScoreCache,
+    benchmarks: Mapping[str, tuple[LoadedBenchmark, Sequence[Outcome]]],
+    config: AuditConfig,
+    *,
+    replies_per_shard: int,
 ) -> None:
     sets = {"corpus": corpus()}
     sets |= {name: triples_of(loaded.read.items, config) for name, (loaded, _) in benchmarks.items()} if config.attack_pairs else {}
     texts = {(name, triple.name): [triple.better, triple.worse, *(hacked(kind, triple, seed=config.seed) for kind in KINDS)]
              for name, triples in sets.items() for triple in triples}  # fmt: skip
     wanted = conversations_of((triple.prompt, reply) for name, triples in sets.items() for triple in triples for reply in texts[name, triple.name])
-    computed = cache.fill(run, wanted)
+    computed = cache.fill(run, wanted, replies_per_shard=replies_per_shard)
     report.metrics["audit/attacks/replies"] = {"all": len(wanted), "computed": computed}
     rows = []
     for name, triples in sets.items():
@@ -280,7 +293,7 @@ def _suffixes(report: AuditReport, run: Run, cache: ScoreCache, config: AuditCon
         outputs=(Output("suffixes", FOUND_SCHEMA),),
         settings={
             **config.search.model_dump(mode="json"),
-            **cache.config.model_dump(mode="json", include=RESULT_SETTINGS),
+            **cache.config.model_dump(mode="json", include=CACHE_SETTINGS),
             "render_version": RENDER_VERSION,
             "versions": versions_of("torch", "transformers", "tokenizers"),
         },

@@ -1,7 +1,9 @@
 """Where benchmarks come from: a folder of official files under `data`, the hub, or any file of pairs or of one reply against several."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from synpref_ray.errors import InputError
 from synpref_ray.evaluation.benchmarks import BENCHMARKS
@@ -22,6 +24,7 @@ from synpref_ray.tables.files import FoundFiles, find_files, is_file, is_folder
 
 PAIR_FILES = (".parquet", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _OFFICIAL_FILES = (*PAIR_FILES, ".json", ".json.gz")
+_COPY = 0.5  # ours: official files may share a few items; of which this part is in another file is a copy of it
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,19 @@ class LoadedBenchmark:
 def find_benchmark(name: str, data: str, *, from_hub: bool = False) -> FoundBenchmark:
     """Find a benchmark by its name, or a file by its path or its name under `data`.
 
-    Our choice: a known benchmark's folder under `data` comes first (or `data` itself, if it has that folder's name), then a file, then the hub.
+    Our choice: a known benchmark's folder under `data` comes first (or `data` itself, if it has that folder's name), then a file, then the hub. A URL
+    or an absolute path is itself alone, and is not looked for under `data`.
 
     Raises:
         InputError: nothing of it is there.
     """
     known = BENCHMARKS.get(name)
-    if known is not None and (files := _official_files(known, data)):
-        return FoundBenchmark(name, known, files=tuple(files))
-    choices = [f"{data}/{name}", *(f"{data}/{name}{ending}" for ending in PAIR_FILES), name]
-    file = next((choice for choice in choices if choice.endswith(PAIR_FILES) and _is_there(choice)), None)
+    official, others = _official_files(known, data) if known is not None else ([], [])
+    if official:
+        return FoundBenchmark(name, known, files=tuple(official))
+    below = f"{data.rstrip('/')}/{name}"
+    choices = [name] if "://" in name or name.startswith("/") else [below, *(f"{below}{ending}" for ending in PAIR_FILES), name]
+    file = next((choice for choice in choices if choice.lower().endswith(PAIR_FILES) and _is_there(choice)), None)
     if file is not None:
         return FoundBenchmark(file.rsplit("/", 1)[-1].split(".")[0], None, files=(file,))
     if known is not None and known.hub and from_hub:
@@ -69,6 +75,7 @@ def find_benchmark(name: str, data: str, *, from_hub: bool = False) -> FoundBenc
     remedy = f"expected a file of pairs ({', '.join(PAIR_FILES)}) at that path or in data={data}"
     if known is not None:
         remedy += f", or its official files in a folder {' or '.join(known.folders)} there" + (", or from_hub=true" if known.hub else "")
+        remedy += f"; not of its official set: {', '.join(others[:3])}" if others else ""
     else:
         remedy += f"; known benchmarks: {', '.join(BENCHMARKS)}"
     raise InputError(f"benchmark {name!r}: {remedy}")
@@ -104,6 +111,11 @@ def load_benchmark(found: FoundBenchmark, columns: PairColumns, *, sample_fracti
     """
     loaded = _load(found, columns)
     items = loaded.read.items
+    if 0 < loaded.benchmark.num_items < len(items):
+        raise InputError(
+            f"benchmark {found.name!r}: its official set has {loaded.benchmark.num_items} items, found {len(items)} in {', '.join(found.places)}: "
+            "leave the files of that set alone there, each once, or its metrics are not the official ones"
+        )
     if sample_fraction < 1.0:
         items = [item for item in items if stable_uniform(seed, item.name, "evaluation-sample") < sample_fraction]
     if not items:
@@ -115,15 +127,43 @@ def _load(found: FoundBenchmark, columns: PairColumns) -> LoadedBenchmark:
     if found.benchmark is not None:
         parts = [Part(file, _rows(file)) for file in found.files]
         parts += [Part(hub_address(hub), [row.values for row in read_hub_rows(hub)]) for hub in found.hub]
-        return LoadedBenchmark(found.name, found.benchmark, found.benchmark.read(parts))
+        read = found.benchmark.read(parts)
+        _refuse_copies(found.benchmark, parts, read.items)
+        return LoadedBenchmark(found.name, found.benchmark, read)
     file = found.files[0]
     if _first_is_one_against_many(file):
         benchmark = benchmark_of_file(found.name, many=True)
         return LoadedBenchmark(found.name, benchmark, benchmark.read([Part(file, _rows(file))]))
-    return LoadedBenchmark(found.name, benchmark_of_file(found.name, many=False), ReadItems(_read_pairs(file, columns)), is_pair_file=True)
+    return LoadedBenchmark(found.name, benchmark_of_file(found.name, many=False), ReadItems(read_pair_items(file, columns)), is_pair_file=True)
 
 
-def _read_pairs(file: str, columns: PairColumns) -> list[Item]:
+def _refuse_copies(benchmark: Benchmark, parts: Sequence[Part], items: Sequence[Item]) -> None:
+    """Refuse a file that repeats another one: every metric would weigh its items twice. What a benchmark reads once by itself is no copy."""
+    if _num_repeated(_contents(items)) == 0:
+        return
+    of_part = {part.name: _contents(benchmark.read([part]).items) for part in parts}
+    if _num_repeated(_contents(items)) <= sum(_num_repeated(contents) for contents in of_part.values()):
+        return
+    for one, other in combinations(of_part, 2):
+        num_shared = len(of_part[one].keys() & of_part[other].keys())
+        if num_shared and num_shared >= _COPY * min(len(of_part[one]), len(of_part[other])):
+            raise InputError(f"benchmark {benchmark.name!r}: {one} and {other} hold {num_shared} items in common: leave one of them out")
+
+
+def _contents(items: Sequence[Item]) -> Counter[tuple[str, tuple[str, ...], str]]:
+    return Counter((item.prompt_key, item.replies, item.subset) for item in items)
+
+
+def _num_repeated(contents: Counter[tuple[str, tuple[str, ...], str]]) -> int:
+    return contents.total() - len(contents)
+
+
+def read_pair_items(file: str, columns: PairColumns) -> list[Item]:
+    """Return an item for every row of a pair file, in their order; one that is no pair has a problem.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
     chunks = list(read_pair_file(file, SourceConfig(name="file", path=file, columns=columns)))
     pairs = [row for chunk in chunks for row in chunk.pairs.select(["row", "pair_id", "prompt", "chosen", "rejected"]).to_pylist()]
     return pair_items(pairs, [row for chunk in chunks for row in chunk.rejects.select(["row", "reason"]).to_pylist()])
@@ -155,19 +195,22 @@ def _rows(file: str) -> list[Row]:
     return [row.values for row in rows]
 
 
-def _official_files(benchmark: Benchmark, data: str) -> list[str]:
-    """Return the benchmark's files under `data`, sorted by path."""
+def _official_files(benchmark: Benchmark, data: str) -> tuple[list[str], list[str]]:
+    """Return the benchmark's files under `data`, sorted by path; where there are none, the files in its folders that are not of its official set."""
     own = [data] if data.rstrip("/").rsplit("/", 1)[-1] in benchmark.folders else []
+    others: list[str] = []
     for folder in (*(f"{data.rstrip('/')}/{name}" for name in benchmark.folders), *own):
         try:
             found = find_files(folder) if is_folder(folder) else FoundFiles([], False)
         except (OSError, ValueError, ImportError) as error:
             raise InputError(f"cannot list {folder}: {' '.join(str(error).split())}") from None
         below = [(path, path[len(found.folder) :].lstrip("/")) for path in sorted(found.files)]
-        files = [path for path, name in below if name.endswith(_OFFICIAL_FILES) and not _is_hidden(name) and benchmark.is_part(name)]
+        below = [(path, name) for path, name in below if name.lower().endswith(_OFFICIAL_FILES) and not _is_hidden(name)]
+        files = [path for path, name in below if benchmark.is_part(name)]
         if files:
-            return files
-    return []
+            return files, []
+        others += [path for path, _ in below]
+    return [], others
 
 
 def _is_hidden(name: str) -> bool:

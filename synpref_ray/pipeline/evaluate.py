@@ -4,6 +4,7 @@ Paper: Sec. 4: accuracy is strict, a tie is wrong; each benchmark has its own me
 scored counts as wrong and is named in the table, so that a model cannot gain by refusing.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from synpref_ray.pipeline.cluster import probe_workspace
 from synpref_ray.pipeline.gold_benchmark import AUDIT_GOLD, audit_gold
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import JudgeStepConfig
-from synpref_ray.pipeline.score_cache import REPLIES_PER_SHARD, ScoreCache, conversations_of
+from synpref_ray.pipeline.score_cache import FINAL_REASONS, REPLIES_PER_SHARD, ScoreCache, conversations_of
 from synpref_ray.pipeline.score_file import FileScoring, ScoredFile
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.reporting.run import Run
@@ -102,6 +103,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise ConfigError("name a model to evaluate (model=FOLDER), or judges")
     if not config.model and (config.audits or config.compare):
         raise ConfigError("audits and compare are of a reward model's rewards: name a model (model=FOLDER)")
+    if config.model_seeds and not config.compare:
+        raise ConfigError("model_seeds are for the test against another model alone: name its folders too (compare=[FOLDER])")
     for folder in (*config.compare, *config.model_seeds):
         model_folder(folder, weights=False)
     if len(set(names)) != len(names):
@@ -151,6 +154,7 @@ def run_evaluate(config: EvaluateConfig, run: Run) -> str:
                 run.metrics.update(_clean_metrics(benchmark, scorer, outcomes[benchmark.name], shared[benchmark.name], config))
         notes += _notes(benchmark, shared[benchmark.name], config)
     header = ("benchmark", "scorer", "metric", "value", f"{config.confidence:.0%} interval", "items", "unscored", "verified")
+    notes += _without_reward(run.metrics.get("replies_without_reward", {}))
     return "\n".join([format_table(header, rows), *dict.fromkeys(notes), *_audit_tables(config, run, loaded, scorers.get(MODEL_ROW, {}))])
 
 
@@ -160,7 +164,8 @@ def _audit_tables(config: EvaluateConfig, run: Run, benchmarks: Sequence[LoadedB
     by_name = {one.name: one for one in benchmarks}
     if config.audits:
         cache = ScoreCache(config.cache_storage, config.model, config.score)
-        reports.append(run_audits(run, cache, {name: (by_name[name], found) for name, found in outcomes.items()}, config.audits, config.audit))
+        audited = {name: (by_name[name], found) for name, found in outcomes.items()}
+        reports.append(run_audits(run, cache, audited, config.audits, config.audit, replies_per_shard=config.replies_per_shard))
     if config.compare:
         seeds = [outcomes, *(_outcomes_of(config, run, folder, benchmarks) for folder in config.model_seeds)]
         others = [_outcomes_of(config, run, folder, benchmarks) for folder in config.compare]
@@ -185,6 +190,8 @@ def _outcomes_of(
     computed = cache.fill(run, every, replies_per_shard=config.replies_per_shard)
     if count:
         run.metrics["replies"] = {"all": len(every), "computed": computed, "from_cache": len(every) - computed}
+        reasons = Counter(reason for name in every if (reason := cache.get(name).drop_reason) is not None)
+        run.metrics["replies_without_reward"] = dict(sorted(reasons.items()))
     return {one.name: [_outcome(item, cache) for item in one.read.items] for one in benchmarks}
 
 
@@ -268,6 +275,15 @@ def _about(loaded: LoadedBenchmark, found: FoundBenchmark, shared: set[str], con
         "contamination_pools": list(config.contamination.pools),
         "contaminated_items": sorted(shared) if config.contamination.pools else None,
     }
+
+
+def _without_reward(reasons: Mapping[str, int]) -> list[str]:
+    """Return a note of the replies without a reward, by reason, and of which of them the next run asks again."""
+    if not reasons:
+        return []
+    again = sum(count for reason, count in reasons.items() if reason not in FINAL_REASONS)
+    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+    return [f"{MODEL_ROW}: replies without a reward: {counts}" + (f"; the next run asks for {again} of them again" if again else "")]
 
 
 def _notes(loaded: LoadedBenchmark, shared: set[str], config: EvaluateConfig) -> list[str]:

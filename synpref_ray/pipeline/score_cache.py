@@ -3,12 +3,14 @@ given.
 
 What is missing becomes a scratch pool of prompts with one reply each, scored by the workers that score pairs; every shard that they finish is a
 file of the cache from that moment, whether the run ends or not. So an interrupted evaluation goes on where it stopped, even with other benchmarks,
-a second one calls the model for nothing, and no file is ever written twice.
+a second one calls the model for nothing, and no file is ever written twice. What a conversation itself does not allow (it is too long, the template
+refuses it) is kept as well; a reply that has no reward for another reason than `FINAL_REASONS` is asked for again by the next run.
 
 Layout: `<cache>/pools/replies-<content>/shard-….parquet` (texts) and `<cache>/pools/replies-<content>/rewards.<model key>/<fp8>/shard-….parquet`.
 Our choice throughout; the paper says nothing about it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,13 +23,17 @@ from synpref_ray.reward.model import load_tokenizer
 from synpref_ray.reward.render import RENDER_VERSION, template_digest
 from synpref_ray.reward.reply_scorer import add_reply_rewards
 from synpref_ray.reward.scorer import PairScorer
-from synpref_ray.schema import REPLY_SCHEMA, SCORES_SCHEMA, Message, reply_id
+from synpref_ray.schema import REPLY_SCHEMA, SCORES_SCHEMA, DropReason, Message, reply_id
 from synpref_ray.tables.models import model_digest, model_folder, pinned_model
 from synpref_ray.tables.pools import Pool, commit_pool, content_digest, open_pool, pool_exists, shard_number_of_path, write_pool_shard
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
 
 CACHE_VERSION = 1
+CACHE_SETTINGS = RESULT_SETTINGS | {"device", "attention", "compile_layers"}
+"""Settings that name a way of scoring. Kernels differ in the last digits, so what a CPU computed is not given for a GPU's."""
+FINAL_REASONS = frozenset({DropReason.TOO_LONG.value, DropReason.SPECIAL_TOKEN_TEXT.value, DropReason.BAD_ROLE_ORDER.value})
+"""Why a conversation has no reward on any machine, today or later."""
 REPLIES_PER_SHARD = 1024  # ours: what a kill can lose, a minute or two on a small machine; prompts are not split, so a shard may hold somewhat more
 
 
@@ -58,11 +64,12 @@ class ScoreCache:
             "version": CACHE_VERSION,
             "model": model_digest(model),
             "template": template_digest(load_tokenizer(model_folder(self.model, weights=False))),
-            **config.model_dump(mode="json", include=RESULT_SETTINGS),
+            **config.model_dump(mode="json", include=CACHE_SETTINGS),
             "render_version": RENDER_VERSION,
             "versions": versions_of("torch", "transformers", "tokenizers"),
         }
         self.key = content_digest(self._settings)[:16]
+        self._failures: Counter[str] = Counter()
         self._scores = self._read()
 
     def __len__(self) -> int:
@@ -84,7 +91,8 @@ class ScoreCache:
         missing = [(name, *conversations[name]) for name in conversations if name not in self._scores]
         if not missing:
             return 0
-        pool = _work_pool(self.storage, missing, replies_per_shard)
+        attempt = max(self._failures[name] for name, _, _ in missing)
+        pool = _work_pool(self.storage, missing, replies_per_shard, attempt)
         result = run_step(self._step(), [StepInput(pool, ("prompt", "reply"))])
         sidecar = result.sidecars[0][0]
         for shard in pool.shards:
@@ -105,12 +113,19 @@ class ScoreCache:
         )
 
     def _read(self) -> dict[str, CachedScore]:
-        """Read every finished shard of this model, of whatever run, sealed or not; of two rewards of a reply the first path's counts."""
+        """Read every finished shard of this model, of whatever run, sealed or not; of two rewards of a reply the first path's counts.
+
+        A reply that failed without a final reason is missing; how often it did is kept, so that its next attempt has a table of its own.
+        """
         wanted = f"/rewards.{self.key}/"
         paths = [path for path in self.storage.list_files("pools") if wanted in path and shard_number_of_path(path) is not None]
         found: dict[str, CachedScore] = {}
         for path in reversed(paths):
-            found.update(_scores_of(self.storage.read_table(path)))
+            for name, score in _scores_of(self.storage.read_table(path)):
+                if score.drop_reason is None or score.drop_reason in FINAL_REASONS:
+                    found[name] = score
+                else:
+                    self._failures[name] += 1
         return found
 
 
@@ -134,9 +149,10 @@ def _scores_of(table: pa.Table) -> Iterator[tuple[str, CachedScore]]:
     return ((name, CachedScore(reward, reason)) for name, reward, reason in rows)
 
 
-def _work_pool(storage: Storage, missing: Sequence[tuple[str, Sequence[Message], str]], replies_per_shard: int) -> Pool:
-    """Return the pool of these replies, made once per content; the replies of a prompt stay together, so that they share its tokens."""
-    digest = content_digest([CACHE_VERSION, replies_per_shard, [name for name, _, _ in missing]])
+def _work_pool(storage: Storage, missing: Sequence[tuple[str, Sequence[Message], str]], replies_per_shard: int, attempt: int) -> Pool:
+    """Return the pool of these replies, made once per content and attempt; the replies of a prompt stay together, so that they share its tokens."""
+    again = [attempt] if attempt else []
+    digest = content_digest([CACHE_VERSION, replies_per_shard, [name for name, _, _ in missing], *again])
     name = f"replies-{digest[:16]}"
     if pool_exists(storage, name):
         return open_pool(storage, name)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from synpref_ray.errors import ConfigError
@@ -132,3 +133,15 @@ def test_accuracy_by_attribute(evaluate: Callable[..., tuple[Run, str]], monkeyp
     assert run.metrics[f"{prefix}/by_task_category/unknown/num_pairs"] == 2
     assert run.metrics[f"{prefix}/by_objectivity/objective/num_pairs"] == 6
     assert run.metrics["audit_gold/num_pairs"] == 6
+
+
+def test_seeds_without_another_model_are_refused(evaluate: Callable[..., tuple[Run, str]], models: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"model_seeds .*compare="):
+        evaluate(model_seeds=(models[1],))
+
+
+def test_attacks_are_written_shard_by_shard_as_set(evaluate: Callable[..., tuple[Run, str]], tmp_path: Path) -> None:
+    run, _ = evaluate(audits=("attacks",), audit=SMALL.model_copy(update={"search_starts": 0}), benchmarks=("held_out",), replies_per_shard=16)
+    rows = [pq.ParquetFile(file).metadata.num_rows for file in (tmp_path / "ws" / "scores").rglob("rewards.*/*/shard-*.parquet")]
+    assert sum(rows) == run.metrics["replies"]["computed"] + run.metrics["audit/attacks/replies"]["computed"]
+    assert max(rows) <= 16

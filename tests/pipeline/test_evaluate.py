@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import evaluate
@@ -86,6 +88,11 @@ def config_of(tmp_path: Path, model: str, data: Path, *benchmarks: str, **settin
 def run_of(config: EvaluateConfig) -> tuple[Run, str]:
     run = Run(config.storage, "evaluate", config)
     return run, run_evaluate(config, run)
+
+
+def write_lines(file: Path, rows: Sequence[dict[str, object]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def cache_files(folder: Path) -> dict[str, int]:
@@ -182,6 +189,50 @@ def test_the_cache_keeps_why_there_is_no_reward(tmp_path: Path, model: str, call
     assert sum(calls) == 1
 
 
+def spoil(cache: Path, reason: str) -> None:
+    """Write into every shard of the cache, for the first reply that has a reward, what a run leaves whose workers died of it."""
+    for file in cache.rglob("rewards.*/*/shard-*.parquet"):
+        table = pq.ParquetFile(file).read()
+        rows = table.to_pylist()
+        rows[0] |= {"reward": None, "drop_reason": reason}
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+
+
+@pytest.mark.parametrize("reason", ["engine_crash", "non_finite_reward"])
+def test_what_a_machine_did_not_manage_is_asked_again(tmp_path: Path, model: str, data: Path, calls: list[int], reason: str) -> None:
+    config = config_of(tmp_path, model, data, "judgebench")
+    first, summary = run_of(config)
+    assert first.metrics["replies_without_reward"] == {}
+    assert "without a reward" not in summary
+    for attempt in range(1, 3):  # the second time the pool of the one reply that is missing has a verdict too
+        spoil(tmp_path / "ws" / "scores", reason)
+        calls.clear()
+        again, _ = run_of(config)
+        assert again.metrics["replies"] == {"all": 8, "computed": 1, "from_cache": 7}
+        assert sum(calls) == 1, attempt
+        assert again.metrics["judgebench/micro"] == first.metrics["judgebench/micro"]
+    calls.clear()
+    assert run_of(config)[0].metrics["replies"]["computed"] == 0
+    assert calls == []
+
+
+def test_replies_without_a_reward_are_told_by_reason(tmp_path: Path, model: str) -> None:
+    write_lines(tmp_path / "long.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "x" * 500}, {"prompt": "q", "chosen": "b", "rejected": "c"}])
+    run, summary = run_of(config_of(tmp_path, model, tmp_path, "long"))
+    assert run.metrics["replies_without_reward"] == {"too_long": 1}
+    assert "reward model: replies without a reward: too_long 1" in summary
+
+
+@pytest.mark.parametrize("other", [{"device": "cuda"}, {"attention": "varlen"}, {"compile_layers": True}, {"dtype": "bfloat16"}])
+def test_rewards_of_another_device_or_way_are_not_given(tmp_path: Path, model: str, other: dict[str, Any]) -> None:
+    storage = Storage(str(tmp_path / "cache"))
+    wanted = conversations_of([([{"role": "user", "content": "hello"}], "fine")])
+    cache = ScoreCache(storage, model, INLINE)
+    cache.fill(Run(storage, "evaluate", config_of(tmp_path, model, tmp_path, "b")), wanted)
+    assert len(ScoreCache(storage, model, INLINE)) == 1
+    assert len(ScoreCache(storage, model, INLINE.model_copy(update=other))) == 0
+
+
 def test_a_part_of_the_items_is_seeded_and_said(tmp_path: Path, model: str, data: Path) -> None:
     run, summary = run_of(config_of(tmp_path, model, data, "rm_bench", sample_fraction=0.5, seed=3))
     again, _ = run_of(config_of(tmp_path, model, data, "rm_bench", sample_fraction=0.5, seed=3))
@@ -233,6 +284,55 @@ def test_what_cannot_be_found_says_what_would_be(tmp_path: Path, data: Path) -> 
     (data / "rm_bench" / "code_filtered.json").write_text("[1]")
     with pytest.raises(InputError, match=r"code_filtered.json, row 0: wrong_type"):
         load_benchmark(find_benchmark("rm_bench", str(data)), config_of(tmp_path, "m", data, "many").reading.columns)
+
+
+def test_a_url_or_an_absolute_path_is_looked_for_alone(tmp_path: Path) -> None:
+    url = f"memory://bucket-{uuid.uuid4().hex}/held.jsonl"
+    Storage(url.removesuffix("/held.jsonl")).write_bytes("held.jsonl", (json.dumps(MANY[0]) + "\n").encode())
+    assert find_benchmark(url, ".").files == find_benchmark(url, str(tmp_path)).files == (url,)
+    (tmp_path / "held.JSONL").write_text(json.dumps(MANY[0]) + "\n")
+    for name, data in ((str(tmp_path / "held.JSONL"), "."), ("held.JSONL", str(tmp_path)), ("held.JSONL", f"{tmp_path}/")):
+        (file,) = find_benchmark(name, data).files
+        assert Path(file) == tmp_path / "held.JSONL"
+    with pytest.raises(InputError, match=r"benchmark '/not/there.jsonl': expected a file of pairs"):
+        find_benchmark("/not/there.jsonl", str(tmp_path))
+
+
+def rewardbench_row(number: int) -> dict[str, object]:
+    return {"id": number, "prompt": f"p{number}", "chosen": "a", "rejected": "b", "subset": "math-prm"}
+
+
+def test_the_raw_split_of_rewardbench_is_never_read(tmp_path: Path) -> None:
+    folder = tmp_path / "reward-bench" / "data"
+    write_lines(folder / "raw-00000-of-00001.jsonl", [rewardbench_row(n) for n in range(5)])
+    with pytest.raises(InputError, match=r"not of its official set: .*raw-00000-of-00001.jsonl"):
+        find_benchmark("rewardbench", str(tmp_path))
+    write_lines(folder / "filtered-00000-of-00001.jsonl", [rewardbench_row(n) for n in range(3)])
+    assert [Path(file).name for file in find_benchmark("rewardbench", str(tmp_path)).files] == ["filtered-00000-of-00001.jsonl"]
+    write_lines(tmp_path / "rmb" / "RMB_dataset" / "Pairwise_set" / "Helpfulness" / "one.json", [])
+    write_lines(tmp_path / "rmb" / "results" / "Helpfulness.json", [])
+    assert [Path(file).name for file in find_benchmark("rmb", str(tmp_path)).files] == ["one.json"]
+
+
+def test_more_items_than_the_official_set_has_are_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "rewardbench" / "filtered.jsonl", [rewardbench_row(n) for n in range(2985)])
+    columns = config_of(tmp_path, "m", tmp_path, "b").reading.columns
+    assert len(load_benchmark(find_benchmark("rewardbench", str(tmp_path)), columns).read.items) == 2985
+    write_lines(tmp_path / "rewardbench" / "own.jsonl", [rewardbench_row(2985)])
+    with pytest.raises(InputError, match=r"'rewardbench': its official set has 2985 items, found 2986 in .*filtered.jsonl, .*own.jsonl"):
+        load_benchmark(find_benchmark("rewardbench", str(tmp_path)), columns)
+
+
+def test_a_file_that_repeats_another_one_is_refused_and_a_repeated_row_is_not(tmp_path: Path) -> None:
+    columns = config_of(tmp_path, "m", tmp_path, "b").reading.columns
+    votes = [{"question_id": n, "prompt": f"q{n % 3}", "response_1": "a", "response_2": "b", "winner": "model_a"} for n in range(4)]
+    write_lines(tmp_path / "ppe_preference" / "one.jsonl", votes)  # people asked one question twice: that is the set's own
+    assert len(load_benchmark(find_benchmark("ppe_preference", str(tmp_path)), columns).read.items) == 4
+    write_lines(tmp_path / "ppe_preference" / "two.jsonl", [{**vote, "prompt": f"r{n}"} for n, vote in enumerate(votes[:3])] + votes[:1])
+    assert len(load_benchmark(find_benchmark("ppe_preference", str(tmp_path)), columns).read.items) == 8
+    write_lines(tmp_path / "ppe_preference" / "copy.jsonl", votes)
+    with pytest.raises(InputError, match=r"'ppe_preference': .*copy.jsonl and .*one.jsonl hold 3 items in common: leave one of them out"):
+        load_benchmark(find_benchmark("ppe_preference", str(tmp_path)), columns)
 
 
 def test_the_job_names_what_is_missing_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 Official: `rewardbench/constants.py` (EXAMPLE_COUNTS, SUBSET_MAPPING) and `rewardbench/utils.py`: a pair is right when its chosen reply has the
 strictly higher reward; a section is the mean of its subsets' accuracies weighted by fixed counts, in which math-prm counts 984 although it has 447
 pairs, so that it weighs as much as code; the overall score is the plain mean of the four sections. (An older table adds "prior sets", which this
-one leaves out.) Format: rows with `prompt`, `chosen`, `rejected`, `subset` and `id`: the hub's `filtered` split, or files with these columns.
+one leaves out.) Format: rows with `prompt`, `chosen`, `rejected`, `subset` and `id`: the hub's `filtered` split, or files with these columns. The hub
+has a second split, `raw` (5,123 pairs, those of the filtered split among them), of which no official number is made: its files are not read.
 """
 
+import re
 from collections.abc import Sequence
 
 from synpref_ray.evaluation.benchmarks.core import (
@@ -93,5 +95,6 @@ REWARDBENCH = Benchmark(
     headline=("overall", *SECTIONS),
     num_items=2985,
     folders=("rewardbench", "reward_bench", "reward-bench"),
+    is_part=lambda path: "raw" not in re.split(r"[^a-z]+", path.lower()),
     hub=(HubPart("allenai/reward-bench", "filtered"),),
 )

@@ -112,14 +112,18 @@ def measure_rewardmath(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Me
 
 
 def measure_one_against_many(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Measured:
-    """Return the metrics of items whose first reply is the right one; a judge of pairs has no ties and no curves."""
+    """Return the metrics of items whose first reply is the right one; a judge of pairs has no ties and no curves.
+
+    An item without a comparison has beaten nothing: it is wrong, and its reciprocal rank is 0.
+    """
     builder = CellBuilder()
     for item, outcome in zip(items, outcomes, strict=True):
-        builder.add("accuracy", float(outcome.wins.all()), item.prompt_key)
+        compared = outcome.wins.size > 0
+        builder.add("accuracy", float(compared and outcome.answered and outcome.wins.all()), item.prompt_key)
         if outcome.scores is not None:
-            at_least = outcome.answered and bool((outcome.scores[0] >= outcome.scores[1:]).all())
+            at_least = compared and outcome.answered and bool((outcome.scores[0] >= outcome.scores[1:]).all())
             builder.add("accuracy_with_ties", float(at_least), item.prompt_key)
-        builder.add("mrr", 1.0 / (1 + int((~outcome.wins).sum())), item.prompt_key)
+        builder.add("mrr", 1.0 / (1 + int((~outcome.wins).sum())) if compared else 0.0, item.prompt_key)
         add_curve(builder, item, outcome)
     cells = builder.finish()
     missing = {} if "accuracy_with_ties" in cells else dict.fromkeys(("accuracy_with_ties", "best_of"), "needs rewards, not verdicts on pairs")

@@ -5,7 +5,7 @@ repository has no code; by its paper an item is right when the best reply beats 
 mean as the overall score (OpenCompass). `bon/best_of/<n>/…` are our curves over the best-of-N sets: how often the best reply is the pick out of n.
 Format: the folder `RMB_dataset` with `Pairwise_set/` and `BoN_set/`, each with `Helpfulness/` and `Harmlessness/`; rows with `conversation_input`,
 `chosen` and `reject` (or `rejected`), or `bon_best` and `loser_list`; each reply has an `answer`; `category_path` or the file's path says which of
-the four it is.
+the four it is. Files outside these two folders (examples, results) are not read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -99,4 +99,5 @@ RMB = Benchmark(
     headline=("overall", *COLUMNS),
     num_items=0,
     folders=("rmb", "RMB", "RMB_dataset"),
+    is_part=lambda path: any(f"{name}/" in path.lower() for name in ("pairwise_set", "bon_set")),
 )

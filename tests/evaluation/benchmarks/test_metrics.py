@@ -300,6 +300,32 @@ def test_one_against_many_by_hand() -> None:
     assert len(cells["best_of/3/model"].values) == 3  # the item without all rewards is in no curve
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "a", "rejected": []}, r"f, row 1: expected at least one text under 'rejected'"),
+        ({"chosen": ["c", "d"], "rejected": ["e"]}, r"f, row 1: expected one text under 'chosen', found a list of 2"),
+        ({"chosen": [], "rejected": ["e"]}, r"f, row 1: expected one text under 'chosen', found a list of 0"),
+    ],
+)
+def test_nothing_to_beat_or_several_preferred_replies_are_refused(row: dict[str, object], message: str) -> None:
+    first: dict[str, object] = {"prompt": "q", "chosen": ["a"], "rejected": ["b"]}
+    assert is_one_against_many({"prompt": "q", "chosen": "a", "rejected": []})  # else the file is taken for pairs, all of them wrong
+    with pytest.raises(InputError, match=message):
+        read_one_against_many([Part("f", [first, {"prompt": "q", **row}])])
+
+
+def test_an_item_without_a_comparison_is_wrong() -> None:
+    item = Item("lonely", (), ("only",), ())
+    for scores in ([1.0], [NAN]):
+        measured = measure_one_against_many([item], by_hand([item], [scores]))
+        assert {name: measured.cells[name].values.tolist() for name in ("accuracy", "accuracy_with_ties", "mrr")} == {
+            "accuracy": [0.0],
+            "accuracy_with_ties": [0.0],
+            "mrr": [0.0],
+        }
+
+
 def test_rewardmath_reads_both_forms_and_joins_steps() -> None:
     direct = [
         {"problem": "p", "problem_id": 0, "eval_solution": ["x", "y"], "solution_type": kind, "solution_reference": "m"}
