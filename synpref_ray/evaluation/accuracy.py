@@ -109,19 +109,24 @@ def bootstrap_accuracy(
     return Accuracy(flags.size, int(flags.sum()), float(flags.mean()), low, high)
 
 
-def accuracy_over_groups(correct: npt.ArrayLike, groups: Sequence[str], *, confidence: float = 0.95) -> Accuracy:
+def accuracy_over_groups(correct: npt.ArrayLike, groups: Sequence[str], *, counts: npt.ArrayLike | None = None, confidence: float = 0.95) -> Accuracy:
     """Return the accuracy over (P,) flags, of which those of one group (a prompt) go together.
 
     Our choice: bootstrapped over groups, except where all flags are alike: no resample differs then, so the interval would have no width however few
     pairs there are; there it is Wilson's, over as many trials as there are groups. Without pairs as `pair_accuracy`.
+
+    Args:
+        counts: (P,) for how many pairs each flag stands, at least 1; without, for one.
     """
     flags = _flags(correct, num_axes=1)
-    if flags.size and flags.any() and not flags.all():
-        return bootstrap_accuracy(flags, groups=groups, confidence=confidence)
-    alone = pair_accuracy(flags, confidence=confidence)
-    num_groups = len(set(groups))
-    low, high = wilson_interval(num_groups if flags.any() else 0, num_groups, confidence=confidence)
-    return Accuracy(alone.num_pairs, alone.num_correct, alone.accuracy, low, high)
+    weights = np.ones(flags.size, dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
+    num_pairs, num_correct = int(weights.sum()), int(weights[flags].sum())
+    if 0 < num_correct < num_pairs:
+        low, high = _bootstrap_totals(*_group_totals(flags.astype(np.float64), groups, weights), 0, NUM_RESAMPLES, confidence)
+    else:
+        num_groups = len(set(groups))
+        low, high = wilson_interval(num_groups if num_correct else 0, num_groups, confidence=confidence)
+    return Accuracy(num_pairs, num_correct, num_correct / num_pairs if num_pairs else math.nan, low, high)
 
 
 def seed_accuracy(
@@ -189,7 +194,13 @@ def _bootstrap_mean(
     """Return the percentile interval of the mean of (P,) values under resampling of pairs, or of whole groups."""
     if values.size == 0:
         raise ValueError("there are no pairs to resample")
-    sums, sizes = _group_totals(values, groups)
+    return _bootstrap_totals(*_group_totals(values, groups, np.ones(len(values), dtype=np.int64)), seed, num_resamples, confidence)
+
+
+def _bootstrap_totals(
+    sums: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], seed: int, num_resamples: int, confidence: float
+) -> tuple[float, float]:
+    """Return the percentile interval of the mean, given the sum and the number of the values of each of (G,) groups."""
     generator = np.random.default_rng(seed)
     means = []
     block = max(1, _MAX_DRAWS // len(sums))
@@ -201,11 +212,13 @@ def _bootstrap_mean(
     return float(low), float(high)
 
 
-def _group_totals(values: npt.NDArray[np.float64], groups: Sequence[str] | None) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the sum and the number of the values of each group."""
+def _group_totals(
+    values: npt.NDArray[np.float64], groups: Sequence[str] | None, counts: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the sum and the number of the values of each group, each value standing for `counts` of its kind."""
     if groups is None:
-        return values, np.ones_like(values)
+        return values * counts, counts.astype(np.float64)
     if len(groups) != len(values):
         raise ValueError(f"expected a group for each of {len(values)} pairs, found {len(groups)}")
     _, member = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    return np.bincount(member, weights=values).astype(np.float64), np.bincount(member).astype(np.float64)
+    return np.bincount(member, weights=values * counts).astype(np.float64), np.bincount(member, weights=counts).astype(np.float64)

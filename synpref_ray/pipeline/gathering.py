@@ -1,12 +1,12 @@
 """Gather and scatter as steps: selections become small pools, sidecars follow their pairs, and results go back beside the source pool."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from synpref_ray.pipeline.steps import INLINE_ROWS, Output, ShardKey, Step, StepInput, plan_sidecars, run_step, unwrap
@@ -85,33 +85,79 @@ def gathered_from(gathered: Pool, source: Pool) -> dict[int, tuple[Shard, ...]]:
     return {number: tuple(shards) for number, shards in found.items()}
 
 
-def find_covering_pool(storage: Storage, name: str, selected: Sequence[Piece], is_usable: Callable[[Pool], bool]) -> Pool | None:
-    """Return the smallest pool gathered as `name` from the same source pool that holds at least the selected pairs, if there is one.
+def find_gathered(storage: Storage, name: str, selected: Sequence[Piece], is_usable: Callable[[Pool], bool]) -> tuple[list[Pool], list[Piece]]:
+    """Return pools gathered as `name` from the same source pool that hold selected pairs, by name, and the selected pairs that none of them holds.
+
+    One pool that holds all of them is enough: the smallest. Otherwise pools are taken greedily, the one with the most pairs that are still missing
+    first; it may hold others too. Once the missing pairs are gathered and usable, the same pools are found, and the new one with them: it shares no
+    selected pair with the others, so it takes nothing from what each of them adds.
 
     Args:
         is_usable: what else such a pool must have.
     """
     if not selected:
-        return None
-    source, wanted = selected[0].pool, sum(len(piece.rows) for piece in selected)
+        return [], []
+    source, num_wanted = selected[0].pool, sum(len(piece.rows) for piece in selected)
     clusters = {f"clusters:{source.name}": source.clusters} if source.clusters else {}
     found = [open_pool(storage, other) for other in list_pools(storage) if other.startswith(f"{name}-")]
-    for pool in sorted(found, key=lambda pool: (pool.num_rows, pool.name)):
-        if pool.num_rows < wanted or pool.provenance()["inputs"] != clusters or not is_usable(pool):
-            continue
-        if _holds(pool, selected):
-            return pool
-    return None
+    usable = [pool for pool in found if pool.num_rows and pool.provenance().get("inputs") == clusters and is_usable(pool)]
+    rows = _SourceRows(source)
+    wanted = rows.of_pieces(selected)
+    held: dict[str, npt.NDArray[np.uint8]] = {}
+    for pool in sorted(usable, key=lambda pool: (pool.num_rows < num_wanted, pool.num_rows, pool.name)):  # those that may hold all come first
+        held[pool.name] = rows.of_gathered(pool) & wanted
+        if np.array_equal(held[pool.name], wanted):
+            return [pool], []
+    missing, taken = wanted, set[str]()
+    while held:
+        best = min(held, key=lambda other: (-_count(held[other] & missing), other))
+        if not _count(held[best] & missing):
+            break
+        missing = missing & ~held.pop(best)
+        taken.add(best)
+    return sorted((pool for pool in usable if pool.name in taken), key=lambda pool: pool.name), rows.among(selected, missing)
 
 
-def _holds(pool: Pool, selected: Sequence[Piece]) -> bool:
-    """Whether a gathered pool has all of the selected rows of its source."""
-    held: dict[int, list[npt.NDArray[np.int64]]] = {}
-    for places in read_each(lambda shard: pool.read(shard.number, ["source_shard", "source_row"]), pool.shards):
-        shards, rows = places["source_shard"].to_numpy(), places["source_row"].to_numpy()
-        for number in np.unique(shards).tolist():
-            held.setdefault(number, []).append(rows[shards == number])
-    return all(piece.shard in held and bool(np.isin(piece.rows, np.concatenate(held[piece.shard])).all()) for piece in selected)
+def _count(bits: npt.NDArray[np.uint8]) -> int:
+    return int(np.bitwise_count(bits).sum())
+
+
+class _SourceRows:
+    """Sets of rows of a source pool, a bit for each row: 5 MB for 40M pairs."""
+
+    def __init__(self, source: Pool):
+        starts = np.cumsum([0, *(shard.rows for shard in source.shards)]).tolist()
+        self._first = {shard.number: start for shard, start in zip(source.shards, starts, strict=False)}
+        self._num_rows = starts[-1]
+        self._name = source.name
+
+    def of_pieces(self, pieces: Sequence[Piece]) -> npt.NDArray[np.uint8]:
+        """Return the rows of a selection."""
+        flags = np.zeros(self._num_rows, dtype=bool)
+        for piece in pieces:
+            flags[self._first[piece.shard] + np.asarray(piece.rows, dtype=np.int64)] = True
+        return np.packbits(flags)
+
+    def of_gathered(self, pool: Pool) -> npt.NDArray[np.uint8]:
+        """Return the rows of the source that a gathered pool holds."""
+        flags = np.zeros(self._num_rows, dtype=bool)
+        for places in read_each(lambda shard: pool.read(shard.number, ["source_pool", "source_shard", "source_row"]), pool.shards):
+            mine = places.filter(pc.equal(places["source_pool"], self._name))
+            shards, rows = mine["source_shard"].to_numpy(), mine["source_row"].to_numpy()
+            for number in np.unique(shards).tolist():
+                if number in self._first:  # a later version of the source may have had more shards
+                    flags[self._first[number] + rows[shards == number].astype(np.int64)] = True
+        return np.packbits(flags)
+
+    def among(self, pieces: Sequence[Piece], bits: npt.NDArray[np.uint8]) -> list[Piece]:
+        """Return the rows of a selection that are in a set, in the selection's order."""
+        flags = np.unpackbits(bits, count=self._num_rows).astype(bool)
+        kept = []
+        for piece in pieces:
+            rows = np.asarray(piece.rows, dtype=np.int64)
+            rows = rows[flags[self._first[piece.shard] + rows]]
+            kept += [replace(piece, rows=rows.tolist())] if len(rows) else []
+        return kept
 
 
 class _GatherWorker:
@@ -148,29 +194,48 @@ def _gather_step(name: str, schema: pa.Schema, pool: Pool, sources: Mapping[str,
     return step, [StepInput(pool, ("source_pool", "source_shard", "source_row"))]
 
 
-class _ScatterWorker:
-    """Puts back what the gathered shards that took from a source shard say; `shards` are these, by the source shard's number."""
+@dataclass(frozen=True)
+class _Scattered:
+    """A gathered pool (without its list of shards) and its sidecar, with the gathered shards that took from each source shard, by its number."""
 
-    def __init__(self, source: Pool, gathered: Pool, shards: Mapping[int, tuple[Shard, ...]], result: Sidecar, schema: pa.Schema):
-        self._source, self._gathered, self._shards = source, gathered, shards
-        self._arguments: tuple[Any, ...] = (result, schema)
+    pool: Pool
+    result: Sidecar
+    shards: Mapping[int, tuple[Shard, ...]]
+
+
+class _ScatterWorker:
+    """Puts back what the gathered shards that took from a source shard say."""
+
+    def __init__(self, source: Pool, results: Sequence[_Scattered], schema: pa.Schema):
+        self._source, self._results, self._schema = source, results, schema
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        gathered = replace(self._gathered, shards=self._shards.get(key.number, ()))
-        return scatter_shard(self._source, key.number, gathered, *self._arguments), {}
+        results = [(replace(one.pool, shards=one.shards.get(key.number, ())), one.result) for one in self._results]
+        return scatter_shard(self._source, key.number, results, self._schema), {}
 
 
-def scatter_sidecar(source: Pool, gathered: Pool, result: Sidecar, name: str, schema: pa.Schema) -> Sidecar:
-    """Return a sidecar of the source pool with the gathered pool's results; unselected rows are null with reason `not_selected`."""
-    light, few = replace(source, shards=()), replace(gathered, shards=())
-    arguments = {"source": light, "gathered": few, "shards": gathered_from(gathered, source), "result": replace(result, pool=few), "schema": schema}
+def scatter_sidecars(source: Pool, results: Sequence[tuple[Pool, Sidecar]], name: str, schema: pa.Schema) -> Sidecar:
+    """Return a sidecar of the source pool with what the gathered pools' sidecars say; unselected rows are null with reason `not_selected`.
+
+    Args:
+        results: gathered pools, each with its sidecar; where several hold a pair, the first one's word counts.
+    """
+    light = []
+    for gathered, result in results:
+        few = replace(gathered, shards=())
+        light.append(_Scattered(few, replace(result, pool=few), gathered_from(gathered, source)))
+    arguments = {"source": replace(source, shards=()), "results": light, "schema": schema}
+    places = [""] if len(results) == 1 else [f":{place}" for place in range(len(results))]
+    digests: dict[str, str] = {}
+    for place, (gathered, result) in zip(places, results, strict=True):
+        digests |= {f"gathered{place}": gathered.digest, f"result{place}": result.fingerprint}
     step = Step(
         name=f"scatter {name}",
         version=GATHER_VERSION,
         worker=_ScatterWorker,
         outputs=(Output(name, schema),),
         settings={},
-        digests={"gathered": gathered.digest, "result": result.fingerprint},
+        digests=digests,
         worker_arguments=lambda _: arguments,
         max_failed_fraction=1.0,
     )

@@ -1,21 +1,23 @@
 """How many labels are right before and after curation, and how well flips were found, by source, where the truth is known (`jobs/report.py labels`).
 
 Paper: Table 19 (agreement of kept and flipped pairs with people); the truth takes the people's place. Our choice: a report of its own over decisions
-that are made, because no step may reach the truth (DESIGN 4): this module and the demo's final report call `read_truth`, and nothing that decides
+that are made, because no step may reach the truth (DESIGN 4): this module and the demo's final report read the truth, and nothing that decides
 does.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.evaluation.accuracy import Accuracy
 from synpref_ray.evaluation.label_quality import FlipDetection, LabelQuality, flip_detection, label_quality
-from synpref_ray.human.simulated import read_truth
+from synpref_ray.human.simulated import TruthLookup
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.schema import Decision, LabelSource
 from synpref_ray.tables.pools import Shard, open_pool
@@ -24,6 +26,9 @@ from synpref_ray.tables.sets import load_set
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar, zip_shard
 from synpref_ray.tables.storage import Storage
 
+KEYS = ["source", "prompt_group", "decision", "better"]
+_COUNTED = pa.schema([*(pa.field(name, pa.string()) for name in KEYS), pa.field("count", pa.int64())])
+SHARDS_TOGETHER = 64  # ours: of 8,192 pairs each, half a million rows at most wait to be put together
 ALL = "all sources"
 STAGE2 = "Stage 2"
 SILVER = "Stage 1, silver"
@@ -62,60 +67,92 @@ def report_labels(storage: Storage, truth: str, *, as_json: bool) -> str:
 def measure_labels(storage: Storage, truth: str) -> Iterator[Evidence]:
     """Yield the evidence for Stage 1's last silver and for Stage 2's decisions, as far as they are there: all sources together, then each.
 
-    The truth is read once, whatever the number of shards, after all decisions are.
+    The truth is read once, whatever the number of shards. Decisions are read shard by shard, and of them only counts are kept: by prompt for the
+    pairs whose truth is known, by source for the others. So what this takes grows with the truth, and not with the pools.
     """
-    decided: dict[str, list[_Decided]] = {}
+    decided: dict[str, list[Sidecar]] = {}
     if storage.exists("rounds/stage1.json"):
         silver = load_set(storage, **storage.read_json("rounds/stage1.json")["sets"]["silver"])
         labels = {(member.sidecar.pool.name, member.sidecar.fingerprint): member.sidecar for member in silver.members}
-        decided[SILVER] = [row for sidecar in labels.values() for row in _read_decided(sidecar, _silver_decisions)]
+        decided[SILVER] = list(labels.values())
     if storage.exists("rounds/stage2.json"):
         record = storage.read_json("rounds/stage2.json")
-        decision = open_sidecar(open_pool(storage, record["pool"]), "decision", record["decision"])
-        decided[STAGE2] = _read_decided(decision, _decisions)
-    known = read_truth(truth, {row.pair_id for rows in decided.values() for row in rows}) if decided else {}
-    for stage, rows in decided.items():
-        yield from _measure(stage, rows, known)
+        decided[STAGE2] = [open_sidecar(open_pool(storage, record["pool"]), "decision", record["decision"])]
+    known = TruthLookup(truth) if decided else None
+    for stage, sidecars in decided.items():
+        assert known is not None
+        yield from _measure(stage, _count_all(sidecars, known))
 
 
-class _Decided(NamedTuple):
-    """A pair about which a stage decided."""
+@dataclass
+class _Counts:
+    """How many pairs a stage decided about: of known truth by KEYS, and the others by source, in the order in which sources came."""
 
-    pair_id: str
-    source: str
-    group: str
-    decision: str
-
-
-def _decisions(table: pa.Table) -> list[str | None]:
-    return list(table["decision"].to_pylist())
+    known: pa.Table
+    without_truth: dict[str, int]
 
 
-def _silver_decisions(table: pa.Table) -> list[str | None]:
-    """Return what became of each label: kept or flipped where it made silver, dropped where it made none, None where people decided."""
-    made = {LabelSource.SILVER.value: Decision.KEEP.value, LabelSource.GOLD.value: None}
-    rows = zip(table["label_source"].to_pylist(), table["flipped"].to_pylist(), strict=True)
-    return [Decision.FLIP.value if flipped and source == LabelSource.SILVER else made.get(source, Decision.DROP.value) for source, flipped in rows]
+def _decisions(table: pa.Table) -> pa.Array:
+    return table["decision"].combine_chunks()
 
 
-def _read_decided(sidecar: Sidecar, decide: Callable[[pa.Table], list[str | None]]) -> list[_Decided]:
-    columns: Mapping[str, str] = {"decision": "decision"} if sidecar.name == "decision" else {"label_source": "label_source", "flipped": "flipped"}
-
-    def read(shard: Shard) -> list[_Decided]:
-        table = zip_shard(sidecar.pool, shard.number, ["prompt_group", "source"], [(sidecar, columns)])
-        rows = zip(*(table[name].to_pylist() for name in ("pair_id", "source", "prompt_group")), decide(table), strict=True)
-        return [_Decided(*row) for row in rows if row[-1] is not None]
-
-    return [row for rows in read_each(read, sidecar.pool.shards) for row in rows]
+def _silver_decisions(table: pa.Table) -> pa.Array:
+    """Return what became of each label: kept or flipped where it made silver, dropped where it made none, null where people decided."""
+    source, word = table["label_source"], pa.scalar
+    made = pc.if_else(pc.fill_null(table["flipped"], False), word(Decision.FLIP.value), word(Decision.KEEP.value))
+    is_silver, is_gold = (pc.fill_null(pc.equal(source, name.value), False) for name in (LabelSource.SILVER, LabelSource.GOLD))
+    other = pc.if_else(is_gold, word(None, pa.string()), word(Decision.DROP.value))
+    return pc.if_else(is_silver, made, other).combine_chunks()
 
 
-def _measure(stage: str, decided: Sequence[_Decided], known: Mapping[str, str]) -> Iterator[Evidence]:
-    by_source: dict[str, list[_Decided]] = {ALL: list(decided)}
-    for row in decided:
-        by_source.setdefault(row.source, []).append(row)
-    for source, rows in by_source.items():
-        decisions, better, groups = [row.decision for row in rows], [known.get(row.pair_id) for row in rows], [row.group for row in rows]
-        yield Evidence(stage, source, label_quality(decisions, better, groups=groups), flip_detection(decisions, better, groups=groups))
+def _count_all(sidecars: Sequence[Sidecar], truth: TruthLookup) -> _Counts:
+    """Count the decisions of some tables, many shards at once; counts of shards are put together before they become many."""
+    found = _Counts(_COUNTED.empty_table(), {})
+    waiting: list[pa.Table] = []
+    for sidecar in sidecars:
+        for of_shard in read_each(partial(_count_shard, sidecar, truth), sidecar.pool.shards):
+            for source, count in of_shard.without_truth.items():
+                found.without_truth[source] = found.without_truth.get(source, 0) + count
+            waiting.append(of_shard.known)
+            if len(waiting) == SHARDS_TOGETHER:
+                found.known, waiting = _add_up([found.known, *waiting]), []
+    found.known = _add_up([found.known, *waiting])
+    return found
+
+
+def _count_shard(sidecar: Sidecar, truth: TruthLookup, shard: Shard) -> _Counts:
+    is_decision = sidecar.name == "decision"
+    columns: Mapping[str, str] = {"decision": "decision"} if is_decision else {"label_source": "label_source", "flipped": "flipped"}
+    table = zip_shard(sidecar.pool, shard.number, ["prompt_group", "source"], [(sidecar, columns)])
+    decisions = _decisions(table) if is_decision else _silver_decisions(table)
+    table = pa.table([table["pair_id"], table["source"], table["prompt_group"], decisions], names=["pair_id", *KEYS[:3]]).filter(
+        pc.is_valid(decisions)
+    )
+    table = table.append_column("better", truth.verdicts(table["pair_id"]))
+    is_known = pc.is_valid(table["better"])
+    without = dict.fromkeys(pc.unique(table["source"]).to_pylist(), 0)
+    for row in table.filter(pc.invert(is_known)).group_by("source").aggregate([([], "count_all")]).to_pylist():
+        without[row["source"]] = row["count_all"]
+    return _Counts(_add_up([_with_ones(table.filter(is_known))]), without)
+
+
+def _with_ones(table: pa.Table) -> pa.Table:
+    return table.select(KEYS).append_column("count", pa.repeat(1, table.num_rows).cast(pa.int64())).cast(_COUNTED)
+
+
+def _add_up(parts: Sequence[pa.Table]) -> pa.Table:
+    added = pa.concat_tables(parts).group_by(KEYS, use_threads=False).aggregate([("count", "sum")])
+    return added.rename_columns([*KEYS, "count"]).cast(_COUNTED)
+
+
+def _measure(stage: str, counts: _Counts) -> Iterator[Evidence]:
+    for source in (ALL, *counts.without_truth):
+        table = counts.known if source == ALL else counts.known.filter(pc.equal(counts.known["source"], source))
+        without = sum(counts.without_truth.values()) if source == ALL else counts.without_truth[source]
+        decisions, better, groups, numbers = (table[name].to_pylist() for name in ("decision", "better", "prompt_group", "count"))
+        entries = [*decisions, Decision.DROP.value], [*better, None]  # the last one stands for all whose truth is not known, whatever was decided
+        more: dict[str, Any] = {"groups": [*groups, ""], "counts": [*numbers, without]}
+        yield Evidence(stage, source, label_quality(*entries, **more), flip_detection(*entries, **more))
 
 
 def describe_labels(found: Sequence[Evidence], truth: str) -> str:

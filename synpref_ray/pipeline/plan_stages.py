@@ -71,6 +71,7 @@ def table_lines(sizes: Sizes, about: Assumptions, compute: Compute, config: Stag
     shown = {"exemplar_ids": compute.max_exemplars * ID_BYTES, "exemplar_scores": compute.max_exemplars * 4.0}
     votes = {"votes": VOTES_A_PAIR * row_bytes(VOTE, {})}
     tagged = sizes.stage2 if about.tag_scope == "all" else work.mismatches
+    asked_or_verified = work.judged_in_stage1 + sizes.gold + work.mismatches  # a verified pair has its rows too, without votes
     longest = max((work.curated if model.with_flipped else work.kept for model in config.models), default=0.0)
     lines = [
         TableLine("pools", work.all_pairs, row_bytes(POOL_SCHEMA, pair_texts)),
@@ -78,8 +79,8 @@ def table_lines(sizes: Sizes, about: Assumptions, compute: Compute, config: Stag
         TableLine("gathered pools", stage1 + work.mismatches, row_bytes(GATHERED_SCHEMA, pair_texts)),
         TableLine("tags and attributes", stage1 + tagged, row_bytes(TAGS_SCHEMA, tags) + row_bytes(ATTRIBUTES_SCHEMA, tags)),
         TableLine("embeddings", stage1 + work.mismatches, row_bytes(embeddings_schema(config.embedding_dimension), {})),
-        TableLine("exemplars", work.judged_in_stage1 + work.mismatches, row_bytes(EXEMPLARS_SCHEMA, shown)),
-        TableLine("votes and verdicts", work.judged_in_stage1 + work.mismatches, row_bytes(VOTES_SCHEMA, votes) + row_bytes(VERDICT_SCHEMA, {})),
+        TableLine("exemplars", asked_or_verified, row_bytes(EXEMPLARS_SCHEMA, shown)),
+        TableLine("votes and verdicts", asked_or_verified, row_bytes(VOTES_SCHEMA, votes) + row_bytes(VERDICT_SCHEMA, {})),
         TableLine("rewards, both RMs", 2.0 * sizes.stage2, row_bytes(REWARDS_SCHEMA, {})),
         TableLine("decisions, verdicts scattered back", sizes.stage2, row_bytes(DECISION_SCHEMA, {}) + row_bytes(VERDICT_SCHEMA, {})),
         TableLine("token ids, by tokenizer", config.tokenizers * work.all_pairs, row_bytes(TOKENS_SCHEMA, {"chosen": ids, "rejected": ids})),

@@ -45,7 +45,7 @@ from synpref_ray.retrieval.quantised import (
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool
 from synpref_ray.tables.sidecars import Sidecar, fingerprint
-from synpref_ray.versions import versions_of
+from synpref_ray.versions import faiss_version
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def plan_pool_index(pool: Pool, embeddings: Sidecar, config: IndexConfig) -> Poo
     settings = {
         "factory": shape.factory,
         **config.model_dump(mode="json", include={"train_per_list", "shards_per_part", "seed"}),
-        "versions": versions_of("faiss-cpu"),
+        "versions": faiss_version(),
     }
     digests = {"pool": pool.digest, "embeddings": embeddings.fingerprint}
     return PoolIndex(pool, embeddings, config, shape, fingerprint("index", INDEX_VERSION, settings, digests))

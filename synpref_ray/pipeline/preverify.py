@@ -19,13 +19,14 @@ from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import PAIR_COLUMNS, LLMStepConfig, LLMWorker, names_differ, run_llm_step
 from synpref_ray.pipeline.retrieval import pieces_of
 from synpref_ray.pipeline.steps import Output, Step, StepInput
-from synpref_ray.pipeline.verification import notes_path
+from synpref_ray.pipeline.verification import notes_path, notes_record_path
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
 from synpref_ray.rules.annotation_queue import QueueConfig
 from synpref_ray.schema import Objectivity
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
+from synpref_ray.tables.sidecars import Sidecar
 
 NOTE_VERSION = 1
 SHOWN_SCHEMA = pa.schema([pa.field("pair_id", pa.string(), nullable=False), pa.field("chosen", pa.string()), pa.field("rejected", pa.string())])
@@ -72,8 +73,11 @@ def run_preverify(config: PreverifyConfig, run: Run) -> str:
     objective = {row["pair_id"] for row in pairs.select(["pair_id", "objectivity"]).to_pylist() if row["objectivity"] == Objectivity.OBJECTIVE}
     asked = [pair_id for pair_id in order["pair_id"].to_pylist() if pair_id in objective or not config.objective_only]
     gathered = gather_pool(config.storage, f"{pool.name}-preverified", pieces_of(pool, set(asked)), inputs={}, max_pairs=config.gathered_shard_pairs)
-    notes = {step.noter.name: _note(run, gathered, step) for step in config.noters} if asked else {}
+    tables = {step.noter.name: _note(run, gathered, step) for step in config.noters} if asked else {}
+    notes = {name: table.read_all() for name, table in tables.items()}
     config.storage.write_table(notes_path(pool.name), shown_notes(notes))
+    record = {"pool": pool.name, "gathered": gathered.name, "tables": {name: table.fingerprint for name, table in tables.items()}}
+    config.storage.write_json(notes_record_path(pool.name), record)  # jobs/clean.py keeps what it names
     counts = {
         name: {value: [*table["chosen"].to_pylist(), *table["rejected"].to_pylist()].count(value) for value in ("correct", "incorrect")}
         for name, table in notes.items()
@@ -83,7 +87,7 @@ def run_preverify(config: PreverifyConfig, run: Run) -> str:
     return format_table(("noter", "pairs", "replies noted correct", "incorrect"), rows) + f"\nnotes: {config.storage.join(notes_path(pool.name))}"
 
 
-def _note(run: Run, pool: Pool, config: NoteStepConfig) -> pa.Table:
+def _note(run: Run, pool: Pool, config: NoteStepConfig) -> Sidecar:
     name = config.noter.name
     step = Step(
         name="note",
@@ -97,7 +101,7 @@ def _note(run: Run, pool: Pool, config: NoteStepConfig) -> pa.Table:
         resources=config.resources,
         max_failed_fraction=config.max_failed_fraction,
     )
-    return run_llm_step(run, f"note ({name})", step, [StepInput(pool, PAIR_COLUMNS)], config)[0][0].read_all()
+    return run_llm_step(run, f"note ({name})", step, [StepInput(pool, PAIR_COLUMNS)], config)[0][0]
 
 
 def shown_notes(notes: Mapping[str, pa.Table]) -> pa.Table:

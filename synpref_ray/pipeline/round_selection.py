@@ -19,14 +19,14 @@ from synpref_ray.pipeline.llm_steps import GoldTables
 from synpref_ray.pipeline.query_selection import Candidates, select_pairs
 from synpref_ray.reporting.pair_story import SELECTED_FILE
 from synpref_ray.reporting.run import Run
-from synpref_ray.retrieval.index import IndexConfig
+from synpref_ray.retrieval.index import INDEX_RESOURCES, IndexConfig
 from synpref_ray.retrieval.select import RetrievalConfig
 from synpref_ray.rules.query_selection import SelectionConfig
 from synpref_ray.tables.parts import join_parts
 from synpref_ray.tables.pools import Pool, content_digest, open_pool, pool_exists
 from synpref_ray.tables.sidecars import Sidecar, fingerprint
 from synpref_ray.tables.storage import Storage
-from synpref_ray.versions import versions_of
+from synpref_ray.versions import faiss_version
 
 SELECT_VERSION = 1
 INPUTS_KEY, COUNTS_KEY, POOL_KEY = b"synpref_ray.inputs", b"synpref_ray.counts", b"synpref_ray.pool"
@@ -120,14 +120,14 @@ def _inputs_digest(source: RoundSource, settings: SelectionSettings) -> str:
     gold, candidates = source.gold, source.candidates
     values = {
         **{name: getattr(settings, name).model_dump(mode="json") for name in ("selection", "retrieval")},
-        "index": settings.index.model_dump(mode="json", exclude={"num_threads"}),
+        "index": settings.index.model_dump(mode="json", exclude=INDEX_RESOURCES),
         "max_pairs": settings.max_pairs,
         "gather": [GATHER_POOL_VERSION, settings.gathered_shard_pairs],
         "parts": [[part.digest, part.clusters] for part in candidates.parts],
         "tables": [table.fingerprint for table in (*candidates.embeddings, *(sidecar for of_part in candidates.rewards for sidecar in of_part))],
         "leaks": [table.fingerprint for table in source.leaks],
         "already": content_digest(sorted(source.already)),
-        "versions": versions_of("faiss-cpu", "faiss-gpu"),
+        "versions": faiss_version(),
     }
     digests = {"gold": gold.pool.digest, "embeddings": gold.embeddings.fingerprint, "human": gold.human.fingerprint}
     return fingerprint("select", SELECT_VERSION, values, {**digests, "rewards": source.rewards.fingerprint})

@@ -1,5 +1,7 @@
 """What Stage 1 will take, step by step: what `jobs/stage1.py --dry-run` prints before it looks at the inputs."""
 
+from itertools import pairwise
+
 from synpref_ray.pipeline.stage1 import Stage1Config
 from synpref_ray.pipeline.step_plan import (
     PoolSize,
@@ -29,10 +31,11 @@ def plan_stage1(config: Stage1Config) -> str:
         left -= selected[-1]
     looked_at = [seed.pairs + sum(selected[:number]) for number in range(rounds + 1)]
     golds = [gathered(gold, config.gathered_shard_pairs) for gold in gold_by_round]
-    judged = [PoolSize(seed.pairs + golds[0].pairs, seed.shards + golds[0].shards)]
-    for count, gold in zip(selected, golds[1:], strict=True):
-        new = gathered(count, config.gathered_shard_pairs)
-        judged.append(PoolSize(new.pairs + gold.pairs, new.shards + gold.shards))
+    new = [seed, *(gathered(count, config.gathered_shard_pairs) for count in selected)]
+    verified = [after - before for before, after in pairwise([0, *gold_by_round])]  # of a pool's pairs; judged as gold, not where they stand
+    judged = [
+        PoolSize(max(pool.pairs - people, 0) + gold.pairs, pool.shards + gold.shards) for pool, people, gold in zip(new, verified, golds, strict=True)
+    ]
     works = [*tag_work(config.taggers, both, plan), embed_work(config.embed, both, plan)]
     for judge in config.judges:
         works.append(total([judge_work([judge], size, plan)[0] for size in judged], f"judge ({judge.judge.judge}), seed and {rounds} rounds"))

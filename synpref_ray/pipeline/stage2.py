@@ -1,8 +1,8 @@
 """Stage 2: two reward models score the wild pool, judges see only what the best RM disagrees with, one table decides: keep, flip or drop.
 
 Paper: Sec. 3.3 and App. H.4. Both curated datasets (kept pairs: the 26M kind; kept and flipped: the 40M kind) are filters over the decision sidecar.
-A new judge bar or flip bar is applied to stored votes and rewards without running a model; a band that asks about more pairs has all that it
-asks about judged, the earlier ones too.
+A new judge bar or flip bar is applied to stored votes and rewards without running a model; a band that asks about more pairs has those judged that
+no earlier run asked about, and decides as if it had been the band from the start.
 """
 
 import time
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from synpref_ray.bundled import find_model
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import read_by_clusters
-from synpref_ray.pipeline.gathering import find_covering_pool, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecar
+from synpref_ray.pipeline.gathering import find_gathered, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecars
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, open_gold, report_judges
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.job import JobConfig
@@ -111,11 +111,11 @@ class _Judges:
 
 @dataclass(frozen=True)
 class _Mismatches:
-    """Which pairs of the pool a judge is asked about (a sidecar of flags), how many, and a gathered pool that holds them, and perhaps more."""
+    """Which pairs of the pool a judge is asked about (a sidecar of flags), how many, and gathered pools that hold them, and perhaps more."""
 
     flags: Sidecar
     num_pairs: int
-    pool: Pool
+    pools: Sequence[Pool]
 
 
 def check_stage2(config: Stage2Config) -> None:
@@ -187,11 +187,10 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     rewards = score_pools(run, "score, both RMs", [pool], models, config.score, config.parity).sidecars[0]
     margins: list[tuple[Sidecar, Mapping[str, str]]] = [(rewards[0], {"margin": "margin_best"}), (rewards[1], {"margin": "margin_gold"})]
     asked = _gather_mismatches(config, run, pool, before.gold, [*margins, *left_out])
-    mismatches = asked.pool
     judges = _Judges({}, {}, {})
-    if mismatches.num_rows:
-        verdict, judges = _judge(config, run, pool, mismatches, before.gold)
-        verdicts = scatter_sidecar(pool, mismatches, verdict, "judge_verdict", VERDICT_SCHEMA)
+    if asked.pools:
+        found, judges = _judge(config, run, pool, asked.pools, before.gold)
+        verdicts = scatter_sidecars(pool, list(zip(asked.pools, found, strict=True)), "judge_verdict", VERDICT_SCHEMA)
     else:
         verdicts = _no_verdicts(pool)
     gold_groups = before.gold.prompt_groups()
@@ -212,10 +211,13 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
 
 
 def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTables, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> _Mismatches:
-    """Return which pairs a judge is asked about, how many, and a gathered pool that holds them.
+    """Return which pairs a judge is asked about, how many, and gathered pools that hold them.
 
-    Our choice: where other thresholds asked about these pairs and more, and all judges have answered under the settings of today, that pool is taken:
-    new thresholds ask no model. A pool with answers under other settings is not: all of its pairs would be asked about again, and not these alone.
+    Our choice: where other thresholds asked about some of these pairs, and all judges have answered under the settings of today, those pools are
+    taken, and only the rest is gathered into one of its own: no model is asked twice. A pool with answers under other settings is not taken: all of
+    its pairs would be asked about again, and not these alone. The decisions are those of a single run, since all that is made of a gathered pair
+    follows from the pair, gold and the settings, and not from the pairs beside it (an engine's replies as far as its batches do not change them);
+    tables differ in name alone. `max_failed_fraction` holds for each pool, so for a small rest too.
     """
     started = time.monotonic()
     step = Step(
@@ -235,14 +237,15 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTab
     found = zip(pool.shards, read_each(asked_of, pool.shards), strict=True)
     pieces = [Piece(pool, shard.number, rows) for shard, rows in found if rows]
     name = f"{pool.name}-mismatches"
-    gathered = find_covering_pool(
+    gathered, missing = find_gathered(
         config.storage, name, pieces, lambda other: all(votes.is_sealed for votes in _plan_votes(config, pool, other, gold))
     )
-    if gathered is None:  # named by its rows: same pairs, same votes
-        gathered = gather_pool(config.storage, name, pieces, inputs={}, max_pairs=config.gathered_shard_pairs)
-    num_asked = sum(len(piece.rows) for piece in pieces)
-    run.step("gather mismatches", rows=pool.num_rows, computed=0, rejected={}, seconds=time.monotonic() - started, selected=num_asked)
-    return _Mismatches(selected, num_asked, gathered)
+    if missing:  # named by its rows: same pairs, same votes
+        gathered.append(gather_pool(config.storage, name, missing, inputs={}, max_pairs=config.gathered_shard_pairs))
+    num_asked, num_new = (sum(len(piece.rows) for piece in some) for some in (pieces, missing))
+    counts = {"selected": num_asked, "answered_before": num_asked - num_new}
+    run.step("gather mismatches", rows=pool.num_rows, computed=0, rejected={}, seconds=time.monotonic() - started, **counts)
+    return _Mismatches(selected, num_asked, sorted(gathered, key=lambda one: one.name))
 
 
 def _plan_votes(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTables) -> list[Sidecar]:
@@ -259,24 +262,30 @@ def _plan_votes(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTa
     return votes
 
 
-def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Pool, gold: GoldTables) -> tuple[Sidecar, _Judges]:
-    """Tag, embed, find exemplars and judge the mismatches; judges are measured on gold as in Stage 1 (its stored votes, if they are the same)."""
+def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Sequence[Pool], gold: GoldTables) -> tuple[list[Sidecar], _Judges]:
+    """Tag, embed, find exemplars and judge the mismatches, and return the verdicts on each pool of them; judges are measured on gold as in Stage 1
+    (its stored votes, if they are the same).
+    """
     if config.tag_scope == "all":
         whole = tag_pools(run, "tag", [pool], config.taggers).merged[0]
-        attributes = gather_sidecars("attributes", ATTRIBUTES_SCHEMA, [(mismatches, {pool.name: whole})])[0]
+        attributes = gather_sidecars("attributes", ATTRIBUTES_SCHEMA, [(some, {pool.name: whole}) for some in mismatches])
     else:
-        attributes = tag_pools(run, "tag mismatches", [mismatches], config.taggers).merged[0]
-    embeddings = embed_pools(run, "embed mismatches", [(mismatches, attributes)], config.embed)[0]
-    gold_votes, votes = [], []
+        attributes = tag_pools(run, "tag mismatches", mismatches, config.taggers).merged
+    embeddings = embed_pools(run, "embed mismatches", list(zip(mismatches, attributes, strict=True)), config.embed)
+    gold_votes: list[Sidecar] = []
+    votes: list[list[Sidecar]] = [[] for _ in mismatches]
     for judge in config.judges:
-        targets = [(gold.pool, gold.as_targets.embeddings), (mismatches, embeddings)]
+        targets = [(gold.pool, gold.as_targets.embeddings), *zip(mismatches, embeddings, strict=True)]
         exemplars = find_exemplars(run, "exemplars", targets, gold, judge.judge.max_exemplars, config.index)
-        judged = [JudgedPool(gold.pool, gold.as_targets.attributes, exemplars[0], None), JudgedPool(mismatches, attributes, exemplars[1], None)]
-        both = judge_pools(run, f"judge ({judge.judge.judge})", judged, gold, judge)
-        gold_votes.append(both[0])
-        votes.append(both[1])
+        judged = [JudgedPool(gold.pool, gold.as_targets.attributes, exemplars[0], None)]
+        judged += [JudgedPool(*tables, None) for tables in zip(mismatches, attributes, exemplars[1:], strict=True)]
+        of_gold, *of_pools = judge_pools(run, f"judge ({judge.judge.judge})", judged, gold, judge)
+        gold_votes.append(of_gold)
+        for said, new in zip(votes, of_pools, strict=True):
+            said.append(new)
     trust, audit = measure_judges(gold, gold_votes, config.trust)
-    return merge_pool_votes(mismatches, attributes, votes, trust, config.merge), _Judges(trust, audit, report_judges(gold, gold_votes), gold_votes)
+    found = [merge_pool_votes(*tables, trust, config.merge) for tables in zip(mismatches, attributes, votes, strict=True)]
+    return found, _Judges(trust, audit, report_judges(gold, gold_votes), gold_votes)
 
 
 class _NothingAsked:

@@ -23,6 +23,7 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import GoldConfig, split_gold
 from synpref_ray.rules.selection import VerificationConfig, select_for_verification
 from synpref_ray.schema import HUMAN_SCHEMA
+from synpref_ray.tables.garbage import NOTES
 from synpref_ray.tables.pools import Pool, content_digest
 from synpref_ray.tables.sidecars import Sidecar, zip_shard
 from synpref_ray.tables.storage import Storage
@@ -40,7 +41,12 @@ def queue_path(pool: str) -> str:
 
 def notes_path(pool: str) -> str:
     """Return where the workspace keeps what LLMs noted of a pool's replies, for people to see (jobs/preverify.py)."""
-    return f"{ANNOTATION}/notes/{pool}.parquet"
+    return f"{NOTES}/{pool}.parquet"
+
+
+def notes_record_path(pool: str) -> str:
+    """Return where the workspace says from which gathered pool and tables a pool's notes are."""
+    return f"{NOTES}/{pool}.json"
 
 
 class AnnotatorConfig(Settings):

@@ -130,7 +130,8 @@ class CostModel:
     def gpu_work(self, sizes: Mapping[SizeName, float]) -> dict[str, float]:
         """Return by step the pairs that GPUs go through (one reward model pass, or one epoch, is once).
 
-        Our choice: silver grows evenly over the rounds, each of which trains on all of it so far: (rounds + 1) / 2 times silver in sum.
+        Our choice: silver grows evenly over the seed and the rounds; each round, and the last training after them, trains on all of it so far:
+        (rounds + 2) / 2 times silver in sum.
         """
         gold, silver, stage2 = (sizes.get(name, 0.0) for name in SIZE_NAMES)
         about = self.assumptions
@@ -140,7 +141,7 @@ class CostModel:
             "tag": gold + silver + (stage2 if about.tag_scope == "all" else mismatches),
             "score": 2 * stage2,
             "judge": mismatches,
-            "train": silver * (about.rounds + 1) / 2 + gold + final,
+            "train": silver * (about.rounds + 2) / 2 + gold + final,
         }
 
     def marginal(self, name: SizeName) -> float:

@@ -122,17 +122,22 @@ class StageWork:
 
 
 def stage_work(sizes: Sizes, about: Assumptions) -> StageWork:
-    """Return the work of the stages. Our choice: gold and silver grow evenly over the rounds, and each round judges all gold so far, as
-    `jobs/stage1.py --dry-run` counts it; the 40M kind is all of Stage 2, kept and flipped."""
+    """Return the work of the stages, as `pipeline/stage1.py` and `pipeline/stage2.py` do it.
+
+    Our choice: gold and silver grow evenly over the seed and the rounds, so there are rounds + 1 parts of each. Judges are asked about every silver
+    pair once and about all gold so far each time that gold has grown; not about a verified pair where it stood. The best RM is trained on all silver
+    so far in every round and once more after the last, the gold RM once (on working gold, a part of gold: counted whole). Stage 2 takes Stage 1's
+    votes on gold, its judges being the same. The 40M kind is all of Stage 2, kept and flipped.
+    """
     rounds = about.rounds
     return StageWork(
         all_pairs=sizes.gold + sizes.silver + sizes.stage2,
         mismatches=about.mismatch_fraction * sizes.stage2,
         kept=about.curated_fraction * sizes.stage2,
         curated=sizes.stage2,
-        judged_in_stage1=sizes.gold + sizes.silver + sizes.gold * (rounds + 2) / 2,
+        judged_in_stage1=sizes.silver + sizes.gold * (rounds + 2) / 2,
         scored_gold=sizes.gold * (rounds / 2 + 2),
-        trained_in_stage1=sizes.silver * (rounds + 1) / 2 + sizes.gold,
+        trained_in_stage1=sizes.silver * (rounds + 2) / 2 + sizes.gold,
     )
 
 
@@ -164,7 +169,7 @@ def stage_lines(sizes: Sizes, about: Assumptions, paces: Throughputs, prices: Pr
         on_gpus("score, both RMs", 2 * sizes.stage2, paces.score),
         on_gpus("tag mismatches" if about.tag_scope == "mismatches" else "tag, Stage 2", tagged, paces.tag),
         on_gpus("embed mismatches", work.mismatches, compute.embed_rate()),
-        on_gpus("judge mismatches", work.mismatches + sizes.gold, paces.judge),
+        on_gpus("judge mismatches", work.mismatches, paces.judge),
     ]
     speed_up = paces.train / compute.train_rate(compute.reward_billions, recompute=True)  # of a measured pace over the derived one: all sizes alike
     for model in config.models:

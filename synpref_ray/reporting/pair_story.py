@@ -119,8 +119,9 @@ def _trace(storage: Storage, tables: Sequence[Told], places: Sequence[Place]) ->
             told.used_by.append(user)
             waiting += [(told.pool, name, made_from) for name, made_from in told.beside.items()]
             waiting += [(name.removeprefix("source:"), told.table, digest) for name, digest in told.digests.items() if name.startswith("source:")]
-            gathered = pools.get(told.digests.get("gathered", ""))
-            waiting += [other for other in by_name if other[0] == gathered and other[2] == told.digests.get("result")]
+            places_of = {name.removeprefix("gathered"): pools.get(digest) for name, digest in told.digests.items() if name.startswith("gathered")}
+            scattered = {(gathered, told.digests.get(f"result{place}")) for place, gathered in places_of.items()}
+            waiting += [other for other in by_name if (other[0], other[2]) in scattered]
 
 
 def _roots(storage: Storage) -> Iterator[tuple[str, tuple[str, str, str]]]:

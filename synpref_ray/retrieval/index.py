@@ -41,6 +41,11 @@ _GPU_MAX_DEPTH = 2048  # FAISS on GPU returns no more candidates per query
 _MAX_CANDIDATES = 1 << 22  # per FAISS call: 4 M scores and row numbers are 48 MiB
 
 
+INDEX_RESOURCES = {"use_gpu", "num_threads"}
+"""What a config says about the machine and not about the result: where codes are made and searched changes which pairs become candidates by float
+error only, and exact scores decide."""
+
+
 class IndexConfig(Settings):
     """Which index is built over a pool, and where it searches. Exemplars are always searched exactly; zeros stand for the rules of `shape`."""
 

@@ -1,10 +1,10 @@
 """What of a workspace nothing refers to any more: old table versions, gathered pools, indexes, models of earlier rounds, leftovers of trainings.
 
 Tables live under their fingerprint and nothing is overwritten, so every new setting leaves a version beside the old. What is still referred to is
-found from the records: a table is in use if a record (`rounds/`, `sets/`, `hygiene/`) or the manifest of a table in use names its fingerprint, a
-gathered pool if one of them names it or its digest, a model if one names it. All strings of a record count as names, so that a reference of a kind
-not thought of here errs on the side of keeping; where a round's record is of before rounds named what they select from, all tables that it may have
-read are kept.
+found from the records: a table is in use if a record (`rounds/`, `sets/`, `hygiene/`, `annotation/notes/`) or the manifest of a table in use names
+its fingerprint, a gathered pool if one of them names it or its digest, a model if one names it. All strings of a record count as names, so that a
+reference of a kind not thought of here errs on the side of keeping; where a round's record is of before rounds named what they select from, all
+tables that it may have read are kept, and so are all that a pool's notes may be from, where no record says it.
 
 Kept whatever refers to it: pools that were not gathered (ingest's and those of other jobs), the newest version of each of their tables (of a grown
 pool: beside each of its parts; of decisions about leaks: for each of its versions), models that are not of Stage 1's rounds, journals, spending,
@@ -31,6 +31,10 @@ RUN_LEASE = "lease.json"
 ROUND_RECORD = re.compile(r"rounds/\d+/round\.json")
 ROUND_SOURCES = "candidates"
 """In a round's record: the tables that it selected from, as [pool, table, fingerprint]; records of earlier versions do not have it."""
+NOTES = "annotation/notes"
+"""What jobs/preverify.py noted of a pool's replies, and (not of earlier versions) the record of the gathered pool and tables that it is from."""
+NOTED = "-preverified-"
+"""In the name of a gathered pool whose replies were noted: between the pool's name and the digest."""
 STAGE1_MODEL = re.compile(r"(best-r\d+|gold|gold-r\d+)-[0-9a-f]{8}")
 ROUND_GOLD_MODEL = re.compile(r"gold-r\d+-.*")
 BESIDE_TABLES = {"versions"}
@@ -96,7 +100,7 @@ def find_items(storage: Storage, *, unfinished: bool = False) -> list[Item]:
     tables = [table for pool in pools for table in _read_tables(storage, pool.name)]
     reached = _reach(storage, pools, tables)
     pinned = _newest_of_base_pools(pools, tables)
-    untold = _read_by_untold_rounds(storage, pools)
+    untold, untold_notes = _read_by_untold_rounds(storage, pools), _noted_untold(storage, pools)
     began, whose = (float("inf"), "") if unfinished else _pending_since(storage)
     items: list[Item] = []
     for table in tables:
@@ -110,6 +114,8 @@ def find_items(storage: Storage, *, unfinished: bool = False) -> list[Item]:
             kept = kept or "the newest version of its kind"
         elif table.pool in untold:
             kept = kept or f"{untold[table.pool]} does not say what it selected from: jobs/stage1.py writes it anew"
+        elif table.pool in untold_notes:
+            kept = kept or f"{untold_notes[table.pool]} may be from it: jobs/preverify.py writes which tables it is from"
         elif table.written >= began:
             kept = kept or f"written since {whose} began, which has not finished"
         items.append(Item("table", table.path, kept))
@@ -173,6 +179,7 @@ def _reach(storage: Storage, pools: Iterable[_PoolFacts], tables: Iterable[_Tabl
     reached: set[str] = set()
     records = [path for folder in ("rounds", "sets") for path in storage.list_files(folder) if path.endswith(".json")]
     records += [path for path in storage.list_files("hygiene") if path.endswith("/done.json")]
+    records += [path for path in storage.list_files(NOTES) if path.endswith(".json")]
     for path in records:
         reached |= {*names_in(storage.read_json(path))}
     for pool in pools:
@@ -218,6 +225,14 @@ def _read_by_untold_rounds(storage: Storage, pools: Iterable[_PoolFacts]) -> dic
             if ROUND_SOURCES not in record:
                 found |= {pool.name: path for pool in pools if not pool.is_gathered and pool.name in record.get("pools", [pool.name])}
     return found
+
+
+def _noted_untold(storage: Storage, pools: Iterable[_PoolFacts]) -> dict[str, str]:
+    """Return the gathered pools that notes may be from of which no record says it, each with these notes."""
+    files = {*storage.list_files(NOTES)}
+    untold = {path.removeprefix(f"{NOTES}/").removesuffix(".parquet"): path for path in files if path.endswith(".parquet")}
+    untold = {name: path for name, path in untold.items() if f"{NOTES}/{name}.json" not in files}
+    return {pool.name: untold[name] for pool in pools if pool.is_gathered and (name := pool.name.rpartition(NOTED)[0]) in untold}
 
 
 def _pending_since(storage: Storage) -> tuple[float, str]:

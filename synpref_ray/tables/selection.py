@@ -111,18 +111,22 @@ def gather_sidecar(gathered: pa.Table, sidecars: Mapping[str, Sidecar | PartedSi
     return table
 
 
-def scatter_shard(source: Pool, number: int, gathered: Pool, result: Sidecar, schema: pa.Schema) -> pa.Table:
-    """Return what `result` (a sidecar of `gathered`) says about shard `number` of the source pool.
+def scatter_shard(source: Pool, number: int, results: Sequence[tuple[Pool, Sidecar]], schema: pa.Schema) -> pa.Table:
+    """Return what sidecars of gathered pools say about shard `number` of the source pool.
 
     Unselected rows are null with reason `not_selected`; row order is the source shard's.
+
+    Args:
+        results: gathered pools, each with its sidecar; where several hold a row, the first one's word counts.
     """
     ids = source.read(number, ["pair_id"])["pair_id"]
     parts = [(np.zeros(0, dtype=np.int64), schema.empty_table())]
-    for shard in gathered.shards:
-        places = gathered.read(shard.number, ["source_pool", "source_shard", "source_row"])
-        mine = pc.and_(pc.equal(places["source_pool"], source.name), pc.equal(places["source_shard"], number))
-        if pc.any(mine).as_py():
-            parts.append((places["source_row"].filter(mine).to_numpy(), result.read(shard.number, schema.names).filter(mine).cast(schema)))
+    for gathered, result in reversed(results):  # what is written last stays
+        for shard in gathered.shards:
+            places = gathered.read(shard.number, ["source_pool", "source_shard", "source_row"])
+            mine = pc.and_(pc.equal(places["source_pool"], source.name), pc.equal(places["source_shard"], number))
+            if pc.any(mine).as_py():
+                parts.append((places["source_row"].filter(mine).to_numpy(), result.read(shard.number, schema.names).filter(mine).cast(schema)))
     values = pa.concat_tables([value for _, value in parts])
     found = np.full(len(ids), -1, dtype=np.int64)
     found[np.concatenate([rows for rows, _ in parts])] = np.arange(values.num_rows)

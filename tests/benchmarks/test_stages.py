@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks._stage_models import PairMaker, StandInEmbedder, hashed, make_shard, rewards_of, stage2_config, stand_ins, write_stage1
+from benchmarks._stage_models import DIMENSION, PairMaker, StandInEmbedder, hashed, make_shard, rewards_of, stage2_config, stand_ins, write_stage1
 from benchmarks.stages import BARE, OURS, STORE, gates_of, report, score_bare, score_ours, text_bytes, timed_stage2, wrong_of
+from synpref_ray.pipeline.llm_steps import LLMStepConfig
+from synpref_ray.pipeline.steps import Resources
 from synpref_ray.schema import REWARDS_SCHEMA
 from synpref_ray.tables.pools import Pool, commit_pool, list_pools, open_pool
 from synpref_ray.tables.sidecars import open_sidecar
@@ -70,6 +72,24 @@ def test_stage_2_with_stand_ins(ray: ModuleType, tmp_path: Path) -> None:
     assert text_bytes(pool) / 110 > 2048
     assert not (tmp_path / "bare").exists()
     assert stage2_config(pool.storage, 1).parity.enabled is False
+
+
+def test_a_wider_band_asks_about_its_new_pairs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And decides, pair by pair, as a workspace that had the wide band from the start; all in this process, without Ray."""
+    monkeypatch.setattr(LLMStepConfig, "resources", Resources())
+    pool, other = (small_workspace(tmp_path / name, [60, 0, 50]) for name in ("ws", "other"))
+    here = {"score": {"num_workers": 0}, "embed": {"num_workers": 0, "dimension": DIMENSION}}
+    with stand_ins():
+        narrow = timed_stage2(pool.storage, 1, **here)
+        wide, again = (timed_stage2(pool.storage, 1, **here, gate={"band": 0.1}) for _ in range(2))
+        at_once = timed_stage2(other.storage, 1, **here, gate={"band": 0.1})
+    assert narrow["judged"] < wide["judged"] == at_once["judged"]
+    gathered = [open_pool(pool.storage, name).num_rows for name in list_pools(pool.storage) if name.startswith("wild-mismatches-")]
+    assert sorted(gathered) == sorted([narrow["judged"], wide["judged"] - narrow["judged"]])
+    assert narrow["requests"] + wide["requests"] == at_once["requests"]
+    assert (wide["scored"], again["requests"]) == (0, 0)
+    ours, theirs = (open_sidecar(one, "decision", one.storage.read_json("rounds/stage2.json")["decision"]).read_all() for one in (pool, other))
+    assert ours.equals(theirs)
 
 
 def size(rows: int, seconds: float, *, peak: int, requests: int = 0, **more: Any) -> dict[str, Any]:

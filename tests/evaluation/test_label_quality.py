@@ -79,6 +79,25 @@ def test_nothing_found_has_an_interval_all_the_same():
     assert of_one_prompt.precision.low == pytest.approx(1 / (1 + 1.959964**2), abs=1e-6)  # one prompt is one trial
 
 
+def test_an_entry_stands_for_as_many_pairs_as_it_counts():
+    entries = [
+        ("keep", "chosen", "a", 3),
+        ("flip", "chosen", "a", 1),
+        ("flip", "rejected", "b", 2),
+        ("drop", "rejected", "c", 1),
+        ("keep", None, "c", 4),
+    ]
+    apart = [entry[:3] for entry in entries for _ in range(entry[3])]
+    for measure in (label_quality, flip_detection):
+        decisions, truth, groups = zip(*apart, strict=True)
+        counted = measure([e[0] for e in entries], [e[1] for e in entries], groups=[e[2] for e in entries], counts=[e[3] for e in entries])
+        assert counted == measure(decisions, truth, groups=groups)
+        alone = measure([e[0] for e in entries], [e[1] for e in entries], counts=[e[3] for e in entries])
+        assert alone == measure(decisions, truth)
+    with pytest.raises(ValueError, match="a count for each"):
+        label_quality(["keep"], ["chosen"], counts=[1, 2])
+
+
 DECISIONS = st.lists(st.tuples(st.sampled_from(["keep", "flip", "drop"]), st.sampled_from(["chosen", "rejected", None])), max_size=30)
 
 

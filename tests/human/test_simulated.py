@@ -12,7 +12,7 @@ import pytest
 
 import synpref_ray
 from synpref_ray.errors import InputError, SchemaError
-from synpref_ray.human.simulated import SimulatedAnnotator, read_truth
+from synpref_ray.human.simulated import SimulatedAnnotator, TruthLookup, read_truth
 from synpref_ray.schema import HUMAN_SCHEMA
 
 SHARD = pa.table({"pair_id": ["a", "b", "c", "d"], "chosen": ["1", "2", "3", "4"]})
@@ -63,8 +63,28 @@ def test_bad_truth_files_are_one_line(tmp_path: Path) -> None:
         SimulatedAnnotator(str(path)).verify(pa.table({"id": ["a"]}), ["a"])
 
 
+def test_a_lookup_says_what_reading_says(tmp_path: Path) -> None:
+    path = tmp_path / "truth.parquet"
+    rows = [("b", "rejected"), ("a", "chosen"), ("b", "rejected"), ("two", "chosen"), ("two", "rejected"), ("bad", "maybe"), ("none", None)]
+    pq.write_table(pa.table({"pair_id": [name for name, _ in rows], "verdict": [verdict for _, verdict in rows]}), path)
+    truth = TruthLookup(str(path))
+    asked = ["absent", "a", "b", "a", "a longer name than any"]
+    assert truth.verdicts(pa.array(asked)).to_pylist() == [None, "chosen", "rejected", "chosen", None]
+    assert {name: verdict for name, verdict in zip(asked, truth.verdicts(pa.array(asked)).to_pylist(), strict=True) if verdict} == read_truth(
+        str(path), asked
+    )
+    assert truth.verdicts(pa.array([], pa.string())).to_pylist() == []
+    for name in ("two", "bad", "none"):
+        with pytest.raises(InputError) as looked_up:
+            truth.verdicts(pa.array(["a", name]))
+        with pytest.raises(InputError) as read:
+            read_truth(str(path), [name])
+        assert str(looked_up.value) == str(read.value)
+
+
 TRUTH_MODULE = "human/simulated.py"
-FINAL_REPORT = ("reporting/", "pipeline/demo", "pipeline/label_report")  # may call read_truth, never open the file itself
+FINAL_REPORT = ("reporting/", "pipeline/demo", "pipeline/label_report")  # may use READERS, never open the file itself
+READERS = {"read_truth", "TruthLookup"}
 OPENERS = {
     "open",
     "open_binary",
@@ -80,7 +100,7 @@ OPENERS = {
 
 
 def truth_breaches(package: Path) -> Iterator[str]:
-    """Name every line outside the truth module that opens something called truth, and every use of read_truth outside the final report."""
+    """Name every line outside the truth module that opens something called truth, and every use of its readers outside the final report."""
     for path in sorted(package.rglob("*.py")):
         module = path.relative_to(package).as_posix()
         if module == TRUTH_MODULE:
@@ -88,9 +108,9 @@ def truth_breaches(package: Path) -> Iterator[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and _name(node.func) in OPENERS and "truth" in ast.unparse(node).lower():
                 yield f"{module}:{node.lineno} opens a truth file"
-            used = _name(node) == "read_truth" or (isinstance(node, ast.alias) and node.name == "read_truth")
+            used = _name(node) in READERS or (isinstance(node, ast.alias) and node.name in READERS)
             if used and not module.startswith(FINAL_REPORT):
-                yield f"{module} uses read_truth"
+                yield f"{module} reads the truth"
 
 
 def _name(node: ast.AST) -> str:
@@ -106,6 +126,8 @@ def test_no_other_module_opens_a_truth_file() -> None:
     [
         ("pipeline/stage1.py", "pq.read_table(config.truth_path)", True),
         ("pipeline/stage1.py", "from synpref_ray.human.simulated import read_truth", True),
+        ("rules/gate.py", "from synpref_ray.human.simulated import TruthLookup", True),
+        ("pipeline/label_report.py", "known = TruthLookup(truth)", False),
         ("llm/judge.py", "open(folder / 'truth.parquet')", True),
         ("reporting/final.py", "truth = read_truth(path, ids)", False),
         ("reporting/final.py", "pq.read_table('truth.parquet')", True),

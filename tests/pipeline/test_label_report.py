@@ -1,6 +1,7 @@
 """Labels against a known truth: read after all is decided, by source, and never by anything that decides."""
 
 import json
+import random
 from pathlib import Path
 from typing import IO
 
@@ -9,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import report
+from synpref_ray.evaluation.label_quality import flip_detection, label_quality
 from synpref_ray.human import simulated
+from synpref_ray.pipeline import label_report
 from synpref_ray.pipeline.label_report import measure_labels
 from synpref_ray.rules.gate import DECISION_SCHEMA
 from synpref_ray.rules.labels import LABEL_SCHEMA
@@ -86,6 +89,42 @@ def test_the_truth_is_read_once_for_all_stages_and_shards(workspace: tuple[Stora
     monkeypatch.setattr(simulated, "open_file", noted)
     assert len(list(measure_labels(storage, str(truth)))) == 6
     assert opened == [str(truth)]
+
+
+def test_counts_of_shards_say_what_all_rows_together_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven shards over which prompts and sources are spread; every third pair's truth is known; the expected values are of rows, not counts."""
+    monkeypatch.setattr(label_report, "SHARDS_TOGETHER", 2)
+    storage, chance = Storage(str(tmp_path / "ws")), random.Random(5)
+    shards, rows = [], []
+    for number in range(7):
+        pairs = make_pairs(20, f"s{number}")
+        table = pairs.set_column(
+            pairs.schema.get_field_index("prompt_group"), "prompt_group", pa.array([f"g{chance.randrange(25)}" for _ in range(20)])
+        )
+        table = table.set_column(table.schema.get_field_index("source"), "source", pa.array([chance.choice(["hh", "lm", "new"]) for _ in range(20)]))
+        shards.append(write_pool_shard(storage, "wild", number, table.cast(pairs.schema)))
+        rows += table.select(["pair_id", "source", "prompt_group"]).to_pylist()
+    decision = Sidecar(commit_pool(storage, "wild", "f" * 32, shards, {}), "decision", "1" * 32)
+    for row in rows:
+        row |= {
+            "decision": chance.choice(["keep", "flip", "drop"]),
+            "better": chance.choice(["chosen", "rejected"]) if chance.random() < 0.4 else None,
+        }
+    for number in range(7):
+        decided = [{"flipped": row["decision"] == "flip", "decision_reason": "x", **row} for row in rows[20 * number : 20 * number + 20]]
+        decision.write(number, pa.Table.from_pylist(decided, schema=DECISION_SCHEMA))
+    manifest = {"pool_digest": decision.pool.digest, "fingerprint": decision.fingerprint, "rejected": {}}
+    storage.write_json(f"{decision.folder}/manifest.json", manifest)
+    storage.write_json("rounds/stage2.json", {"pool": "wild", "decision": decision.fingerprint})
+    known = [row for row in rows if row["better"]]
+    pq.write_table(pa.table({"pair_id": [row["pair_id"] for row in known], "verdict": [row["better"] for row in known]}), tmp_path / "truth.parquet")
+    found = list(measure_labels(storage, str(tmp_path / "truth.parquet")))
+    assert [entry.source for entry in found] == ["all sources", *dict.fromkeys(row["source"] for row in rows)]
+    for entry in found:
+        mine = [row for row in rows if entry.source in ("all sources", row["source"])]
+        decisions, better, groups = ([row[name] for row in mine] for name in ("decision", "better", "prompt_group"))
+        assert entry.quality == label_quality(decisions, better, groups=groups)
+        assert entry.flips == flip_detection(decisions, better, groups=groups)
 
 
 @pytest.mark.parametrize(("argument", "said"), [("format=text", "name the file"), ("truth=absent.parquet", "there is no truth file absent.parquet")])

@@ -17,6 +17,7 @@ from synpref_ray.pipeline.steps import Step, StepInput
 from synpref_ray.pipeline.verification import notes_path
 from synpref_ray.reporting.run import Run
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
+from synpref_ray.tables.garbage import find_items
 from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
 from synpref_ray.tables.sidecars import Sidecar
 from synpref_ray.tables.storage import Storage
@@ -73,6 +74,14 @@ def test_objective_pairs_of_the_queue_are_noted_and_the_notes_reach_its_items(se
     assert len(notes) == 4
     assert {pair_id for pair_id, note in notes.items() if note} == set(asked)
     assert all(notes[pair_id] == {"chosen": "correct (noter)", "rejected": "incorrect (noter)"} for pair_id in asked)
+
+
+def test_what_the_notes_are_from_is_not_removed(seed: Pool, asked: list[str]) -> None:
+    config = settings(seed)
+    run_preverify(config, Run(seed.storage, "preverify", config))
+    paths = {item.path: item.may_go for item in find_items(seed.storage, unfinished=True) if "seed-preverified-" in item.path}
+    assert len(paths) == 2  # the gathered pool and its notes
+    assert not any(paths.values())
 
 
 def test_all_pairs_of_the_queue_where_the_config_says_so(seed: Pool, asked: list[str]) -> None:

@@ -147,6 +147,14 @@ def test_a_second_run_selects_and_counts_nothing_and_reads_no_texts(finished: Fi
     assert set(splits.values()) == {3}  # where people verify, and gathered before and after its votes; not again in later rounds
 
 
+def test_other_hardware_selects_nothing_anew(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, stop={"max_rounds": 1})
+    run_rounds(config)
+    before = config.storage.read_bytes("rounds/01/selected.parquet")  # with the digest of what it was made from
+    run_rounds(config.model_copy(update={"index": config.index.model_copy(update={"use_gpu": True, "num_threads": 7})}))
+    assert config.storage.read_bytes("rounds/01/selected.parquet") == before
+
+
 def test_other_settings_select_anew(tmp_path: Path, models: Models) -> None:
     config = start(tmp_path, stop={"max_rounds": 1})
     run_rounds(config)

@@ -40,12 +40,12 @@ def test_gpu_hours_by_hand() -> None:
     about = Assumptions(mismatch_fraction=0.25, curated_fraction=0.5, rounds=3, num_epochs=2, num_models=2)
     model = CostModel(Prices(gold_pair=0, silver_pair=0, stage2_pair=0, gpu_hour=2), Throughputs(tag=10, score=100, judge=5, train=20), about)
     cost = model.cost({"gold": 10, "silver": 20, "stage2": 1000})
-    # tag 10 + 20 + 250 = 280 -> 28 h; two passes of 1000 -> 20 h; judge 250 -> 50 h; train 20 * 2 + 10 + 500 * 2 * 2 = 2050 -> 102.5 h
+    # tag 10 + 20 + 250 = 280 -> 28 h; two passes of 1000 -> 20 h; judge 250 -> 50 h; train 20 * 2.5 + 10 + 500 * 2 * 2 = 2060 -> 103 h
     assert {line.name: line.quantity for line in cost.lines if line.unit == "GPU hours"} == {
-        "GPU: tag": 28, "GPU: score": 20, "GPU: judge": 50, "GPU: train": 102.5,
+        "GPU: tag": 28, "GPU: score": 20, "GPU: judge": 50, "GPU: train": 103,
     }  # fmt: skip
-    assert cost.gpu_hours == 200.5
-    assert cost.total == 401
+    assert cost.gpu_hours == 201
+    assert cost.total == 402
 
 
 def test_an_unknown_throughput_is_refused_where_gpus_cost() -> None:

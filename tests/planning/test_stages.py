@@ -43,9 +43,9 @@ def test_a_prompt_too_short_for_an_exemplar_holds_none() -> None:
 def test_the_work_of_the_stages() -> None:
     work = stage_work(Sizes(gold=90, silver=910, stage2=1000), Assumptions(rounds=8, mismatch_fraction=0.3, curated_fraction=0.6))
     assert (work.all_pairs, work.mismatches, work.kept, work.curated) == (2000, 300, 600, 1000)
-    assert work.judged_in_stage1 == 1000 + sum(10 * (number + 1) for number in range(9))  # every pair once, and all gold so far in every round
+    assert work.judged_in_stage1 == 910 + sum(10 * (number + 1) for number in range(9))  # silver once, and all gold so far whenever it has grown
     assert work.scored_gold == sum(10 * (number + 1) for number in range(8)) + 2 * 90
-    assert work.trained_in_stage1 == 910 * 4.5 + 90
+    assert work.trained_in_stage1 == pytest.approx(sum(910 / 9 * number for number in range(1, 10)) + 90)  # eight rounds and the last training
 
 
 def test_stages_cost_their_hours() -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from jobs import report
-from synpref_ray.pipeline.gathering import gather_pool, scatter_sidecar
+from synpref_ray.pipeline.gathering import gather_pool, scatter_sidecars
 from synpref_ray.pipeline.gold import gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
 from synpref_ray.reporting.pair_story import tell_pair, why_decided
 from synpref_ray.rules.gate import DECISION_SCHEMA, TRUTH_TABLE, GateConfig, decide_shard
@@ -60,7 +60,7 @@ def workspace(tmp_path: Path) -> Storage:
     mismatches = gather_pool(storage, "wild-mismatches", [Piece(wild, 0, (0, 2))], inputs={})
     said = [{"pair_id": i, "judge_verdict": "chosen", "verdict_reason": "agreed", "num_votes": 2} for i in mismatches.read(0)["pair_id"].to_pylist()]
     verdict = seal_made_from(Sidecar(mismatches, "verdict", "7" * 32), pa.Table.from_pylist(said, schema=VERDICT_SCHEMA), [])
-    spread = scatter_sidecar(wild, mismatches, verdict, "judge_verdict", VERDICT_SCHEMA)
+    spread = scatter_sidecars(wild, [(mismatches, verdict)], "judge_verdict", VERDICT_SCHEMA)
     shard = pa.table(
         {
             "pair_id": wild.read(0)["pair_id"],

@@ -80,6 +80,20 @@ def test_a_gathered_pool_goes_with_its_tables_unless_something_of_it_is_in_use(t
     assert may_go(seed) == {sidecars[0].folder: "table"}
 
 
+def test_the_pool_that_notes_are_from_stays_while_the_notes_do(tmp_path: Path) -> None:
+    seed = make_pool(tmp_path, "seed", [4, 3])
+    storage, old, new = seed.storage, *(gather_pool(seed.storage, "seed-preverified", [Piece(seed, 0, rows)], inputs={}) for rows in ((0,), (1, 2)))
+    tables = [lengths(pool, 1) for pool in (old, new)]
+    unused = lengths(new, 2)
+    assert may_go(seed) == dict.fromkeys((f"pools/{old.name}", f"pools/{new.name}"), "gathered pool")
+    storage.write_table("annotation/notes/seed.parquet", make_pairs(1))
+    assert may_go(seed) == {}  # notes of an earlier version, which do not say what they are from
+    assert "annotation/notes/seed.parquet may be from it" in why_kept(seed, tables[0].folder)
+    storage.write_json("annotation/notes/seed.json", {"pool": "seed", "gathered": new.name, "tables": {"noter": tables[1].fingerprint}})
+    assert may_go(seed) == {f"pools/{old.name}": "gathered pool", unused.folder: "table"}
+    assert why_kept(seed, f"pools/{new.name}") == why_kept(seed, tables[1].folder) == "a record refers to it"
+
+
 def test_models_of_rounds_and_trainings(tmp_path: Path) -> None:
     pool = make_pool(tmp_path, "seed", [1])
     storage = pool.storage

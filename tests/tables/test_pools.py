@@ -122,7 +122,7 @@ def test_scattering_a_gathered_result_gives_it_back_in_place(tmp_path_factory: p
         gathered = few.read(shard.number)
         assert gathered.schema.equals(GATHERED_SCHEMA)
         result.write(shard.number, gather_sidecar(gathered, {"wild": labels}, LABELS))
-    scattered = pa.concat_tables([scatter_shard(pool, number, few, result, LABELS) for number in range(3)])
+    scattered = pa.concat_tables([scatter_shard(pool, number, [(few, result)], LABELS) for number in range(3)])
     original = labels.read_all()
     for row, (mine, theirs) in enumerate(zip(scattered.to_pylist(), original.to_pylist(), strict=True)):
         unselected = {"pair_id": theirs["pair_id"], "flipped": None, "label": None, "drop_reason": "not_selected"}
