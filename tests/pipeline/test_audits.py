@@ -132,3 +132,16 @@ def test_accuracy_by_attribute(evaluate: Callable[..., tuple[Run, str]], monkeyp
     assert run.metrics[f"{prefix}/by_task_category/unknown/num_pairs"] == 2
     assert run.metrics[f"{prefix}/by_objectivity/objective/num_pairs"] == 6
     assert run.metrics["audit_gold/num_pairs"] == 6
+
+
+def test_the_level_of_intervals_is_that_of_the_evaluation(evaluate: Callable[..., tuple[Run, str]]) -> None:
+    wide, narrow = (evaluate(audits=("calibration", "bias"), confidence=level)[0].metrics for level in (0.95, 0.2))
+    names = ("calibration/held_out/ece", "bias/held_out/length/pressure", "bias/held_out/length/accuracy_more", "calibration/held_out/overconfidence")
+    for name in names:
+        widths = [metrics[f"audit/{name}/high"] - metrics[f"audit/{name}/low"] for metrics in (wide, narrow)]
+        assert widths[1] < widths[0], name
+
+
+def test_further_seeds_without_another_model_are_refused(evaluate: Callable[..., tuple[Run, str]], models: list[str]) -> None:
+    with pytest.raises(ConfigError, match="compare=FOLDER"):
+        evaluate(model_seeds=(models[1],))
