@@ -104,8 +104,6 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise ConfigError("name a model to evaluate (model=FOLDER), or judges")
     if not config.model and (config.audits or config.compare):
         raise ConfigError("audits and compare are of a reward model's rewards: name a model (model=FOLDER)")
-    if config.model_seeds and not config.compare:
-        raise ConfigError("model_seeds are further seeds of the model for the test against another: name that one too (compare=FOLDER)")
     for folder in (*config.compare, *config.model_seeds):
         model_folder(folder)
     if len(set(names)) != len(names):

@@ -140,8 +140,3 @@ def test_the_level_of_intervals_is_that_of_the_evaluation(evaluate: Callable[...
     for name in names:
         widths = [metrics[f"audit/{name}/high"] - metrics[f"audit/{name}/low"] for metrics in (wide, narrow)]
         assert widths[1] < widths[0], name
-
-
-def test_further_seeds_without_another_model_are_refused(evaluate: Callable[..., tuple[Run, str]], models: list[str]) -> None:
-    with pytest.raises(ConfigError, match="compare=FOLDER"):
-        evaluate(model_seeds=(models[1],))
