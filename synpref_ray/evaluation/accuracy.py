@@ -81,13 +81,33 @@ def pair_accuracy(correct: npt.ArrayLike, *, confidence: float = 0.95) -> Accura
     return Accuracy(flags.size, num_correct, num_correct / flags.size if flags.size else math.nan, low, high)
 
 
-def accuracy_by(correct: npt.ArrayLike, groups: Sequence[str | None], *, confidence: float = 0.95) -> dict[str, Accuracy]:
-    """Return the accuracy of every group (a task category, a source …), by name; pairs without a group come under `unknown`."""
+def accuracy_by(
+    correct: npt.ArrayLike,
+    groups: Sequence[str | None],
+    *,
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    confidence: float = 0.95,
+) -> dict[str, Accuracy]:
+    """Return the accuracy of every group (a task category, a source …), by name; pairs without a group come under `unknown`.
+
+    Args:
+        prompts: of every pair, where several pairs of one prompt are told apart: intervals are those of `accuracy_over_groups` over them then.
+    """
     flags = _flags(correct, num_axes=1)
     names = np.array([group if group is not None else "unknown" for group in groups], dtype=object)
     if len(names) != flags.size:
         raise ValueError(f"expected a group for each of {flags.size} pairs, found {len(names)}")
-    return {name: pair_accuracy(flags[names == name], confidence=confidence) for name in sorted(set(names))}
+    if not prompts:
+        return {name: pair_accuracy(flags[names == name], confidence=confidence) for name in sorted(set(names))}
+    if len(prompts) != flags.size:
+        raise ValueError(f"expected a prompt for each of {flags.size} pairs, found {len(prompts)}")
+    keys, found = np.asarray(prompts, dtype=object), {}
+    for name in sorted(set(names)):
+        own = names == name
+        found[name] = accuracy_over_groups(flags[own], keys[own].tolist(), seed=seed, num_resamples=num_resamples, confidence=confidence)
+    return found
 
 
 def bootstrap_accuracy(
@@ -109,7 +129,15 @@ def bootstrap_accuracy(
     return Accuracy(flags.size, int(flags.sum()), float(flags.mean()), low, high)
 
 
-def accuracy_over_groups(correct: npt.ArrayLike, groups: Sequence[str], *, counts: npt.ArrayLike | None = None, confidence: float = 0.95) -> Accuracy:
+def accuracy_over_groups(
+    correct: npt.ArrayLike,
+    groups: Sequence[str],
+    *,
+    counts: npt.ArrayLike | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    confidence: float = 0.95,
+) -> Accuracy:
     """Return the accuracy over (P,) flags, of which those of one group (a prompt) go together.
 
     Our choice: bootstrapped over groups, except where all flags are alike: no resample differs then, so the interval would have no width however few
@@ -122,7 +150,7 @@ def accuracy_over_groups(correct: npt.ArrayLike, groups: Sequence[str], *, count
     weights = np.ones(flags.size, dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
     num_pairs, num_correct = int(weights.sum()), int(weights[flags].sum())
     if 0 < num_correct < num_pairs:
-        low, high = _bootstrap_totals(*_group_totals(flags.astype(np.float64), groups, weights), 0, NUM_RESAMPLES, confidence)
+        low, high = _bootstrap_totals(*_group_totals(flags.astype(np.float64), groups, weights), seed, num_resamples, confidence)
     else:
         num_groups = len(set(groups))
         low, high = wilson_interval(num_groups if num_correct else 0, num_groups, confidence=confidence)

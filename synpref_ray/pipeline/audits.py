@@ -7,7 +7,7 @@ whose table is found again by a second run. Our choice throughout.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -71,10 +71,17 @@ class AuditConfig(Settings):
     """Seed of the draws."""
 
 
-class AuditReport:
-    """Metrics and tables of the audits that ran."""
+class _Bootstrap(TypedDict):
+    seed: int
+    num_resamples: int
+    confidence: float
 
-    def __init__(self) -> None:
+
+class AuditReport:
+    """Metrics and tables of the audits that ran; `confidence` is the level of their intervals."""
+
+    def __init__(self, confidence: float = 0.95) -> None:
+        self.confidence = confidence
         self.metrics: dict[str, Any] = {}
         self.tables: list[str] = []
 
@@ -91,6 +98,7 @@ def run_audits(
     audits: Sequence[AuditName],
     config: AuditConfig,
     *,
+    confidence: float,
     replies_per_shard: int = REPLIES_PER_SHARD,
 ) -> AuditReport:
     """Run the audits asked for on a model's outcomes (and, for attacks, on the model); return metrics under `audit/…` and tables.
@@ -99,7 +107,7 @@ def run_audits(
         benchmarks: by name, with the reward model's outcomes.
         replies_per_shard: replies that are scored between two writes.
     """
-    report = AuditReport()
+    report = AuditReport(confidence)
     pairs = {name: comparisons_of(loaded.read.items, outcomes) for name, (loaded, outcomes) in benchmarks.items()}
     if "calibration" in audits:
         _calibration(report, pairs, config)
@@ -110,7 +118,12 @@ def run_audits(
     return report
 
 
+def _bootstrap(report: AuditReport, config: AuditConfig) -> _Bootstrap:
+    return {"seed": config.seed, "num_resamples": config.num_resamples, "confidence": report.confidence}
+
+
 def _calibration(report: AuditReport, pairs: Mapping[str, Comparisons], config: AuditConfig) -> None:
+    drawn = _bootstrap(report, config)
     rows: list[tuple[str, ...]] = []
     shares: list[tuple[str, ...]] = []
     for name, found in pairs.items():
@@ -118,15 +131,15 @@ def _calibration(report: AuditReport, pairs: Mapping[str, Comparisons], config: 
         report.metrics |= {f"{prefix}/pairs": len(found.margins), f"{prefix}/unscored": found.num_unscored}
         if not found.margins.size:
             continue
-        measured = calibrate(found, num_bins=config.num_bins, seed=config.seed, num_resamples=config.num_resamples)
+        measured = calibrate(found, num_bins=config.num_bins, **drawn)
         report.add(f"{prefix}/ece", measured.ece)
         report.add(f"{prefix}/overconfidence", measured.overconfidence)
         report.metrics |= {f"{prefix}/{key}": getattr(measured, key) for key in ("brier", "log_loss", "temperature", "log_loss_at_temperature")}
         report.metrics[f"{prefix}/bins"] = [asdict(one) for one in measured.bins]
-        report.metrics[f"{prefix}/by_margin"] = [asdict(one) for one in accuracy_by_margin(found)]
+        report.metrics[f"{prefix}/by_margin"] = [asdict(one) for one in accuracy_by_margin(found, **drawn)]
         groupings = {**({"group": found.groups} if any(found.groups) else {}), **found.attributes}
         for grouping, groups in groupings.items():
-            for group, accuracy in accuracy_by(found.margins > 0, groups).items():
+            for group, accuracy in accuracy_by(found.margins > 0, groups, prompts=found.prompts, **drawn).items():
                 report.metrics |= as_metrics(f"{prefix}/by_{grouping}/{group}", accuracy)
                 shares.append((name, grouping.replace("_", " "), group, str(accuracy.num_pairs), format_share(accuracy.accuracy, 1)))
         cells = (_percent(measured.ece), _percent(measured.overconfidence), f"{measured.brier:.3f}", f"{measured.temperature:.2f}")
@@ -147,7 +160,7 @@ def _biases(
         if len(found.margins) < MIN_PAIRS:
             report.metrics[f"{prefix}/missing"] = f"{len(found.margins)} scored pairs; {MIN_PAIRS} or more are needed"
             continue
-        measured = audit_biases(found, seed=config.seed, num_resamples=config.num_resamples)
+        measured = audit_biases(found, **_bootstrap(report, config))
         _note_biases(report, prefix, measured)
         for feature, bias in measured.features.items():
             shares = (format_share(one.accuracy, 1) if one.num_pairs else "-" for one in (bias.more, bias.less))
@@ -186,9 +199,9 @@ def _style_shifts(report: AuditReport, prefix: str, items: Sequence[Item], outco
     rewards = np.array([scores for _, scores in whole])
     prompts = [item.prompt_key for item, _ in whole]
     rows = []
-    for name, value in style_shifts(rewards, prompts, seed=config.seed, num_resamples=config.num_resamples).items():
+    for name, value in style_shifts(rewards, prompts, **_bootstrap(report, config)).items():
         report.add(f"{prefix}/styles/{name}", value)
-        rows.append((name.replace("_", " "), _plain(value)))
+        rows.append((name.replace("_", " "), _plain(value) if math.isfinite(value.value) else "- (below chance: no unit)"))
     report.tables.append(format_table(("RM-Bench: reward by style alone, in units of right over wrong", "shift"), rows))
 
 
@@ -218,7 +231,7 @@ def _attacks(
         prompts = [triple.name for triple, ok in zip(triples, whole, strict=True) if ok]
         for place, kind in enumerate(KINDS, start=2):
             if whole.any():
-                measured = measure_hack(rewards[whole][:, [0, 1, place]], prompts, seed=config.seed, num_resamples=config.num_resamples)
+                measured = measure_hack(rewards[whole][:, [0, 1, place]], prompts, **_bootstrap(report, config))
                 rows.append(_note_hack(report, f"audit/attacks/{name}/{kind}", name, kind, measured))
     if rows:
         header = ("attack on", "hack", "replies", "hacked beats better", "unhacked did", "reward rises by (gap = 1)")
@@ -368,7 +381,7 @@ def compare_models(
     Args:
         ours, others: by benchmark, the outcomes of each seed.
     """
-    report = AuditReport()
+    report = AuditReport(confidence)
     rows = []
     for name, loaded in benchmarks.items():
         prompts = [item.prompt_key for item in loaded.read.items for _ in item.pairs]

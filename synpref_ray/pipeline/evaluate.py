@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import ray
 from pydantic import Field, field_validator
 
+from synpref_ray.bundled import digest_folder
 from synpref_ray.errors import ConfigError
 from synpref_ray.evaluation.accuracy import as_metrics, pair_accuracy
 from synpref_ray.evaluation.benchmarks.core import Item, Measured, Outcome, outcome_of_scores
@@ -61,6 +62,7 @@ class EvaluateConfig(JobConfig):
     num_resamples: int = Field(default=NUM_RESAMPLES, ge=1)
     """Resamples of the bootstrap behind each interval."""
     confidence: float = Field(default=0.95, gt=0.0, lt=1.0)  # ours: the usual two-sided level
+    """Level of all intervals, those of the audits too."""
     contamination: ContaminationConfig = ContaminationConfig()
     audit_gold: bool = False
     """Also measure on the audit gold of this workspace (as `audit_gold`), which knows its attributes."""
@@ -138,6 +140,7 @@ def run_evaluate(config: EvaluateConfig, run: Run) -> str:
     shared = shared_items(run, config.storage, loaded, config.contamination)
     scorers: dict[str, dict[str, list[Outcome]]] = {}
     if config.model:
+        run.metrics["model_digest"] = digest_folder(model_folder(config.model))
         scorers[MODEL_ROW] = _model_outcomes(config, run, loaded)
     for judge in config.judges:
         scorers[judge.judge.judge] = judge_outcomes(run, config.storage, loaded, judge)
@@ -165,7 +168,9 @@ def _audit_tables(config: EvaluateConfig, run: Run, benchmarks: Sequence[LoadedB
     if config.audits:
         cache = ScoreCache(config.cache_storage, config.model, config.score)
         audited = {name: (by_name[name], found) for name, found in outcomes.items()}
-        reports.append(run_audits(run, cache, audited, config.audits, config.audit, replies_per_shard=config.replies_per_shard))
+        reports.append(
+            run_audits(run, cache, audited, config.audits, config.audit, confidence=config.confidence, replies_per_shard=config.replies_per_shard)
+        )
     if config.compare:
         seeds = [outcomes, *(_outcomes_of(config, run, folder, benchmarks) for folder in config.model_seeds)]
         others = [_outcomes_of(config, run, folder, benchmarks) for folder in config.compare]
@@ -219,16 +224,19 @@ def _measure(loaded: LoadedBenchmark, scorer: str, outcomes: Sequence[Outcome], 
     unscored = sum(not outcome.answered for outcome in outcomes)
     report.metrics[f"{prefix}/unscored"] = unscored
     for name, value in estimates.items():
+        items, official = benchmark.items_behind(name, loaded.read)
         report.metrics |= _as_metrics(f"{prefix}/{name}", value) | {f"{prefix}/{name}/verified": benchmark.verified_for(name).value}
+        report.metrics |= {f"{prefix}/{name}/items": items, f"{prefix}/{name}/official_items": official}
     if measured.missing:
         report.metrics[f"{prefix}/missing"] = dict(measured.missing)
         report.notes += [f"{loaded.name}, {scorer}: no {name}: {reason}" for name, reason in measured.missing.items()]
     if loaded.is_pair_file:
         report.metrics |= dict(as_metrics(prefix, pair_accuracy(np.array([outcome.wins[0] for outcome in outcomes]), confidence=config.confidence)))
-    of_all = f"/{benchmark.num_items}" if benchmark.num_items else ""
     for name in benchmark.headline:
         if name in estimates:
-            cells = (format_share(estimates[name].value, 1), _interval(estimates[name]), f"{len(outcomes)}{of_all}", str(unscored))
+            items, official = benchmark.items_behind(name, loaded.read)
+            counts = (f"{items}/{official}" if official else str(items), str(unscored))
+            cells = (format_share(estimates[name].value, 1), _interval(estimates[name]), *counts)
             report.rows.append((loaded.name, scorer, name, *cells, benchmark.verified_for(name).value))
     return report
 
@@ -268,6 +276,7 @@ def _about(loaded: LoadedBenchmark, found: FoundBenchmark, shared: set[str], con
     """Return what was read, for the record."""
     return {
         "items": len(loaded.read.items),
+        "is_official": bool(loaded.benchmark.folders),
         "official_items": loaded.benchmark.num_items or None,
         "sample_fraction": config.sample_fraction,
         "files": found.places,

@@ -3,6 +3,8 @@
 Paper: App. F. Reads finished runs of workspaces (events, metrics) and nothing else; no Ray, no model.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -16,8 +18,8 @@ from synpref_ray.pipeline.measured_runs import read_runs
 from synpref_ray.pipeline.plan_stages import describe_stages
 from synpref_ray.planning.cost import Assumptions, Cost, CostModel, Prices, Sizes, Throughputs
 from synpref_ray.planning.derived import Compute
-from synpref_ray.planning.scaling import Curve, CurvePoint, Interval, StopRule, fit_curve, pairs_for_target, stop_size
-from synpref_ray.planning.split import Policy, Split, check_sizes, split_budget
+from synpref_ray.planning.scaling import Curve, CurvePoint, Interval, StopRule, fit_curve, pairs_for_target, stop_size, stop_verdict
+from synpref_ray.planning.split import Policy, Split, check_sizes, sizes_for_stage2, split_budget
 from synpref_ray.planning.stages import StagesConfig
 from synpref_ray.planning.timing import fit_paces
 from synpref_ray.reporting.run import Run
@@ -110,7 +112,7 @@ def run_plan(config: PlanConfig, run: Run) -> str:
             size = pairs_for_target(curve, config.target)
             parts.append(_describe_target(size, curve, config, run))
             if not any(wanted.as_mapping().values()):
-                wanted = _sizes_for(size.value, config)
+                wanted = _sizes_for(size.value, model, config)
     if any(wanted.as_mapping().values()):
         parts.append(_describe_by_stages(model, config, run) if config.stages.gpus else _describe_given(wanted, model, config, run))
     elif config.budget:
@@ -136,11 +138,18 @@ def _measured_throughputs(config: PlanConfig) -> dict[str, float]:
     steps = [step for storage in config.measured_storages for step in read_runs(storage)[0].steps]
     found: dict[str, float] = {}
     for kind, pace in fit_paces(steps).items():
-        name = kind.split(" ")[0]
-        if name in Throughputs.model_fields and pace.per_unit > 0:
+        name = _throughput_of(kind)
+        if name and pace.per_unit > 0:
             rate = SECONDS_PER_HOUR / (pace.per_unit * config.measured.gpus)
             found[name] = 1 / (1 / found[name] + 1 / rate) if name in found else rate  # several taggers or judges go one after another
     return found
+
+
+def _throughput_of(kind: str) -> str:
+    """Return the throughput that a kind of step measures: a stage's own scoring and training, and each tagger's and judge's pass; of an evaluation's
+    replies, a benchmark's pairs, leaks and the like there is none."""
+    found = re.fullmatch(r"(score|train)|(tag|judge) \(.*\)", kind)
+    return (found[1] or found[2]) if found else ""
 
 
 def _curve(config: PlanConfig) -> Curve | None:
@@ -160,47 +169,53 @@ def _curve(config: PlanConfig) -> Curve | None:
     return fit_curve(points, ceiling=about.ceiling, seed=about.seed, num_resamples=about.num_resamples, confidence=about.confidence)
 
 
-def _sizes_for(pairs: float, config: PlanConfig) -> Sizes:
-    """Return the sizes behind so many curated pairs: Stage 2 goes through what its curated fraction asks for, gold and silver follow the policy."""
-    fraction = config.assumptions.curated_fraction
+def _sizes_for(pairs: float, model: CostModel, config: PlanConfig) -> Sizes:
+    """Return the sizes behind so many curated pairs: kept and flipped ones of Stage 2, with gold and silver by the policy."""
+    fraction = config.assumptions.on_curve
     if not fraction:
-        raise ConfigError("assumptions.curated_fraction is 0: then no size of Stage 2 gives a curated pair")
-    gold = min(config.policy.max_gold, round(pairs / fraction / (1 + config.policy.silver_per_gold)))
-    return Sizes(gold=gold, silver=round(config.policy.silver_per_gold * gold), stage2=max(1, round(pairs / fraction)))
+        raise ConfigError("assumptions.curated_fraction and flipped_fraction are 0: then no size of Stage 2 gives a curated pair")
+    return sizes_for_stage2(max(1, round(pairs / fraction)), model, config.policy)
 
 
 def _describe_curve(curve: Curve, config: PlanConfig, run: Run) -> str:
-    at = stop_size(curve.law, config.stop)
-    gain = curve.gain(curve.largest, config.stop.per_pairs)
+    at, rule = stop_size(curve.law, config.stop), config.stop
+    gain = curve.gain(curve.largest, rule.per_pairs)
+    verdict = stop_verdict(gain, rule)
     run.metrics["curve"] = {
-        "law": asdict(curve.law), "power": asdict(curve.power()), "limit": asdict(curve.limit()), "residual": curve.residual,
+        "law": asdict(curve.law), "power": _as_metric(curve.power()), "limit": _as_metric(curve.limit()), "residual": curve.residual,
         "num_points": curve.num_points, "num_sizes": curve.num_sizes, "largest": curve.largest,
     }  # fmt: skip
-    run.metrics["stop"] = {**config.stop.model_dump(), "size": at, "gain_at_largest": asdict(gain), "stop": gain.value < config.stop.min_gain}
-    further = f"{config.stop.per_pairs:,.0f} further pairs"
+    run.metrics["stop"] = {
+        **rule.model_dump(),
+        "size": _number(at),
+        "extrapolates": at > curve.largest,
+        "gain_at_largest": _as_metric(gain),
+        "verdict": verdict,
+        "stop": {"stop": True, "go on": False}.get(verdict),
+    }
+    further = f"{rule.per_pairs:,.0f} further pairs"
+    beyond = _beyond(at, curve)
     rows = [
         ("score(n)", f"{curve.law.limit:.2f} - {curve.law.drop:.4g} n^-{curve.law.power:.3f}", ""),
         ("limit", f"{curve.law.limit:.2f}", _ends(curve.limit(), ".2f")),
         ("power", f"{curve.law.power:.3f}", _ends(curve.power(), ".3f")),
         (f"gain of {further}, at {curve.largest:,.0f}", f"{gain.value:+.3f}", _ends(gain, "+.3f")),
-        (f"gain below {config.stop.min_gain:g} from", f"{at:,.0f} pairs", ""),
+        (f"gain below {rule.min_gain:g} from", (f"{at:,.0f} pairs" if math.isfinite(at) else "no size") + beyond, ""),
     ]
-    verdict = "stop: " if gain.value < config.stop.min_gain else "go on: "
-    verdict += f"{further} beyond the largest run gain {gain.value:.3f}, the threshold is {config.stop.min_gain:g}"
+    told = f"{verdict}: {further} beyond the largest run gain {gain.value:.3f} ({_ends(gain, '.3f')}), the threshold is {rule.min_gain:g}"
+    told += "; they are beyond every run: an extrapolation"
     header = (f"scaling curve, {curve.num_points} runs at {curve.num_sizes} sizes", "value", f"{curve.confidence:.0%} interval")
-    return f"{format_table(header, rows)}\n{verdict}"
+    return f"{format_table(header, rows)}\n{told}"
 
 
 def _describe_target(size: Interval, curve: Curve, config: PlanConfig, run: Run) -> str:
-    run.metrics["target"] = {
-        "score": config.target,
-        "pairs": size.value,
-        "low": size.low,
-        "high": size.high,
-        "extrapolates": size.value > curve.largest,
-    }
-    text = f"a score of {config.target:g} needs {size.value:,.0f} curated pairs ({_ends(size, ',.0f')})"
-    return text + (f"; beyond the largest run ({curve.largest:,.0f} pairs): an extrapolation" if size.value > curve.largest else "")
+    run.metrics["target"] = {"score": config.target, "extrapolates": size.value > curve.largest}
+    run.metrics["target"] |= {"pairs": size.value, "low": _number(size.low), "high": _number(size.high)}
+    return f"a score of {config.target:g} needs {size.value:,.0f} curated pairs ({_ends(size, ',.0f')}){_beyond(size.value, curve)}"
+
+
+def _beyond(pairs: float, curve: Curve) -> str:
+    return f"; beyond the largest run ({curve.largest:,.0f} pairs): an extrapolation" if pairs > curve.largest else ""
 
 
 def _describe_given(sizes: Sizes, model: CostModel, config: PlanConfig, run: Run) -> str:
@@ -218,12 +233,14 @@ def _describe_by_stages(model: CostModel, config: PlanConfig, run: Run) -> str:
 def _describe_split(split: Split, config: PlanConfig, run: Run, curve: Curve | None) -> str:
     run.metrics["cost"] = _cost_metrics(split.cost) | {"sizes": split.sizes.model_dump(), "budget": split.budget, "left": split.left}
     lines = [_cost_table(split.cost, [("left of the budget", "", "", f"{split.left:,.2f}"), ("budget", "", "", f"{split.budget:,.2f}")])]
-    curated = config.assumptions.curated_fraction * split.sizes.stage2
-    lines.append(f"about {curated:,.0f} curated pairs, where {config.assumptions.curated_fraction:.0%} of Stage 2's are kept")
+    about = config.assumptions
+    curated = about.on_curve * split.sizes.stage2
+    kept = f"{about.curated_fraction:.0%} of Stage 2's are kept and {about.flipped_fraction:.0%} of the others flipped"
+    lines.append(f"about {curated:,.0f} curated pairs, where {kept}")
     if curve is not None:
         score = curve.score(curated)
-        run.metrics["cost"]["score"] = asdict(score)
-        lines.append(f"the curve puts them at a score of {score.value:.2f} ({_ends(score, '.2f')})")
+        run.metrics["cost"]["score"] = _as_metric(score) | {"extrapolates": curated > curve.largest}
+        lines.append(f"the curve puts them at a score of {score.value:.2f} ({_ends(score, '.2f')}){_beyond(curated, curve)}")
     return "\n".join(lines)
 
 
@@ -237,4 +254,14 @@ def _cost_table(cost: Cost, more: Sequence[tuple[str, str, str, str]] = ()) -> s
 
 
 def _ends(interval: Interval, form: str) -> str:
-    return f"{interval.low:{form}} to {interval.high:{form}}"
+    low, high = (f"{end:{form}}" if math.isfinite(end) else "" for end in (interval.low, interval.high))
+    return f"{low} to {high}" if low and high else f"{low} or more" if low else f"{high} or less" if high else "not known"
+
+
+def _as_metric(interval: Interval) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in asdict(interval).items()}
+
+
+def _number(value: float) -> float | None:
+    """Return a number as JSON can hold it: None where it is infinite."""
+    return value if math.isfinite(value) else None

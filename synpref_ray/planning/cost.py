@@ -60,10 +60,18 @@ class Assumptions(Settings):
 
     mismatch_fraction: float = Field(default=0.35, ge=0.0, le=1.0)  # ours: the paper does not say; the 14M of 40M that it discards
     curated_fraction: float = Field(default=0.65, ge=0.0, le=1.0)  # Sec. 3.3: 26M of 40M are kept
+    """Of Stage 2's pairs, those that are kept as they are: what final models are trained on."""
+    flipped_fraction: float = Field(default=1.0, ge=0.0, le=1.0)  # Sec. 4: the 40M set holds all 14M others, flipped
+    """Of the pairs that are not kept, those that are flipped: a scaling curve counts kept and flipped ones."""
     tag_scope: Literal["mismatches", "all"] = "mismatches"  # Sec. 3.3
     rounds: PositiveInt = 8  # Sec. 3.2
     num_epochs: PositiveInt = 1  # App. E
     num_models: PositiveInt = 1  # ours: one final model; the paper's family has eight
+
+    @property
+    def on_curve(self) -> float:
+        """Of Stage 2's pairs, those that a scaling curve counts: kept and flipped."""
+        return self.curated_fraction + self.flipped_fraction * (1 - self.curated_fraction)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@ stop.
 
 Paper: App. F: read the fraction for a target off Fig. 5, and stop where a further million curated pairs gain less than a threshold (for instance 0.3
 points). Our choice: the law is score(n) = limit - drop · n^(-power), the usual one for learning curves, fitted by least squares; an interval is a
-percentile bootstrap over the residuals, which says how far the points determine the curve, and nothing about sizes far beyond them.
+percentile bootstrap over the residuals, which says how far the points determine the curve, and nothing about sizes far beyond them. Three points
+leave the law's three parameters no residual, so they say nothing of how sure they are: intervals are without ends then.
 
 Shape legend: K points, R resamples.
 """
@@ -11,6 +12,7 @@ Shape legend: K points, R resamples.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,7 @@ POWERS = np.geomspace(0.05, 2.0, 120)  # ours: exponents of published learning c
 NUM_RESAMPLES = 1000  # ours
 MIN_SIZES = 3  # as many as the law has parameters
 MAX_PAIRS = 1e12
+Verdict = Literal["stop", "go on", "undecided"]
 
 
 class CurvePoint(Settings):
@@ -67,7 +70,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with the ends of its interval."""
+    """A value with the ends of its interval; without ends (infinite) where nothing is known of them."""
 
     value: float
     low: float
@@ -138,6 +141,7 @@ def fit_curve(
     freedom = max(1, len(points) - MIN_SIZES)
     spread = residuals * math.sqrt(len(points) / freedom)  # a fit with three parameters leaves residuals that are too small
     generator = np.random.default_rng(seed)
+    num_resamples = num_resamples if len(points) > MIN_SIZES else 0
     drawn = fitted + spread[generator.integers(0, len(points), size=(num_resamples, len(points)))]
     return Curve(
         law=law,
@@ -190,6 +194,11 @@ def stop_size(law: Law, rule: StopRule) -> float:
     return high
 
 
+def stop_verdict(gain: Interval, rule: StopRule) -> Verdict:
+    """Return what a gain says: `stop` where its whole interval is below the threshold, `go on` where none of it is, else `undecided`."""
+    return "stop" if gain.high < rule.min_gain else "go on" if gain.low >= rule.min_gain else "undecided"
+
+
 def pairs_for_target(curve: Curve, target: float) -> Interval:
     """Return the size that a target needs.
 
@@ -199,8 +208,9 @@ def pairs_for_target(curve: Curve, target: float) -> Interval:
     found = curve.size_for(target)
     if math.isinf(found.value) or found.value > MAX_PAIRS:
         limit = curve.limit()
+        ends = f" ({limit.low:.2f} to {limit.high:.2f})" if curve.resampled else ""
         raise InputError(
-            f"no number of pairs reaches {target:g} on this curve: it levels off at {limit.value:.2f} ({limit.low:.2f} to {limit.high:.2f}), "
+            f"no number of pairs reaches {target:g} on this curve: it levels off at {limit.value:.2f}{ends}, "
             f"fitted to {curve.num_points} runs of up to {curve.largest:,.0f} pairs"
         )
     return found

@@ -48,10 +48,10 @@ def split_budget(budget: float, model: CostModel, policy: Policy) -> Split:
         ConfigError: a Stage 2 pair costs nothing, so that there is no bound.
         InputError: less than `min_stage2` pairs would be left for Stage 2; with the sum, and the most gold that fits.
     """
-    if model.marginal("stage2") <= 0:
+    if model.marginal("stage2") <= 0 or math.isinf(budget / model.marginal("stage2")):
         raise ConfigError("a Stage 2 pair costs nothing at these prices, so the budget sets no size: give sizes.stage2, or prices.gpu_hour")
     price = model.marginal("gold")
-    gold = min(policy.max_gold, _floor(policy.gold_fraction * budget / price)) if price else policy.max_gold
+    gold = _floor(min(policy.max_gold, policy.gold_fraction * budget / price)) if price else policy.max_gold
     silver = _floor(policy.silver_per_gold * gold)
     left = budget - model.cost({"gold": gold, "silver": silver}).total
     stage2 = max(0, _floor(left / model.marginal("stage2")))
@@ -59,6 +59,27 @@ def split_budget(budget: float, model: CostModel, policy: Policy) -> Split:
     if stage2 < policy.min_stage2:
         raise InputError(_refusal(budget, model, sizes, policy))
     return Split(budget, sizes, model.cost(sizes.as_mapping()))
+
+
+def sizes_for_stage2(stage2: int, model: CostModel, policy: Policy) -> Sizes:
+    """Return the sizes whose Stage 2 is given: the gold and silver that `split_budget` would buy beside it.
+
+    With people at most a fraction f of the total, gold = f · (gold · (c_H + s · c_L1) + stage2 · c_L2) / c_H, for s silver pairs to a gold pair.
+
+    Raises:
+        InputError: gold and silver would take the whole budget whatever it is.
+    """
+    price, share = model.marginal("gold"), policy.gold_fraction
+    gold = policy.max_gold
+    if price:
+        left = price - share * (price + policy.silver_per_gold * model.marginal("silver"))
+        if left <= 0:
+            raise InputError(
+                f"with {share:.0%} of the budget for people and {policy.silver_per_gold:g} silver pairs to a gold pair nothing is left for Stage 2 "
+                "at these prices: lower policy.gold_fraction or policy.silver_per_gold"
+            )
+        gold = _floor(min(gold, share * model.marginal("stage2") * stage2 / left))
+    return Sizes(gold=gold, silver=_floor(policy.silver_per_gold * gold), stage2=stage2)
 
 
 def check_sizes(budget: float, model: CostModel, sizes: Sizes, *, min_stage2: int = 0) -> Split:
@@ -103,4 +124,4 @@ def _floor(value: float) -> int:
     return nearest if math.isclose(value, nearest, rel_tol=1e-12) else math.floor(value)
 
 
-__all__ = ["SIZE_NAMES", "Policy", "Split", "check_sizes", "split_budget"]
+__all__ = ["SIZE_NAMES", "Policy", "Split", "check_sizes", "sizes_for_stage2", "split_budget"]

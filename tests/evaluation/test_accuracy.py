@@ -48,6 +48,17 @@ def test_accuracy_by_group():
         accuracy_by([True, False], ["math"])
 
 
+def test_groups_of_dependent_pairs_have_intervals_over_prompts() -> None:
+    right = [True, True, False, False] * 10
+    prompts = [f"p{place // 2}" for place in range(40)]  # both pairs of a prompt are right, or both wrong
+    [alone] = accuracy_by(right, ["math"] * 40).values()
+    [drawn] = accuracy_by(right, ["math"] * 40, prompts=prompts, num_resamples=500).values()
+    assert (alone.num_pairs, alone.accuracy) == (drawn.num_pairs, drawn.accuracy) == (40, 0.5)
+    assert drawn.high - drawn.low > 1.2 * (alone.high - alone.low)
+    with pytest.raises(ValueError, match="a prompt for each"):
+        accuracy_by(right, ["math"] * 40, prompts=["p"])
+
+
 def test_bootstrap_against_the_exact_distribution():
     # 60 of 100 right: resampled counts are binomial(100, 0.6), whose 2.5 % and 97.5 % quantiles are 50 and 69 (normal: 60 -+ 1.96 * 4.899)
     result = bootstrap_accuracy(flags(60, 40), seed=1)

@@ -145,3 +145,11 @@ def test_attacks_are_written_shard_by_shard_as_set(evaluate: Callable[..., tuple
     rows = [pq.ParquetFile(file).metadata.num_rows for file in (tmp_path / "ws" / "scores").rglob("rewards.*/*/shard-*.parquet")]
     assert sum(rows) == run.metrics["replies"]["computed"] + run.metrics["audit/attacks/replies"]["computed"]
     assert max(rows) <= 16
+
+
+def test_the_level_of_intervals_is_that_of_the_evaluation(evaluate: Callable[..., tuple[Run, str]]) -> None:
+    wide, narrow = (evaluate(audits=("calibration", "bias"), confidence=level)[0].metrics for level in (0.95, 0.2))
+    names = ("calibration/held_out/ece", "bias/held_out/length/pressure", "bias/held_out/length/accuracy_more", "calibration/held_out/overconfidence")
+    for name in names:
+        widths = [metrics[f"audit/{name}/high"] - metrics[f"audit/{name}/low"] for metrics in (wide, narrow)]
+        assert widths[1] < widths[0], name

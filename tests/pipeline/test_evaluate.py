@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import evaluate
+from synpref_ray.bundled import digest_folder
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.llm.judge import JudgeConfig
 from synpref_ray.pipeline import score_cache
@@ -115,6 +116,10 @@ def test_official_numbers_their_intervals_and_what_stands_behind_them(tmp_path: 
     assert run.metrics["many/best_of/4/model"] == pytest.approx(run.metrics["many/accuracy"])
     assert run.metrics["many/best_of/4/oracle"] == 1.0
     assert run.metrics["benchmarks"]["rm_bench"]["official_items"] == 1327
+    assert run.metrics["model_digest"] == digest_folder(model)
+    assert (run.metrics["rm_bench/chat/hard/items"], run.metrics["rm_bench/chat/hard/official_items"]) == (6, 129)
+    assert (run.metrics["judgebench/micro/items"], run.metrics["judgebench/micro/official_items"]) == (4, 350)
+    assert (run.metrics["many/mrr/items"], run.metrics["many/mrr/official_items"]) == (3, None)
     assert "rm_bench, reward model: no overall: no item of math, code, safety" in summary
     assert all(text in summary for text in ("6/1327", "official output", "hand-worked"))
 

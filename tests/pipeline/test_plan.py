@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.plan import main
-from synpref_ray.pipeline.plan import PlanConfig, run_plan
+from synpref_ray.pipeline.plan import PlanConfig, _measured_throughputs, run_plan
 from synpref_ray.reporting.run import Run
 from synpref_ray.schema import POOL_SCHEMA
 from synpref_ray.tables.pools import commit_pool, write_pool_shard
@@ -55,14 +55,54 @@ def test_a_target_is_read_off_the_curve_of_an_ablation(tmp_path: Path) -> None:
     points = [{"pairs": size, "score": 90 - 400 / size**0.5} for size in (100, 400, 1600, 6400)]
     storage.write_json("ablation/metrics.json", {"scaling": {"points": points}})
     config = PlanConfig(
-        workspace=str(tmp_path), target=80, curve={"file": f"{tmp_path}/ablation/metrics.json"}, assumptions={"curated_fraction": 0.5}
+        workspace=str(tmp_path),
+        target=80,
+        curve={"file": f"{tmp_path}/ablation/metrics.json"},
+        assumptions={"curated_fraction": 0.3, "flipped_fraction": 2 / 7},  # kept and flipped: half
     )
     run = Run(storage, "plan", config)
     table = run_plan(config, run)
     assert run.metrics["target"]["pairs"] == pytest.approx(1600, rel=0.02)
     assert run.metrics["cost"]["sizes"]["stage2"] == pytest.approx(3200, rel=0.02)
+    assert run.metrics["cost"]["sizes"]["gold"] == pytest.approx(0.01 * 3200, abs=1)  # a quarter of the budget; silver another, Stage 2 a half
     assert "a score of 80 needs 1," in table
-    assert "stop: " in table or "go on: " in table
+    assert "stop: " in table or "go on: " in table or "undecided: " in table
+
+
+def test_what_lies_beyond_the_runs_is_called_so_and_metrics_are_json(tmp_path: Path) -> None:
+    points = [{"pairs": size, "score": score} for size, score in ((10, 50.0), (100, 65.0), (1000, 80.0))]
+    config = PlanConfig(workspace=str(tmp_path), budget=50_000, curve={"points": points, "ceiling": 1e9}, stop={"min_gain": 0.0})
+    run = Run(Storage(str(tmp_path)), "plan", config)
+    table = run_plan(config, run)
+    run.finish()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    metrics = json.loads(Storage(str(tmp_path)).read_bytes(f"{run.folder}/metrics.json"), parse_constant=refuse)
+    assert metrics["stop"]["size"] is None
+    assert metrics["stop"]["stop"] is None
+    assert metrics["cost"]["score"]["low"] is None
+    assert "gain below 0 from" in table
+    assert "no size; beyond the largest run (1,000 pairs): an extrapolation" in table
+    assert "undecided: 1,000,000 further pairs" in table
+    [split] = [line for line in table.splitlines() if line.startswith("the curve puts them at")]
+    assert split.endswith("(not known); beyond the largest run (1,000 pairs): an extrapolation")
+
+
+def test_only_a_stage_s_own_steps_measure_its_throughputs(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    run = Run(storage, "evaluate", PlanConfig(workspace=str(tmp_path), budget=1))
+    for name, rows in (
+        ("score replies", 60),
+        ("judge (a) benchmarks", 60),
+        ("judge leaks", 60),
+        ("score, both RMs", 3600),
+        ("judge (a), round 1", 7200),
+    ):
+        run.step(name, rows=rows, computed=rows, rejected={}, seconds=3600.0)
+    run.finish()
+    assert _measured_throughputs(PlanConfig(workspace=str(tmp_path), budget=1, measured={"gpus": 2})) == {"score": 1800.0, "judge": 3600.0}
 
 
 def test_the_demo_s_time_comes_from_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

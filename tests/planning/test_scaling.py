@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from synpref_ray.errors import InputError
-from synpref_ray.planning.scaling import CurvePoint, Law, StopRule, fit_curve, pairs_for_target, stop_size
+from synpref_ray.planning.scaling import CurvePoint, Interval, Law, StopRule, fit_curve, pairs_for_target, stop_size, stop_verdict
 
 LAW = Law(limit=90.0, drop=400.0, power=0.5)
 
@@ -52,13 +52,30 @@ def test_a_flat_curve_promises_nothing() -> None:
 
 
 def test_no_limit_is_above_the_ceiling() -> None:
-    steep = [CurvePoint(pairs=size, score=score) for size, score in ((10, 50.0), (100, 65.0), (1000, 80.0))]  # as far as they go, without end
+    steep = [CurvePoint(pairs=size, score=score) for size, score in ((10, 50.0), (100, 65.0), (1000, 80.0), (10_000, 95.0))]  # as far as they go
     assert fit_curve(steep, num_resamples=20).law.limit > 100
     bounded = fit_curve(steep, ceiling=100.0, num_resamples=20)
     assert bounded.law.limit <= 100
     assert bounded.limit().high <= 100
     assert bounded.law.drop > 0
     assert fit_curve(points(LAW, [100, 400, 1600]), ceiling=100.0).law == fit_curve(points(LAW, [100, 400, 1600])).law
+
+
+def test_three_points_are_a_curve_of_which_nothing_is_sure() -> None:
+    curve = fit_curve(points(LAW, [100, 400, 1600]))
+    assert (curve.score(1600).low, curve.score(1600).high) == (-math.inf, math.inf)
+    assert stop_verdict(curve.gain(1600, 1e6), StopRule(min_gain=0.001)) == "undecided"
+    again = fit_curve(points(LAW, [100, 400, 1600], 0.5, 2))  # six runs at three sizes leave residuals
+    assert 0 < again.score(1600).high - again.score(1600).low < 10
+    with pytest.raises(InputError, match=r"levels off at [\d.]+, fitted to 3 runs"):
+        pairs_for_target(curve, 99)
+
+
+def test_a_gain_decides_only_with_its_whole_interval() -> None:
+    rule = StopRule(min_gain=0.3)
+    assert stop_verdict(Interval(0.2, 0.1, 0.29), rule) == "stop"
+    assert stop_verdict(Interval(0.2, 0.1, 0.4), rule) == "undecided"
+    assert stop_verdict(Interval(0.5, 0.3, 0.9), rule) == "go on"
 
 
 def test_two_sizes_are_no_curve() -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.planning.cost import Assumptions, CostModel, Prices, Sizes, Throughputs
-from synpref_ray.planning.split import Policy, check_sizes, split_budget
+from synpref_ray.planning.split import Policy, check_sizes, sizes_for_stage2, split_budget
 from tests.planning.test_cost import MODELS
 
 PAPER = CostModel(Prices(gold_pair=0.50, silver_pair=0.05, stage2_pair=0.01), Throughputs(), Assumptions())
@@ -54,6 +54,8 @@ def test_a_plan_for_which_no_gold_fits_says_so() -> None:
 def test_a_stage_2_for_nothing_sets_no_size() -> None:
     with pytest.raises(ConfigError, match="costs nothing"):
         split_budget(100, CostModel(Prices(stage2_pair=0), Throughputs(), Assumptions()), Policy())
+    with pytest.raises(ConfigError, match="costs nothing"):
+        split_budget(100, CostModel(Prices(stage2_pair=1e-310), Throughputs(), Assumptions()), Policy())
 
 
 @given(model=MODELS, budget=st.floats(1, 1e7), policy=st.builds(Policy, gold_fraction=st.floats(0, 1), silver_per_gold=st.floats(0, 20)))
@@ -67,3 +69,13 @@ def test_splits_add_up(model: CostModel, budget: float, policy: Policy) -> None:
     assert split.left <= model.marginal("stage2") * (1 + 1e-6) + 1e-6 * budget
     assert split.sizes.stage2 >= policy.min_stage2
     assert check_sizes(budget, model, split.sizes).sizes == split.sizes
+
+
+def test_sizes_for_a_stage_2_are_those_that_a_budget_buys() -> None:
+    split = split_budget(50_000, PAPER, Policy())
+    assert sizes_for_stage2(split.sizes.stage2, PAPER, Policy()) == split.sizes == Sizes(gold=25_000, silver=250_000, stage2=2_500_000)
+    small = sizes_for_stage2(1000, PAPER, Policy(gold_fraction=0.1))  # gold is 0.1 of the total: g = 0.1 (g + 10) / 0.5, g = 2.5
+    assert (small.gold, small.silver) == (2, 20)
+    assert sizes_for_stage2(10**9, PAPER, Policy()).gold == Policy().max_gold
+    with pytest.raises(InputError, match="nothing is left for Stage 2"):
+        sizes_for_stage2(1000, PAPER, Policy(gold_fraction=0.5))

@@ -12,6 +12,9 @@ import pyarrow as pa
 from synpref_ray.config import Settings
 from synpref_ray.evaluation.accuracy import bootstrap_accuracy, paired_bootstrap
 from synpref_ray.evaluation.benchmarks.core import Item, outcome_of_scores
+from synpref_ray.evaluation.benchmarks.estimates import point_values
+from synpref_ray.evaluation.benchmarks.fields import user_message
+from synpref_ray.evaluation.benchmarks.rm_bench import DOMAINS, RM_BENCH, measure_rm_bench
 from synpref_ray.evaluation.judge_report import judge_report
 from synpref_ray.evaluation.label_quality import label_quality
 from synpref_ray.evaluation.reliability.attacks import measure_hack
@@ -221,19 +224,16 @@ def evaluate_run(storage: Storage, random: Random) -> None:
     run = Run(storage, "evaluate", EvaluateSettings(model=model, benchmarks=("rm_bench", "judgebench", "rewardmath")))
     about = {"rm_bench": (1327, 1327), "judgebench": (350, 350), "rewardmath": (48, 483)}
     run.metrics["benchmarks"] = {
-        name: {"items": items, "official_items": official, "sample_fraction": items / official, "contaminated_items": None}
+        name: {"items": items, "official_items": official, "sample_fraction": items / official, "contaminated_items": ["a", "b"], "is_official": True}
         for name, (items, official) in about.items()
     }
+    run.metrics |= {"judgebench/unscored": 4, "judgebench/clean/micro": 0.6, "judgebench/missing": {"claude/macro": "no item of claude/mmlu-pro"}}
 
     def add(path: str, value: float, verified: str) -> None:
         run.metrics.update({path: value, f"{path}/low": value - 0.03, f"{path}/high": value + 0.03, f"{path}/verified": verified})
 
-    for name, value in {"overall": 0.66, "easy": 0.85, "normal": 0.68, "hard": 0.45}.items():
-        add(f"rm_bench/{name}", value, "hand-worked")
-    for domain in ("chat", "code", "math", "safety"):
-        for right, one in enumerate(("concise", "detailed_plain", "detailed_markdown")):
-            for wrong, other in enumerate(("concise", "detailed_plain", "detailed_markdown")):
-                add(f"rm_bench/{domain}/matrix/{one}_over_{other}", 0.66 + 0.12 * (right - wrong) + random.gauss(0, 0.03), "official output")
+    for name, estimate in rm_bench_estimates(random).items():
+        add(f"rm_bench/{name}", estimate, RM_BENCH.verified_for(name).value)
     for name, value in {"micro": 0.61, "macro": 0.63}.items():
         add(f"judgebench/{name}", value, "official output" if name == "micro" else "hand-worked")
         add(f"judgebench/judge.judge-a/{name}", value - 0.05, "official output")
@@ -243,6 +243,17 @@ def evaluate_run(storage: Storage, random: Random) -> None:
         add(f"rewardmath/best_of/{size}/random", 0.1, "official output")
     audit_metrics(run)
     run.finish()
+
+
+def rm_bench_estimates(random: Random) -> dict[str, float]:
+    """Return RM-Bench's metrics as its own code makes them, of rewards that a fancier style raises."""
+    items, outcomes = [], []
+    for number in range(240):
+        pairs = tuple((right, 3 + wrong) for right in range(3) for wrong in range(3))
+        item = Item(f"i{number}", user_message(f"question {number}"), tuple("abcdef"), pairs, DOMAINS[number % 4])
+        items.append(item)
+        outcomes.append(outcome_of_scores(item, [(place < 3) * 0.8 + 0.5 * (place % 3) + random.gauss(0, 1) for place in range(6)]))
+    return point_values(measure_rm_bench(items, outcomes))
 
 
 def audit_metrics(run: Run) -> None:

@@ -8,15 +8,18 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from jobs import report as job
 from synpref_ray.config import Settings
+from synpref_ray.evaluation.benchmarks import rm_bench
 from synpref_ray.pipeline.report_page import write_report
-from synpref_ray.reporting.report import paper
-from synpref_ray.reporting.report.charts import Point, draw, forest_chart
+from synpref_ray.reporting.report import audits, paper
+from synpref_ray.reporting.report.charts import Point, draw, forest_chart, range_chart
 from synpref_ray.reporting.report.content import Chart, Report, show, show_seconds
 from synpref_ray.reporting.report.make import ReportOptions, make_report
 from synpref_ray.reporting.report.models import thinned
@@ -25,7 +28,7 @@ from synpref_ray.reporting.report.pairs import MAX_TEXT_CHARACTERS, cut
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.storage import Storage
 from tests.human.test_rendering import HOSTILE
-from tests.reporting.small_workspace import SIZES, make_workspace
+from tests.reporting.small_workspace import SIZES, EvaluateSettings, make_workspace
 from tests.reporting.test_status import snapshot
 
 OPTIONS = ReportOptions(made=1_790_000_000.0)
@@ -62,6 +65,12 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
 @pytest.fixture(scope="module")
 def report(plain: Storage) -> Report:
     return make_report(plain, OPTIONS)
+
+
+def evaluate_metrics(storage: Storage) -> dict[str, Any]:
+    path = next(path for path in storage.list_files("runs") if "evaluate" in path and path.endswith("metrics.json"))
+    metrics: dict[str, Any] = storage.read_json(path)
+    return metrics
 
 
 def tables(report: Report) -> dict[str, list[dict[str, object]]]:
@@ -125,13 +134,14 @@ def test_the_numbers_are_those_of_the_records(report: Report, plain: Storage) ->
     assert sum(int(str(row["pairs"])) for row in found["decisions"]) == SIZES["wild"] == sum(decisions["decisions"].values())
     assert {row["pool"]: row["pairs"] for row in found["pools"]} == SIZES
     rm_bench = next(row for row in found["benchmarks"] if row["benchmark"] == "RM-Bench")
-    assert (rm_bench["value"], rm_bench["items"], rm_bench["paper, same backbone"]) == (0.66, 1327, 0.763)  # Llama-3.2-1B, Table 1
+    measured = evaluate_metrics(plain)["rm_bench/overall"]
+    assert (rm_bench["value"], rm_bench["items"], rm_bench["paper, same backbone"]) == (measured, 1327, 0.763)  # Llama-3.2-1B, Table 1
     assert [row["time"] for row in found["steps"] if row["step"] == "judge (judge-a)"] == [183.0]
 
 
 def test_audits_of_an_evaluation_are_in_the_report(report: Report, plain: Storage) -> None:
     found = tables(report)
-    metrics = plain.read_json(next(path for path in plain.list_files("runs") if "evaluate" in path and path.endswith("metrics.json")))
+    metrics = evaluate_metrics(plain)
     [calibration] = found["calibration"]
     prefix = "audit/calibration/judgebench"
     assert (calibration["ECE"], calibration["pairs"]) == (metrics[f"{prefix}/ece"], 300)
@@ -142,6 +152,51 @@ def test_audits_of_an_evaluation_are_in_the_report(report: Report, plain: Storag
     assert {row["hack"]: row["beats better"] for row in found["hacks"]} == {
         kind: metrics[f"audit/attacks/corpus/{kind}/beats_better"] for kind in ("flattery", "gibberish")
     }
+
+
+def test_the_style_matrix_has_every_cell_that_was_measured(report: Report, plain: Storage) -> None:
+    assert audits.STYLES == rm_bench.STYLES
+    rows = tables(report)["style_matrix"]
+    assert len(rows) == len(rm_bench.DOMAINS) * 9
+    metrics = evaluate_metrics(plain)
+    for row in rows:
+        assert row["right wins"] == metrics[f"rm_bench/{row['domain']}/matrix/{row['right reply']}_over_{row['wrong reply']}"]
+    chart = next(block for section in report.sections for block in section.blocks if isinstance(block, Chart) and block.name == "style-0")
+    shown = [element.text for element in ElementTree.fromstring(chart.svg).iter() if element.tag.endswith("text")]
+    assert len([text for text in shown if text and text.isdecimal()]) == 36
+
+
+def test_charts_that_leave_something_out_say_so_and_name_the_scorers(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    for model in ("one", "two"):
+        run = Run(storage, "evaluate", EvaluateSettings(model=model, benchmarks=("held",)))
+        run.metrics["benchmarks"] = {"held": {"items": 30}}
+        for number in range(7):
+            for side in ("more", "less"):
+                run.metrics[f"audit/bias/held/f{number}/accuracy_{side}/accuracy"] = 0.6
+            run.metrics[f"audit/bias/held/f{number}/pressure"] = 0.1
+        for size in (1, 2, 3):
+            run.metrics |= {f"held/s{part}/best_of/{size}/model": 0.5 for part in range(10)}
+            run.metrics |= {f"held/s{part}/best_of/{size}/model/verified": "hand-worked" for part in range(10)}
+        run.finish()
+    page = render_html(make_report(storage, OPTIONS))
+    assert "4 of 28 shares are in the table, not in the chart." in page
+    assert "1 of 10 curves are in the table, not in the chart." in page
+    assert "held: more f0, one" in page
+    assert "Values of the curves" in page  # 60 rows: folded, not hidden
+
+
+def test_many_scorers_stay_in_their_rows() -> None:
+    ours = [(f"model {number}", Point(0.5, 0.4, 0.6)) for number in range(9)]
+    rows = [("RM-Bench", [0.7, 0.9], ours), ("RMB", [0.7, 0.9], ours)]
+    figure = Figure()
+    range_chart(figure, "", rows, "the paper's")
+    marks = [line for line in figure.axes[0].lines if line.get_marker() in "osD^v" and len(line.get_ydata())]
+    places = [float(line.get_ydata()[0]) for line in marks]
+    assert len(places) == 18
+    assert max(places[:9]) < 0.4 < 0.6 < min(places[9:])
+    looks = {(line.get_marker(), line.get_color()) for line in marks}
+    assert len(looks) == 9
 
 
 def test_what_goes_into_a_node_comes_out_of_it(report: Report) -> None:

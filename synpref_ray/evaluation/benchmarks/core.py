@@ -115,6 +115,14 @@ class ReadItems:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
+class Counted(NamedTuple):
+    """Which items are behind a metric: those of some subsets (or of subsets whose names begin so, up to a `/`); none named means all."""
+
+    official: int
+    """How many of them the official set has; 0: not known."""
+    subsets: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """A benchmark: where its files are, how they are read, and what is measured on them."""
@@ -129,6 +137,10 @@ class Benchmark:
     """The metrics that tables show."""
     num_items: int
     """Items of the official set; 0: not known."""
+    counted: Mapping[str, Counted] = field(default_factory=dict)
+    """Metrics (or the beginnings of their names up to a `/`) that are of a part of the items."""
+    counts_left_out: tuple[str, ...] = ()
+    """What reading leaves out although the official number counts it."""
     folders: tuple[str, ...]
     """Names that its folder may have."""
     is_part: Callable[[str], bool] = lambda _: True
@@ -137,8 +149,21 @@ class Benchmark:
 
     def verified_for(self, metric: str) -> Verified:
         """Return what stands behind a metric; the longest name that fits decides."""
-        fitting = [name for name in self.verified_of if metric == name or metric.startswith(f"{name}/")]
+        fitting = [name for name in self.verified_of if _begins(metric, name)]
         return self.verified_of[max(fitting, key=len)] if fitting else self.verified
+
+    def items_behind(self, metric: str, read: ReadItems) -> tuple[int, int | None]:
+        """Return how many of the items read a metric is of, and how many the official set has for it (without what reading leaves out); None: not
+        known."""
+        fitting = [name for name in self.counted if _begins(metric, name)]
+        about = self.counted[max(fitting, key=len)] if fitting else Counted(self.num_items)
+        number = sum(not about.subsets or any(_begins(item.subset, name) for name in about.subsets) for item in read.items)
+        left_out = sum(read.left_out.get(what, 0) for what in self.counts_left_out)
+        return number, about.official - left_out if about.official else None
+
+
+def _begins(name: str, beginning: str) -> bool:
+    return name == beginning or name.startswith(f"{beginning}/")
 
 
 class CellBuilder:

@@ -12,6 +12,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.evaluation.benchmarks.core import (
     Benchmark,
     CellBuilder,
+    Counted,
     HubPart,
     Item,
     Measured,
@@ -24,6 +25,7 @@ from synpref_ray.evaluation.benchmarks.core import (
 from synpref_ray.evaluation.benchmarks.fields import one_of, read_name, read_prompt, read_text, read_texts
 
 SUBSETS = ("harmless", "helpful", "honest", "other")
+NUM_ITEMS = {"harmless": 58, "helpful": 59, "honest": 61, "other": 43}
 
 
 def read_hhh(parts: Sequence[Part]) -> ReadItems:
@@ -73,6 +75,7 @@ HHH = Benchmark(
     verified=Verified.HAND_WORKED,
     headline=("accuracy", *SUBSETS),
     num_items=221,
+    counted={name: Counted(number, (name,)) for name, number in NUM_ITEMS.items()},
     folders=("hhh", "hhh_alignment"),
     is_part=lambda path: ".jsonl" in path or path.endswith(".parquet"),
     hub=tuple(HubPart("HuggingFaceH4/hhh_alignment", "test", config) for config in SUBSETS),

@@ -15,6 +15,7 @@ from synpref_ray.evaluation.benchmarks.core import (
     Benchmark,
     Cell,
     CellBuilder,
+    Counted,
     Floats,
     HubPart,
     Item,
@@ -34,6 +35,9 @@ SPLITS = {"gpt-4o": "", "claude": "claude/"}
 """By the beginning of `response_model`, what its metrics' names begin with."""
 MODES = {"wins": "", "single_game": "single_game/"}
 _LABELS = ("A>B", "B>A")
+NUM_PAIRS = {"gpt-4o": 350, "claude": 270}
+NUM_GPT_PAIRS = {"mmlu-pro": 154, "livebench-reasoning": 98, "livebench-math": 56, "livecodebench": 42}
+"""By group; the groups of Claude's pairs are not known here."""
 
 
 def read_judgebench(parts: Sequence[Part]) -> ReadItems:
@@ -96,6 +100,17 @@ def _combine(means: Means, cells: dict[str, Cell]) -> dict[str, Floats]:
     return {**{name: means[name] for name in cells if name.endswith("micro")}, **values, **means}
 
 
+def _counted() -> dict[str, Counted]:
+    """Return what each metric is of: one split, or one group of it."""
+    found: dict[str, Counted] = {}
+    for mode in MODES.values():
+        for split, prefix in SPLITS.items():
+            found |= {f"{mode}{prefix}{name}": Counted(NUM_PAIRS[split], (split,)) for name in ("micro", "macro")}
+            numbers = NUM_GPT_PAIRS if split == "gpt-4o" else {}
+            found |= {f"{mode}{prefix}{group}": Counted(numbers.get(group, 0), (f"{split}/{group}",)) for group in GROUPS}
+    return found
+
+
 JUDGEBENCH = Benchmark(
     name="judgebench",
     read=read_judgebench,
@@ -104,6 +119,7 @@ JUDGEBENCH = Benchmark(
     verified_of=dict.fromkeys([f"{mode}{prefix}macro" for mode in MODES.values() for prefix in SPLITS.values()], Verified.HAND_WORKED),
     headline=("micro", "macro", "claude/micro"),
     num_items=620,
+    counted=_counted(),
     folders=("judgebench", "JudgeBench", "judge_bench"),
     is_part=lambda path: ".jsonl" in path or path.endswith(".parquet"),
     hub=(HubPart("ScalerLab/JudgeBench", "gpt"), HubPart("ScalerLab/JudgeBench", "claude")),

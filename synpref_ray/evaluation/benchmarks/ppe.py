@@ -17,6 +17,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.evaluation.benchmarks.core import (
     Benchmark,
     CellBuilder,
+    Counted,
     Floats,
     HubPart,
     Item,
@@ -37,6 +38,7 @@ SETS = {"mmlu_pro": "mmlupro", "math": "math", "gpqa": "gpqa", "ifeval": "ifeval
 """By its name in metrics, how a set is told by the letters and digits of a file's name."""
 _WINNERS = ("model_a", "model_b")
 _TIES = "tie"
+TIES_LEFT_OUT = "ties of the voters"
 
 
 def read_preference(parts: Sequence[Part]) -> ReadItems:
@@ -57,7 +59,7 @@ def read_preference(parts: Sequence[Part]) -> ReadItems:
             replies = (read_text(row, "response_1", where), read_text(row, "response_2", where))
             name = read_name(row, ("question_id", "id"), str(number))
             items.append(Item(name, read_prompt(row, "prompt", where), replies, ((0, 1),) if first else ((1, 0),)))
-    return ReadItems(items, {"ties of the voters": ties} if ties else {})
+    return ReadItems(items, {TIES_LEFT_OUT: ties} if ties else {})
 
 
 def measure_preference(items: Sequence[Item], outcomes: Sequence[Outcome]) -> Measured:
@@ -155,7 +157,8 @@ PPE_PREFERENCE = Benchmark(
     measure=measure_preference,
     verified=Verified.UNVERIFIED,
     headline=("accuracy",),
-    num_items=0,
+    num_items=16_038,
+    counts_left_out=(TIES_LEFT_OUT,),
     folders=("ppe_preference", "PPE-Human-Preference-V1"),
     hub=(HubPart("lmarena-ai/PPE-Human-Preference-V1", "test"),),
 )
@@ -166,6 +169,7 @@ PPE_CORRECTNESS = Benchmark(
     verified=Verified.UNVERIFIED,
     headline=("accuracy", *(f"{name}/accuracy" for name in SETS), "best_of/32/model"),
     num_items=2555,
+    counted={name: Counted(507 if name == "mbpp_plus" else 512, (name,)) for name in SETS},
     folders=("ppe_correctness", "PPE-Correctness"),
     hub=tuple(HubPart(f"lmarena-ai/PPE-{name}-Best-of-K", "train") for name in ("MMLU-Pro", "MATH", "GPQA", "IFEval", "MBPP-Plus")),
 )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from synpref_ray.evaluation.benchmarks.core import (
     Benchmark,
     CellBuilder,
+    Counted,
     Floats,
     HubPart,
     Item,
@@ -48,6 +49,8 @@ SECTIONS: dict[str, dict[str, int]] = {
     "reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164},
 }
 """By section, the weight of each subset."""
+NUM_ITEMS = {name: weight for subsets in SECTIONS.values() for name, weight in subsets.items()} | {"math-prm": 447}
+"""By subset: the weights, but for one that weighs as much as the six of code together."""
 
 
 def read_rewardbench(parts: Sequence[Part]) -> ReadItems:
@@ -94,6 +97,8 @@ REWARDBENCH = Benchmark(
     verified=Verified.HAND_WORKED,
     headline=("overall", *SECTIONS),
     num_items=2985,
+    counted={name: Counted(sum(NUM_ITEMS[subset] for subset in subsets), tuple(subsets)) for name, subsets in SECTIONS.items()}
+    | {f"subset/{name}": Counted(number, (name,)) for name, number in NUM_ITEMS.items()},
     folders=("rewardbench", "reward_bench", "reward-bench"),
     is_part=lambda path: "raw" not in re.split(r"[^a-z]+", path.lower()),
     hub=(HubPart("allenai/reward-bench", "filtered"),),

@@ -24,6 +24,7 @@ from synpref_ray.evaluation.benchmarks.core import (
     Benchmark,
     Cell,
     CellBuilder,
+    Counted,
     Floats,
     HubPart,
     Item,
@@ -40,6 +41,7 @@ from synpref_ray.evaluation.benchmarks.fields import one_of, read_name, read_pro
 
 SUBSETS = ("factuality", "precise_if", "math", "safety", "focus")
 TIES = "ties"
+NUM_ITEMS = {"factuality": 475, "precise_if": 160, "math": 183, "safety": 450, "focus": 495, TIES: 102}
 _TIES_TERMS = {"ties/accuracy_tied": 0.30, "ties/accuracy_ref": 0.30, "ties/preferred": 0.20, "ties/preferred_hard": 0.20, "ties/margin": 0.01}
 
 
@@ -144,6 +146,7 @@ REWARDBENCH2 = Benchmark(
     verified=Verified.HAND_WORKED,
     headline=("overall", *SUBSETS, TIES),
     num_items=1865,
+    counted={name: Counted(number, (name,)) for name, number in NUM_ITEMS.items()},
     folders=("rewardbench2", "rewardbench_2", "reward-bench-2", "reward_bench_2"),
     hub=(HubPart("allenai/reward-bench-2", "test"),),
 )

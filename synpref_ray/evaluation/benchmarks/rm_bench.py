@@ -17,6 +17,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.evaluation.benchmarks.core import (
     Benchmark,
     CellBuilder,
+    Counted,
     Floats,
     HubPart,
     Item,
@@ -33,6 +34,7 @@ from synpref_ray.evaluation.benchmarks.core import (
 from synpref_ray.evaluation.benchmarks.fields import one_of, read_name, read_prompt, read_text, read_texts
 
 DOMAINS = ("chat", "math", "code", "safety")
+NUM_ITEMS = {"chat": 129, "math": 529, "code": 228, "safety": 441}
 STYLES = ("concise", "detailed", "markdown")
 DIFFICULTIES = ("easy", "normal", "hard")
 _TOTAL = "total_dataset"
@@ -120,6 +122,7 @@ RM_BENCH = Benchmark(
     },
     headline=("overall", *DIFFICULTIES, "present_domains/overall", *(f"present_domains/{level}" for level in DIFFICULTIES)),
     num_items=1327,
+    counted={domain: Counted(number, (domain,)) for domain, number in NUM_ITEMS.items()},
     folders=("rm_bench", "rm-bench", "RM-Bench"),
     is_part=lambda path: "_filtered" in path or _TOTAL in path,
     hub=(HubPart("THU-KEG/RM-Bench", "train"),),

@@ -14,6 +14,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.evaluation.benchmarks.core import (
     Benchmark,
     CellBuilder,
+    Counted,
     Floats,
     Item,
     Means,
@@ -32,6 +33,9 @@ from synpref_ray.evaluation.benchmarks.fields import read_name, read_prompt, rea
 GOALS = ("helpfulness", "harmlessness")
 CURVE_SIZES = (1, 2, 3)  # ours: every official item has three replies or more, so all points are over the same items
 COLUMNS = tuple(f"{kind}/{goal}" for kind in ("pairwise", "bon") for goal in GOALS)
+
+NUM_BON = {"bon/helpfulness": 2109, "bon/harmlessness": 1677}
+"""Of the pairs no number was to be had, so whether a copy of them is whole is not known."""
 
 
 def read_rmb(parts: Sequence[Part]) -> ReadItems:
@@ -98,6 +102,7 @@ RMB = Benchmark(
     verified_of=dict.fromkeys(("overall", "bon"), Verified.UNVERIFIED) | {"bon/best_of": Verified.HAND_WORKED},
     headline=("overall", *COLUMNS),
     num_items=0,
+    counted={name: Counted(NUM_BON.get(name, 0), (name,)) for name in COLUMNS} | {"bon/best_of": Counted(sum(NUM_BON.values()), ("bon",))},
     folders=("rmb", "RMB", "RMB_dataset"),
     is_part=lambda path: any(f"{name}/" in path.lower() for name in ("pairwise_set", "bon_set")),
 )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from synpref_ray.evaluation.accuracy import Accuracy, pair_accuracy
+from synpref_ray.evaluation.accuracy import Accuracy, Flags, accuracy_over_groups
 from synpref_ray.evaluation.reliability.comparisons import (
     NUM_RESAMPLES,
     Comparisons,
@@ -113,8 +113,8 @@ def audit_biases(pairs: Comparisons, *, seed: int = 0, num_resamples: int = NUM_
             pressure=drawn.pressure(pairs.margins, differences[:, place]),
             slope=slope,
             partial=_partial(pairs.margins, differences, place),
-            more=pair_accuracy(pairs.margins[differences[:, place] > 0] > 0, confidence=confidence),
-            less=pair_accuracy(pairs.margins[differences[:, place] < 0] > 0, confidence=confidence),
+            more=drawn.accuracy(pairs.margins > 0, differences[:, place] > 0),
+            less=drawn.accuracy(pairs.margins > 0, differences[:, place] < 0),
         )
         for place, (name, slope) in enumerate(zip(names, drawn.slopes(pairs.margins, differences), strict=True))
     }
@@ -190,6 +190,11 @@ class _Resampler:
     def pressure(self, margins: Floats, difference: Floats) -> Interval:
         return interval_of(_correlation(margins, difference), self._correlations(margins, difference), self._confidence)
 
+    def accuracy(self, right: Flags, part: Flags) -> Accuracy:
+        """Return the accuracy over a part of the pairs."""
+        prompts = [prompt for prompt, is_in in zip(self._prompts, part, strict=True) if is_in]
+        return accuracy_over_groups(right[part], prompts, seed=self._seed, num_resamples=self._num_resamples, confidence=self._confidence)
+
     def change(self, before: Floats, after: Floats, difference: Floats) -> Interval:
         value = abs(_correlation(after, difference)) - abs(_correlation(before, difference))
         drawn = np.abs(self._correlations(after, difference)) - np.abs(self._correlations(before, difference))
@@ -218,7 +223,8 @@ def style_shifts(
 
     Returns:
         `<style>_over_<style>`: mean shift between two styles at equal correctness, over the mean of right minus wrong; and `right_over_wrong`, that
-        mean itself, in rewards.
+        mean itself, in rewards. Where that mean is not above zero (the model is below chance) there is no such unit: shifts are NaN, and resamples
+        in which it is not are left out of the intervals.
     """
     right, wrong = rewards[:, :3], rewards[:, 3:]
     quality = (right - wrong).mean(axis=1)
@@ -230,5 +236,7 @@ def style_shifts(
     found = {"right_over_wrong": interval_of(float(total[1] / total[0]), drawn[:, 1] / drawn[:, 0], confidence)}
     for place, name in enumerate(columns, start=2):
         with np.errstate(invalid="ignore", divide="ignore"):
-            found[name] = interval_of(float(total[place] / total[1]) if total[1] else math.nan, drawn[:, place] / drawn[:, 1], confidence)
+            shifts = np.where(drawn[:, 1] > 0, drawn[:, place] / drawn[:, 1], np.nan)
+        has_unit = total[1] > 0
+        found[name] = interval_of(float(total[place] / total[1]), shifts, confidence) if has_unit else Interval(math.nan, math.nan, math.nan)
     return found

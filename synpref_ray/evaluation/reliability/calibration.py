@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from synpref_ray.evaluation.accuracy import Accuracy, pair_accuracy
+from synpref_ray.evaluation.accuracy import Accuracy, accuracy_over_groups
 from synpref_ray.evaluation.reliability.comparisons import (
     NUM_RESAMPLES,
     Comparisons,
@@ -122,11 +122,16 @@ def best_temperature(margins: Floats) -> float:
     return float(np.exp(found.x))
 
 
-def accuracy_by_margin(pairs: Comparisons, *, num_bins: int = NUM_MARGIN_BINS, confidence: float = 0.95) -> list[MarginBin]:
-    """Return the accuracy of equal parts of the pairs, from the smallest |margin| to the largest."""
+def accuracy_by_margin(
+    pairs: Comparisons, *, num_bins: int = NUM_MARGIN_BINS, seed: int = 0, num_resamples: int = NUM_RESAMPLES, confidence: float = 0.95
+) -> list[MarginBin]:
+    """Return the accuracy of equal parts of the pairs, from the smallest |margin| to the largest; intervals over prompts."""
     size = np.abs(pairs.margins)
     order = np.argsort(size, kind="stable")
     parts = [part for part in np.array_split(order, num_bins) if part.size]
-    return [
-        MarginBin(float(size[part].min()), float(size[part].max()), pair_accuracy(pairs.margins[part] > 0, confidence=confidence)) for part in parts
-    ]
+    found = []
+    for part in parts:
+        prompts = [pairs.prompts[place] for place in part]
+        accuracy = accuracy_over_groups(pairs.margins[part] > 0, prompts, seed=seed, num_resamples=num_resamples, confidence=confidence)
+        found.append(MarginBin(float(size[part].min()), float(size[part].max()), accuracy))
+    return found

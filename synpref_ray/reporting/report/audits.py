@@ -17,14 +17,18 @@ from synpref_ray.reporting.report.charts import (
     grid_size,
     heat_chart,
 )
-from synpref_ray.reporting.report.content import Block, Cell, Section, Table, columns, interval, share_cells
+from synpref_ray.reporting.report.content import Block, Cell, Section, Table, columns, interval, left_out, share_cells
 from synpref_ray.reporting.report.curation import point
-from synpref_ray.reporting.report.models import MAX_MODELS, Score, plain_name, read_scores, scorer_of
+from synpref_ray.reporting.report.models import MAX_MODELS, plain_name
 from synpref_ray.reporting.report.records import Records, Values, numbers_in
+from synpref_ray.reporting.report.scores import Score, by_completeness, level_name, level_of, model_labels, read_scores
 
 MAX_OTHER_ROWS = 60
+LEVEL = "level of intervals"
 KNOWN_JOBS = {"ingest", "stage1", "stage2", "train", "score", "annotate", "hygiene", "export", "decontaminate", "preverify", "demo", "report"}
-_STYLES = {"concise": "concise", "detailed_plain": "plain", "detailed_markdown": "markdown"}
+MAX_ROWS = 24  # ours: of a forest chart, about a screen
+STYLES = ("concise", "detailed", "markdown")
+"""RM-Bench's, from plain to fancy, as its metrics name them."""
 Found = list[tuple[str, str, Values]]
 """Scorer, benchmark (or set), and its metrics with the names that they have below `audit/<kind>/<benchmark>/`."""
 
@@ -40,18 +44,29 @@ def audits_section(records: Records) -> Section | None:
 
 
 def read_audit(records: Records, kind: str) -> Found:
-    """Return the latest metrics under `audit/<kind>/`, by scorer and benchmark."""
+    """Return the metrics under `audit/<kind>/`, by scorer and benchmark: those of one run, on the largest sample and of those the latest."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     owner: dict[tuple[str, str], str] = {}
-    for run in records.runs:
+    labels = model_labels(records.runs)
+    for run in by_completeness(records.runs):
         for key, value in run.metrics.items():
             if not key.startswith(f"audit/{kind}/") or "/" not in key.removeprefix(f"audit/{kind}/"):
                 continue
             benchmark, _, name = key.removeprefix(f"audit/{kind}/").partition("/")
-            place = (scorer_of(run), benchmark)
+            place = (labels.get(run.name, ""), benchmark)
             if owner.setdefault(place, run.name) == run.name:
-                found.setdefault(place, {})[name] = value
+                found.setdefault(place, {LEVEL: level_of(run)})[name] = value
     return [(*place, values) for place, values in found.items()]
+
+
+def _level(found: Found) -> str:
+    """Return what a column of these metrics' intervals is called."""
+    return level_name(values[LEVEL] for *_, values in found)
+
+
+def _of(scorer: str, found: Found) -> str:
+    """Return what tells a scorer's rows of a chart from another's; nothing where there is one."""
+    return f", {plain_name(scorer)}" if len({name for name, *_ in found}) > 1 else ""
 
 
 def _measured(values: Values, name: str) -> tuple[Cell, Cell]:
@@ -68,6 +83,7 @@ def _calibration_blocks(records: Records) -> Iterator[Block]:
     found = [entry for entry in read_audit(records, "calibration") if entry[2].get("bins")]
     if not found:
         return
+    level = _level(found)
     panels = []
     points: list[tuple[Cell, ...]] = []
     for scorer, benchmark, values in found:
@@ -83,6 +99,7 @@ def _calibration_blocks(records: Records) -> Iterator[Block]:
         width=width,
         caption="A calibrated model lies on the dashed line; below it the model is surer than it is right. A point's size is its share of the pairs.",
     )
+    yield from left_out("models and benchmarks", len(panels), MAX_MODELS)
     rows = tuple(
         (
             scorer,
@@ -96,8 +113,8 @@ def _calibration_blocks(records: Records) -> Iterator[Block]:
         for scorer, benchmark, values in found
     )
     heads = columns(
-        *("scorer", "benchmark", ("pairs", "count"), ("ECE", "share"), ("95 % interval, ECE", "interval"), ("overconfidence", "share")),
-        *(("95 % interval, overconfidence", "interval"), ("Brier", "number"), ("best temperature", "number")),
+        *("scorer", "benchmark", ("pairs", "count"), ("ECE", "share"), (f"{level}, ECE", "interval"), ("overconfidence", "share")),
+        *((f"{level}, overconfidence", "interval"), ("Brier", "number"), ("best temperature", "number")),
     )
     yield Table("calibration", heads, rows, title="Calibration")
     heads = columns("scorer", "benchmark", ("confidence", "share"), ("right", "share"), ("pairs", "count"))
@@ -109,7 +126,9 @@ def _bias_blocks(records: Records) -> Iterator[Block]:
     mended: list[tuple[Cell, ...]] = []
     shifts: list[tuple[Cell, ...]] = []
     points = []
-    for scorer, benchmark, values in read_audit(records, "bias"):
+    found = read_audit(records, "bias")
+    level = _level(found)
+    for scorer, benchmark, values in found:
         for feature in [name.removesuffix("/pressure") for name in values if name.endswith("/pressure")]:
             shares = []
             for side, words, color in (("more", "more", BLUE), ("less", "less", ORANGE)):
@@ -119,7 +138,7 @@ def _bias_blocks(records: Records) -> Iterator[Block]:
                 )
                 shares += [share.value if share else None, interval(share.low, share.high) if share else None]
                 if share:
-                    points.append((f"{benchmark}: {words} {feature}", share, color))
+                    points.append((f"{benchmark}: {words} {feature}{_of(scorer, found)}", share, color))
             rows.append((scorer, benchmark, feature, *_measured(values, f"{feature}/pressure"), values.get(f"{feature}/partial"), *shares))
         for one in values.get("mitigations", ()):
             moved = ", ".join(one["moved_to"]) or "nowhere"
@@ -130,12 +149,13 @@ def _bias_blocks(records: Records) -> Iterator[Block]:
         yield draw(
             "bias-sides",
             "Accuracy where the better reply has more, and where it has less, of a feature",
-            lambda figure: forest_chart(figure, "Right where the better reply has …", points[:24], mark=0.5, mark_label="chance"),
-            height=0.95 + 0.27 * len(points[:24]),
+            lambda figure: forest_chart(figure, "Right where the better reply has …", points[:MAX_ROWS], mark=0.5, mark_label="chance"),
+            height=0.95 + 0.27 * len(points[:MAX_ROWS]),
         )
+        yield from left_out("shares", len(points), MAX_ROWS)
     if rows:
         heads = columns(
-            *("scorer", "benchmark", "feature", ("pressure", "number"), ("95 % interval", "number_interval"), ("partial", "number")),
+            *("scorer", "benchmark", "feature", ("pressure", "number"), (level, "number_interval"), ("partial", "number")),
             *(("right where more", "share"), ("interval, more", "interval"), ("right where less", "share"), ("interval, less", "interval")),
         )
         note = "Pressure: how the margin goes with the feature's difference; partial: with the other features held. Definitions: docs/evaluation.md."
@@ -144,15 +164,18 @@ def _bias_blocks(records: Records) -> Iterator[Block]:
         heads = columns("scorer", "benchmark", "taken out", ("right before", "share"), ("right after", "share"), "pressure moved to")
         yield Table("mitigations", heads, tuple(mended), title="What taking a bias out does")
     if shifts:
-        heads = columns("scorer", "benchmark", "style", ("shift", "number"), ("95 % interval", "number_interval"))
-        yield Table("style_shifts", heads, tuple(shifts), title="Reward by style alone, in units of right over wrong")
+        heads = columns("scorer", "benchmark", "style", ("shift", "number"), (level, "number_interval"))
+        note = "Of a model that does not prefer right replies at equal style there is no such unit, and no shift."
+        yield Table("style_shifts", heads, tuple(shifts), title="Reward by style alone, in units of right over wrong", note=note)
 
 
 def _hack_blocks(records: Records) -> Iterator[Block]:
     rows: list[tuple[Cell, ...]] = []
     searched: list[tuple[Cell, ...]] = []
     points = []
-    for scorer, name, values in read_audit(records, "attacks"):
+    found = read_audit(records, "attacks")
+    level = _level(found)
+    for scorer, name, values in found:
         if name == "suffix":
             for start in [key.removesuffix("/starts") for key in values if key.endswith("/starts")]:
                 shares = [values.get(f"{start}/beats_better/{what}") for what in ("start", "random", "best")]
@@ -164,14 +187,15 @@ def _hack_blocks(records: Records) -> Iterator[Block]:
             rows.append((scorer, name, label, values.get(f"{kind}/replies"), *figures))
             measured = _as_point(values, f"{kind}/beats_better")
             if measured:
-                points.append((f"{name}: {label}", measured, RED if kind == "gibberish" else ORANGE))
+                points.append((f"{name}: {label}{_of(scorer, found)}", measured, RED if kind == "gibberish" else ORANGE))
     if points:
         yield draw(
             "attack-hacks",
             "Share of hacked worse replies that beat the better reply",
-            lambda figure: forest_chart(figure, "Hacked replies that beat the better one", points[:24]),
-            height=0.9 + 0.27 * len(points[:24]),
+            lambda figure: forest_chart(figure, "Hacked replies that beat the better one", points[:MAX_ROWS]),
+            height=0.9 + 0.27 * len(points[:MAX_ROWS]),
         )
+        yield from left_out("shares", len(points), MAX_ROWS)
     if rows:
         heads = columns(
             *(
@@ -180,10 +204,10 @@ def _hack_blocks(records: Records) -> Iterator[Block]:
                 "hack",
                 ("replies", "count"),
                 ("beats better", "share"),
-                ("95 % interval, beats", "interval"),
+                (f"{level}, beats", "interval"),
                 ("did unhacked", "share"),
             ),
-            *(("reward rises by", "number"), ("95 % interval, rise", "number_interval")),
+            *(("reward rises by", "number"), (f"{level}, rise", "number_interval")),
         )
         yield Table(
             "hacks", heads, tuple(rows), title="Attacks on the reward model", note="A rise of 1 is the gap between the better and the worse reply."
@@ -205,7 +229,8 @@ def _hack_blocks(records: Records) -> Iterator[Block]:
 
 def _comparison_tables(records: Records) -> Iterator[Block]:
     rows = []
-    for scorer, benchmark, values in read_audit(records, "compare"):
+    found = read_audit(records, "compare")
+    for scorer, benchmark, values in found:
         if values.get("difference") is not None:
             ends = interval(values.get("low"), values.get("high"))
             rows.append(
@@ -214,9 +239,13 @@ def _comparison_tables(records: Records) -> Iterator[Block]:
     if rows:
         heads = columns(
             *("model", "benchmark", ("comparisons", "count"), ("right", "share"), ("right, other", "share"), ("difference", "points")),
-            *(("95 % interval", "points_interval"), ("McNemar p", "number")),
+            *((_level(found), "points_interval"), ("McNemar p", "number")),
         )
-        yield Table("model_tests", heads, tuple(rows), title="Against another model")
+        note = (
+            "The interval draws prompts. McNemar's exact p takes comparisons for independent: where several are of one prompt (nine in RM-Bench) it "
+            "is too small, and the interval decides."
+        )
+        yield Table("model_tests", heads, tuple(rows), title="Against another model", note=note)
 
 
 def _style_blocks(records: Records) -> Iterator[Block]:
@@ -229,10 +258,10 @@ def _style_blocks(records: Records) -> Iterator[Block]:
     by_scorer: dict[str, list[tuple[str, Sequence[str], Sequence[str], list[list[float | None]]]]] = {}
     rows = []
     for (scorer, domain), cells in matrices.items():
-        styles = [style for style in _STYLES if any(style in key for key in cells)] or sorted({right for right, _ in cells})
+        named = dict.fromkeys(style for key in cells for style in key)
+        styles = [*(style for style in STYLES if style in named), *(style for style in named if style not in STYLES)]
         values = [[cells[right, wrong].value if (right, wrong) in cells else None for wrong in styles] for right in styles]
-        labels = [_STYLES.get(style, style) for style in styles]
-        by_scorer.setdefault(scorer, []).append((domain, labels, labels, values))
+        by_scorer.setdefault(scorer, []).append((domain, styles, styles, values))
         rows += [(scorer, domain, right.replace("_", " "), wrong.replace("_", " "), score.value) for (right, wrong), score in cells.items()]
     for place, (scorer, panels) in enumerate(by_scorer.items()):
         yield draw(

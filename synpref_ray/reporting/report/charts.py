@@ -216,10 +216,32 @@ def shares_chart(figure: Figure, title: str, rows: Sequence[tuple[str, Sequence[
     axes.set_title(title)
 
 
-def range_chart(figure: Figure, title: str, rows: Sequence[tuple[str, Sequence[float], Sequence[tuple[str, Point]]]], theirs: str) -> None:
-    """Draw for each row what others reached (ticks in grey), and our values over them with intervals (a colour a name)."""
+HALF_ROW = 0.38
+"""How far a value of a row may be drawn from the row's middle; rows are 1 apart."""
+Range = tuple[str, Sequence[float], Sequence[tuple[str, Point]]]
+"""A row of a range chart: its label, what others reached, and our values by name."""
+
+
+def _names_in(rows: Sequence[Range]) -> list[str]:
+    return list(dict.fromkeys(name for *_, ours in rows for name, _ in ours))
+
+
+def _marker(place: int) -> str:
+    """Return the marker of the name at a place: five colours have one each, then the next one."""
+    return "osD^v"[place // 5 % 5]
+
+
+def range_height(rows: Sequence[Range]) -> float:
+    """Return the height of a range chart, in inches: rows as high as their names need, and the legend."""
+    names = len(_names_in(rows))
+    return 0.8 + 0.2 * -(-(names + 1) // 4) + max(0.42, 0.11 * names) * len(rows)
+
+
+def range_chart(figure: Figure, title: str, rows: Sequence[Range], theirs: str) -> None:
+    """Draw for each row what others reached (ticks in grey), and our values over them with intervals (a colour a name); all within the row."""
     axes = figure.subplots()
-    names = list(dict.fromkeys(name for *_, ours in rows for name, _ in ours))
+    names = _names_in(rows)
+    step = min(0.2, 2 * HALF_ROW / max(1, len(names) - 1))
     for place, (_, others, ours) in enumerate(rows):
         if others:
             axes.plot([min(others), max(others)], [place, place], color=GREY, linewidth=7, alpha=0.22, solid_capstyle="round")
@@ -227,13 +249,14 @@ def range_chart(figure: Figure, title: str, rows: Sequence[tuple[str, Sequence[f
                 list(others), [place] * len(others), linestyle="none", marker="|", markersize=9, color=GREY, label=theirs if not place else None
             )
         for name, point in ours:
-            color, shift = SERIES[names.index(name) % 5], (names.index(name) - (len(names) - 1) / 2) * 0.2
+            number = names.index(name)
+            color, shift = SERIES[number % 5], (number - (len(names) - 1) / 2) * step
             if point.low is not None and point.high is not None:
                 axes.plot([point.low, point.high], [place + shift] * 2, color=color, linewidth=2.0, alpha=0.6)
-            axes.plot([point.value], [place + shift], marker="o", linestyle="none", color=color)
-    handles = [axes.plot([], [], marker="o", linestyle="none", color=SERIES[place % 5])[0] for place in range(len(names))]
+            axes.plot([point.value], [place + shift], marker=_marker(number), linestyle="none", color=color)
+    handles = [axes.plot([], [], marker=_marker(place), linestyle="none", color=SERIES[place % 5])[0] for place in range(len(names))]
     handles.append(axes.plot([], [], marker="|", linestyle="none", markersize=9, color=GREY)[0])
-    figure.legend(handles, [*(shorten(name) for name in names), theirs], loc="outside upper right", ncols=len(names) + 1)
+    figure.legend(handles, [*(shorten(name) for name in names), theirs], loc="outside upper right", ncols=min(len(names) + 1, 4))
     axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1)

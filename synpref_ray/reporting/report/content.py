@@ -183,6 +183,11 @@ def share_cells(figure: Mapping[str, Any] | None) -> tuple[Cell, Cell]:
     return float(value), interval(figure.get("low"), figure.get("high"))
 
 
+def left_out(what: str, number: int, shown: int) -> tuple[Note, ...]:
+    """Return a note where a chart shows fewer than there are."""
+    return (Note(f"{number - shown} of {number} {what} are in the table, not in the chart."),) if number > shown else ()
+
+
 def has_rows(tables: Sequence[Table]) -> bool:
     """Whether any of the tables has a row."""
     return any(table.rows for table in tables)

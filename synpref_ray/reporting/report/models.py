@@ -1,24 +1,20 @@
 """Sections about reward models: how they trained, what they reach on benchmarks beside the paper, and best-of-N."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from synpref_ray.reporting.report import paper
-from synpref_ray.reporting.report.charts import Point, curves_grid, draw, grid_size, range_chart
-from synpref_ray.reporting.report.content import Block, Cell, Kind, Note, Section, Table, columns, interval
-from synpref_ray.reporting.report.records import Records, RunRecord, Values
+from synpref_ray.reporting.report.charts import Range, curves_grid, draw, grid_size, range_chart, range_height
+from synpref_ray.reporting.report.content import Block, Cell, Kind, Note, Section, Table, columns, left_out
+from synpref_ray.reporting.report.records import Records, Values
+from synpref_ray.reporting.report.scores import Evaluation, Score, level_name, read_evaluations, read_scores, scores_of
 
 MAX_MODELS = 9  # ours: three rows of small charts
 MAX_CURVE_POINTS = 200  # ours: a step a pixel; the record beside the weights has all
 _BEST_OF = re.compile(r"^(?:(?P<part>.*)/)?best_of/(?P<size>\d+)/(?P<picker>model|oracle|random)$")
-
-_OF_A_SCORE: tuple[str | tuple[str, Kind], ...] = (
-    *("benchmark", "scorer", "metric", ("value", "share"), ("95 % interval", "interval"), ("items", "count"), ("of official", "count"), "verified"),
-)
 
 
 def training_section(records: Records) -> Section | None:
@@ -110,82 +106,28 @@ def _model_table(records: Records, names: Sequence[str]) -> Table:
     return Table("models", heads, tuple(rows))
 
 
-@dataclass(frozen=True)
-class Score:
-    """One metric of one scorer on one benchmark, the latest that any run measured."""
-
-    benchmark: str
-    scorer: str
-    metric: str
-    value: float
-    ends: tuple[float, float] | None
-    verified: str
-    items: int
-    official_items: int | None
-    sample_fraction: float
-    run: str
-
-    @property
-    def point(self) -> Point:
-        """The score as a chart shows it."""
-        return Point(self.value, *self.ends) if self.ends else Point(self.value)
-
-
-def scorer_of(run: RunRecord) -> str:
-    """Return the name of the model that a run evaluated."""
-    return str(run.config.get("model", "")).rstrip("/").rsplit("/", 1)[-1]
-
-
-def read_scores(runs: Sequence[RunRecord]) -> list[Score]:
-    """Return the latest value of every benchmark metric, by scorer: a reward model by the name of its folder, a judge as `judge NAME`."""
-    found: dict[tuple[str, str, str], Score] = {}
-    for run in runs:
-        about = run.metrics.get("benchmarks")
-        if not isinstance(about, Mapping) or "model" not in run.config:  # ingest counts overlaps under that name
-            continue
-        for key, verified in run.metrics.items():
-            if not key.endswith("/verified"):
-                continue
-            path = key.removesuffix("/verified")
-            benchmark = next((name for name in sorted(about, key=len, reverse=True) if path.startswith(f"{name}/")), None)
-            if benchmark is None or run.metrics.get(path) is None:
-                continue
-            metric = path.removeprefix(f"{benchmark}/")
-            scorer = scorer_of(run)
-            if metric.startswith("judge."):
-                name, _, metric = metric.removeprefix("judge.").partition("/")
-                scorer = f"judge {name}"
-            ends = interval(run.metrics.get(f"{path}/low"), run.metrics.get(f"{path}/high"))
-            facts = about[benchmark]
-            counts = (int(facts["items"]), facts.get("official_items"), float(facts.get("sample_fraction", 1.0)))
-            score = Score(benchmark, scorer, metric, float(run.metrics[path]), ends, str(verified), *counts, run.name)
-            found.setdefault((benchmark, scorer, metric), score)
-    return list(found.values())
-
-
 def benchmarks_section(records: Records) -> Section | None:
     """Put our numbers beside the paper's Table 1, each with what stands behind it and how much of the benchmark was there."""
-    scores = read_scores(records.runs)
+    evaluations = read_evaluations(records.runs)
+    scores = [score for evaluation in evaluations for score in scores_of(evaluation)]
     if not scores:
         return None
     by_key = {(score.benchmark, score.scorer, score.metric): score for score in scores}
     scorers = list(dict.fromkeys(score.scorer for score in scores))
-    ranges, rows = [], []
+    level = level_name(score.level for score in scores)
+    looked = any(score.shared is not None for score in scores)
+    ranges: list[Range] = []
+    rows: list[tuple[Cell, ...]] = []
     for place, column in enumerate(paper.BENCHMARKS):
-        ours = [
-            (scorer, by_key[column.benchmark, scorer, column.metric]) for scorer in scorers if (column.benchmark, scorer, column.metric) in by_key
-        ]
+        ours = [by_key[key] for scorer in scorers if (key := (column.benchmark, scorer, column.metric)) in by_key]
         theirs = paper.paper_values(place)
         if ours:
-            ranges.append((column.title, list(theirs.values()), [(plain_name(scorer), score.point) for scorer, score in ours]))
-        for scorer, score in ours:
-            same = _same_backbone(records, scorer)
-            rows.append(
-                (
-                    *(column.title, scorer, column.metric, score.value, score.ends, score.items, score.official_items, score.verified),
-                    *((min(theirs.values()), max(theirs.values())), theirs[same] if same else None, "Table 1"),
-                )
-            )
+            ranges.append((column.title, list(theirs.values()), [(plain_name(score.scorer), score.point) for score in ours]))
+        for score in ours:
+            same = _same_backbone(records, score)
+            printed = ((min(theirs.values()), max(theirs.values())), theirs[same] if same else None, "Table 1")
+            cells = _cells(score, looked)
+            rows.append((column.title, *cells[:4], *printed, *cells[4:]))
     blocks: list[Block] = []
     if ranges:
         blocks.append(
@@ -193,43 +135,87 @@ def benchmarks_section(records: Records) -> Section | None:
                 "benchmarks-paper",
                 "Our benchmark scores over the range of the paper's eight models",
                 lambda figure: range_chart(figure, "", ranges, "the paper's eight models"),
-                height=1.0 + 0.42 * len(ranges),
-                caption=f"Ticks: {paper.SOURCE}, Table 1, Qwen3-0.6B to Llama-3.1-8B-40M. Whiskers: 95 % intervals over prompts.",
+                height=range_height(ranges),
+                caption=f"Ticks: {paper.SOURCE}, Table 1, Qwen3-0.6B to Llama-3.1-8B-40M. Whiskers: {level}s over prompts.",
             )
         )
-    partial = sorted({score.benchmark for score in scores if score.sample_fraction < 1 or (score.official_items or score.items) != score.items})
-    if partial:
-        blocks.append(Note(f"Not the whole official set: {', '.join(partial)}. Such numbers are not comparable with the paper's.", warns=True))
-    heads = columns(
-        *_OF_A_SCORE,
-        *(("paper, eight models", "interval"), ("paper, same backbone", "share"), "paper's source"),
-    )
+    blocks += _notes(evaluations, scores)
+    printed_heads: tuple[str | tuple[str, Kind], ...] = (("paper, eight models", "interval"), ("paper, same backbone", "share"), "paper's source")
+    ours_heads = _heads(level, looked)
+    heads = columns(*ours_heads[:5], *printed_heads, *ours_heads[5:])
     remarks = "; ".join(
         f"{column.title}: {column.remark}" for column in paper.BENCHMARKS if column.remark and any(row[0] == column.title for row in rows)
     )
     note = f"Table 1 of {paper.SOURCE}. {remarks}" + "." * bool(remarks)
+    missing = tuple((one.benchmark, one.scorer, name, reason) for one in evaluations for name, reason in one.missing.items())
     blocks += [
         Table("benchmarks", heads, tuple(rows), title="Metrics that the paper prints", note=note),
-        _every_metric(scores),
+        _every_metric(scores, level, looked),
+        Table("missing_metrics", columns("benchmark", "scorer", "metric", "why there is none"), missing, title="Metrics that are missing"),
         _paper_table(by_key, scorers),
     ]
     lead = "Each number is the benchmark's own metric. Verified says what stands behind it: equal to official output, worked by hand, or neither."
     return Section("benchmarks", "Benchmarks beside the paper", lead, tuple(block for block in blocks if not isinstance(block, Table) or block.rows))
 
 
-def _same_backbone(records: Records, scorer: str) -> str | None:
-    backbone = records.trainings[scorer]["config"]["backbone"] if scorer in records.trainings else scorer
+def _heads(level: str, looked: bool) -> tuple[str | tuple[str, Kind], ...]:
+    """Return the columns of a score's table; `looked`: whether any run compared its benchmarks with pools."""
+    measured: tuple[str | tuple[str, Kind], ...] = ("benchmark", "scorer", "metric", ("value", "share"), (level, "interval"))
+    counts: tuple[tuple[str, Kind], ...] = (("items", "count"), ("of official", "count"), ("unscored", "count"))
+    shared: tuple[tuple[str, Kind], ...] = (("shared with pools", "count"), ("without them", "share")) if looked else ()
+    return *measured, *counts, *shared, "verified"
+
+
+def _cells(score: Score, looked: bool) -> tuple[Cell, ...]:
+    """Return a score's cells behind its benchmark."""
+    counts = (score.items, score.official_items, score.unscored)
+    shared = (score.shared, score.clean) if looked else ()
+    return score.scorer, score.metric, score.value, score.ends, *counts, *shared, score.verified
+
+
+def _notes(evaluations: Sequence[Evaluation], scores: Sequence[Score]) -> list[Block]:
+    """Return what a reader must know before comparing: parts of official sets, sets of unknown size, prompts that pools hold too, unscored items."""
+    notes: list[Block] = []
+    partial = _benchmarks_of(scores, lambda score: score.is_partial)
+    if partial:
+        notes.append(Note(f"Not the whole official set: {partial}. Such numbers are not comparable with the paper's.", warns=True))
+    unknown = _benchmarks_of(scores, lambda score: score.is_official and not score.is_partial and score.official_items is None)
+    if unknown:
+        notes.append(Note(f"Of these metrics it is not known here how many items the official set has: {unknown}. A part may be missing unnoticed."))
+    shared = [f"{one.benchmark} ({one.shared} of {one.facts['items']} items)" for one in evaluations if one.shared]
+    if shared:
+        told = "; ".join(dict.fromkeys(shared))
+        notes.append(Note(f"Items share their prompt with pools of this workspace: {told}. Numbers without them are beside the others.", warns=True))
+    unscored = {(score.benchmark, score.scorer): score.unscored for score in scores if score.unscored}
+    if unscored:
+        told = "; ".join(f"{benchmark} ({number}, {scorer})" for (benchmark, scorer), number in unscored.items())
+        notes.append(Note(f"Items without a score count as wrong: {told}."))
+    return notes
+
+
+def _benchmarks_of(scores: Sequence[Score], is_so: Callable[[Score], bool]) -> str:
+    """Return the benchmarks with such scores, as a list; with the metrics' names where not all are such."""
+    told = []
+    for name in sorted({score.benchmark for score in scores if is_so(score)}):
+        of_it = [score for score in scores if score.benchmark == name and not _is_detail(score)]
+        metrics = list(dict.fromkeys(score.metric for score in of_it if is_so(score)))
+        others = {score.metric for score in of_it} - set(metrics)
+        told.append(f"{name} ({', '.join(metrics[:6])}{' …' if len(metrics) > 6 else ''})" if others and metrics else name)
+    return ", ".join(told)
+
+
+def _is_detail(score: Score) -> bool:
+    return "best_of/" in score.metric or "/matrix/" in score.metric
+
+
+def _same_backbone(records: Records, score: Score) -> str | None:
+    backbone = records.trainings[score.folder]["config"]["backbone"] if score.folder in records.trainings else score.folder
     return paper.paper_model_of(str(backbone))
 
 
-def _every_metric(scores: Sequence[Score]) -> Table:
-    rows = tuple(
-        (score.benchmark, score.scorer, score.metric, score.value, score.ends, score.items, score.official_items, score.verified, score.run)
-        for score in scores
-        if "best_of/" not in score.metric and "/matrix/" not in score.metric
-    )
-    heads = columns(*_OF_A_SCORE, "run")
-    return Table("metrics", heads, rows, title="Every metric")
+def _every_metric(scores: Sequence[Score], level: str, looked: bool) -> Table:
+    rows = tuple((score.benchmark, *_cells(score, looked), score.run) for score in scores if not _is_detail(score))
+    return Table("metrics", columns(*_heads(level, looked), "run"), rows, title="Every metric")
 
 
 def _paper_table(by_key: Mapping[tuple[str, str, str], Score], scorers: Sequence[str]) -> Table:
@@ -248,7 +234,8 @@ def _paper_table(by_key: Mapping[tuple[str, str, str], Score], scorers: Sequence
 def best_of_n_section(records: Records) -> Section | None:
     """Draw how good the reply is that a scorer picks out of n."""
     curves: dict[str, dict[str, list[tuple[int, Score]]]] = {}
-    for score in read_scores(records.runs):
+    scores = [score for score in read_scores(records.runs) if _BEST_OF.match(score.metric)]
+    for score in scores:
         found = _BEST_OF.match(score.metric)
         if found:
             part = f", {found['part']}" if found["part"] else ""
@@ -273,8 +260,9 @@ def best_of_n_section(records: Records) -> Section | None:
         height=height + 0.4,
         width=width,
     )
-    heads = columns("benchmark", "picked by", ("of", "count"), ("quality", "share"), ("95 % interval", "interval"))
+    heads = columns("benchmark", "picked by", ("of", "count"), ("quality", "share"), (level_name(score.level for score in scores), "interval"))
+    table = Table("best_of_n", heads, tuple(rows), title="Values of the curves")
     lead = (
         "The expected quality of the highest-scored of n replies, over all subsets of n (Fig. 4 of the paper gives such curves for PPE Correctness)."
     )
-    return Section("best_of_n", "Best of N", lead, (chart, Table("best_of_n", heads, tuple(rows), shown=len(rows) <= 24)))
+    return Section("best_of_n", "Best of N", lead, (chart, *left_out("curves", len(panels), MAX_MODELS), table))

@@ -96,3 +96,26 @@ def test_style_shifts_by_hand() -> None:
     assert found["markdown_over_concise"].value == 1.5
     assert found["markdown_over_detailed"].value == 1.0
     assert found["markdown_over_concise"].low == found["markdown_over_concise"].high == 1.5
+
+
+def test_below_chance_there_is_no_unit_for_style_shifts() -> None:
+    rewards = np.array([[0.0, 1.0, 3.0, 2.0, 3.0, 5.0]] * 4)  # wrong over right by 2 at every style; Markdown adds 3 as above
+    found = style_shifts(rewards, ["a", "b", "c", "d"], num_resamples=20)
+    assert found["right_over_wrong"].value == -2.0
+    assert all(np.isnan([one.value, one.low, one.high]).all() for name, one in found.items() if name != "right_over_wrong")
+    mixed = np.array([[2.0, 3.0, 5.0, 0.0, 1.0, 3.0], [0.0, 1.0, 3.0, 1.5, 2.5, 4.5]])  # in a quarter of the resamples wrong is over right
+    shift = style_shifts(mixed, ["a", "b"], num_resamples=100)["markdown_over_concise"]
+    assert shift.value == pytest.approx(3 / 0.25)
+    assert 0 < shift.low <= shift.value <= shift.high
+
+
+def test_accuracies_where_there_is_more_or_less_draw_prompts() -> None:
+    """Each prompt has nine comparisons, all right or all wrong: the interval is that of 40 prompts, not of 360 comparisons."""
+    chance = np.random.default_rng(4)
+    prompts = [f"p{place}" for place in range(40) for _ in range(9)]
+    margins = np.repeat(np.where(np.arange(40) < 24, 1.0, -1.0), 9) * chance.uniform(0.5, 1.5, 360)
+    better = [reply(int(words), 0, place) for place, words in enumerate(chance.integers(20, 40, 360))]
+    pairs = comparisons(margins, better, [reply(10)] * 360, prompts)
+    more = audit_biases(pairs, num_resamples=500).features["length"].more
+    assert more.accuracy == pytest.approx(0.6)
+    assert more.high - more.low > 0.25  # Wilson's over 360 would be 0.10 wide

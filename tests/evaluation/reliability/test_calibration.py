@@ -62,6 +62,14 @@ def test_accuracy_by_margin_goes_from_small_to_large() -> None:
     assert sum(part.accuracy.num_pairs for part in accuracy_by_margin(comparisons([1.0, 2.0]))) == 2
 
 
+def test_intervals_by_margin_draw_prompts() -> None:
+    prompts = [f"p{place}" for place in range(40) for _ in range(9)]
+    margins = np.repeat(np.where(np.arange(40) < 24, 1.0, -1.0), 9)
+    [part] = accuracy_by_margin(comparisons(margins, prompts=prompts), num_bins=1, num_resamples=500)
+    assert part.accuracy.accuracy == pytest.approx(0.6)
+    assert part.accuracy.high - part.accuracy.low > 0.25
+
+
 def test_nothing_to_calibrate_on() -> None:
     with pytest.raises(ValueError, match="no scored pairs"):
         calibrate(comparisons([]))
