@@ -30,6 +30,7 @@ from synpref_ray.llm.spending import Budget, LocalBudget
 from synpref_ray.llm.tokens import PlainEncoder
 from synpref_ray.llm.vllm_engine import VllmEngine
 from synpref_ray.llm.wire import Wire, WireRequest, read_usage
+from synpref_ray.tables.storage import STORAGE_ERRORS
 
 if TYPE_CHECKING:
     from synpref_ray.llm.transport import Declined, Failed, Outcome
@@ -147,7 +148,7 @@ class EndpointEngine:
         try:
             for sent in written:
                 self._submit(self._answer(sent, call)).add_done_callback(outbox.put)
-            return self._collect(requests, outbox, on_finished, on_idle)
+            return self._collect(requests, call, outbox, on_finished, on_idle)
         finally:
             call.is_wanted = False
 
@@ -185,22 +186,34 @@ class EndpointEngine:
     def _collect(
         self,
         requests: Sequence[Request],
+        call: _Call,
         outbox: "queue.SimpleQueue[Future[Reply]]",
         on_finished: Callable[[Reply], None] | None,
         on_idle: Callable[[], None] | None,
     ) -> list[Reply]:
-        """Wait for all, also after a failure: what is under way is paid for."""
+        """Wait for all, also after a failure: what is under way is paid for.
+
+        So also where the caller's storage fails: nothing more is sent for this call then, and the caller is still shown what comes in, to keep it for
+        its next try.
+        """
         replies: dict[str, Reply] = {}
         failure: BaseException | None = None
         for _ in requests:
-            future = take(outbox, on_idle)
-            if future.cancelled() or (error := future.exception()) is not None:
-                failure = failure or (EngineDied(_CLOSED) if future.cancelled() else error)
+            try:
+                future = take(outbox, on_idle)
+            except STORAGE_ERRORS as error:
+                failure, on_idle, call.is_wanted = failure or error, None, False
+                future = take(outbox, None)
+            if future.cancelled() or (error_of_one := future.exception()) is not None:
+                failure = failure or (EngineDied(_CLOSED) if future.cancelled() else error_of_one)
                 continue
             reply = future.result()
             replies[reply.key] = reply
-            if on_finished is not None:
-                on_finished(reply)
+            try:
+                if on_finished is not None:
+                    on_finished(reply)
+            except STORAGE_ERRORS as error:
+                failure, on_idle, call.is_wanted = failure or error, None, False
         if failure is not None:
             raise failure
         return [replies[request.key] for request in requests]
@@ -243,11 +256,12 @@ class EndpointEngine:
             )
         num_judged = self._counts.replies + 1
         if self._num_declined > self._config.max_declined_fraction * max(num_judged, FEWEST_JUDGED):
+            many = f"{self._num_declined} of {num_judged} requests with a 400 or 422 that we cannot read (the last: {declined.said})"
             self._finish_with(
                 ConfigError(
-                    f"{self._config.model} at {self._config.base_url} declined {self._num_declined} of {num_judged} requests with a 400 or 422 that we "
-                    f"cannot read (the last: {declined.said}), more than max_declined_fraction={self._config.max_declined_fraction:g} allows; finished "
-                    "replies are kept: see guidance, logprobs, extra_body, or raise max_declined_fraction if it refuses these texts"
+                    f"{self._config.model} at {self._config.base_url} declined {many}, more than "
+                    f"max_declined_fraction={self._config.max_declined_fraction:g} allows; finished replies are kept: see guidance, logprobs, "
+                    "extra_body, or raise max_declined_fraction if it refuses these texts"
                 )
             )
 

@@ -393,7 +393,8 @@ def test_too_many_unknown_refusals_end_the_engine_and_say_why(fraction: float, a
     prompts = ["good", *(f"bad{number}" for number in range(10))]
     finished: list[Reply] = []
     with serve(no_to_bad, max_concurrent_requests=1, max_declined_fraction=fraction) as (server, engine):
-        words = rf"declined {allowed + 1} of {allowed + 2} requests .*\(the last: Computer says no\.\), more than max_declined_fraction={fraction:g} allows"
+        many = rf"declined {allowed + 1} of {allowed + 2} requests .*"
+        words = rf"{many}\(the last: Computer says no\.\), more than max_declined_fraction={fraction:g} allows"
         with pytest.raises(ConfigError, match=words):
             engine.generate([request(prompt) for prompt in prompts], finished.append)
         assert [reply.finish_reason for reply in finished] == ["stop", *[REFUSED] * allowed]
@@ -460,6 +461,44 @@ def test_finished_requests_are_never_sent_again_after_a_crash() -> None:
     with serve(echo) as (server, engine):
         assert generate_once(requests, engine, Journal(storage, "journal/00000")) == replies
         assert server.num_seen() == 0
+
+
+class FullStorage(MemoryStorage):
+    """Is full until told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_full, self.has_failed = True, threading.Event()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Keep one object."""
+        if self.is_full:
+            self.has_failed.set()
+            raise OSError("no space left")
+        super().write_bytes(path, data)
+
+
+@pytest.mark.parametrize("found_when", ["a reply comes", "nothing comes"])
+def test_replies_under_way_are_kept_where_the_journal_cannot_be_written_for_a_while(found_when: str) -> None:
+    storage, together, looks = FullStorage(), threading.Barrier(5, timeout=60), itertools.count()
+
+    def script(seen: Seen, number: int) -> Answer:
+        if number < 5:
+            together.wait()
+        if number > 0:  # all others are under way when the storage fails
+            assert storage.has_failed.wait(60)
+            storage.is_full = False
+        return echo(seen)
+
+    flush_replies = 1 if found_when == "a reply comes" else 99
+    requests = [request(f"p{number}") for number in range(30)]
+    with serve(script, max_concurrent_requests=5) as (server, engine):
+        journal = Journal(storage, "journal/00000", flush_replies=flush_replies, flush_seconds=50.0, clock=lambda: 0.0 if next(looks) < 2 else 100.0)
+        with pytest.raises(OSError, match="no space left"):
+            generate_once(requests, engine, journal)
+        assert server.num_seen() in {5, 6}  # whether the first one's place was taken before the caller knew; no other
+    resumed = Journal(storage, "journal/00000")
+    assert sum(resumed.find(one.key) is not None for one in requests) == server.num_seen()
 
 
 def test_costs_are_counted_from_what_the_server_reports() -> None:
