@@ -1,6 +1,9 @@
 """The status of a workspace: read from its files alone, nothing written, finished tables never listed."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,23 @@ def test_a_table_being_written_has_a_pace_and_a_time_left(tmp_path: Path) -> Non
     assert "being written" in text
 
 
+def test_a_table_that_is_written_to_no_more_has_no_time_left(tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    storage = Storage(str(workspace))
+    sidecar = count(make_pool(workspace, "seed", [3, 2, 4, 5]), tmp_path / "log")
+    reopen(sidecar, 3)
+    for number, when in enumerate((1000.0, 1010.0, 1020.0)):
+        os.utime(storage.local_path(shard_path(sidecar.folder, number)), (when, when))
+    with Lease(storage, f"{sidecar.folder}/lease.json"):
+        status = read_status(storage, max_runs=5)
+    lively, hung = (describe_status(status, "ws", now=now, gpu_hour_price=0.0) for now in (1080.0, 1020.0 + 7200))
+    assert re.search(r"1 min 00 s ago +0\.3 +17 s +being written", lively)
+    assert re.search(r"2 h 00 min ago +- +- +its job lives, but no shard comes", hung)
+    slow = TableStatus("p", "t", "v", 3, 2, False, True, rows_left=10, rows_per_second=0.01, rows_done=20, last_written=1000.0)  # 1000 s a shard
+    assert not slow.is_quiet(1000.0 + 9999.0)
+    assert slow.is_quiet(1000.0 + 10_001.0)
+
+
 def test_the_pace_is_that_of_the_last_half_hour() -> None:
     assert pace([]) is None
     assert pace([(100.0, 8)]) is None
@@ -130,6 +150,23 @@ def test_runs_are_shown_latest_first_with_why_they_ended(tmp_path: Path, capsys:
     assert "InputError: the file is not there" in text
     assert "SystemExit: the process was asked to stop" in text
     assert "0.00 GPU hours in finished tables and models, 0.00 at 2 an hour" in text
+
+
+def test_a_run_whose_driver_was_killed_has_died(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    killed = Run(storage, "stage1", Settings())
+    killed.step("tag, seed", rows=1, computed=1, rejected={}, seconds=1.0)
+    alive = Run(storage, "stage2", Settings())
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    with Lease(storage, f"{alive.folder}/lease.json"):
+        lease = storage.read_json(f"{alive.folder}/lease.json")
+        child.wait()
+        storage.write_json(f"{killed.folder}/lease.json", {**lease, "pid": child.pid})  # as kill -9 leaves it
+        status = read_status(storage, max_runs=5)
+    assert {run.folder: run.has_died for run in status.runs} == {killed.folder: True, alive.folder: False}
+    text = describe_status(status, "ws", now=0.0, gpu_hour_price=0.0)
+    assert "died, after tag, seed" in text
+    assert f"{killed.folder.removeprefix('runs/')}: died without a last word: it was killed, or its machine was lost" in text
 
 
 def test_gpu_hours_come_from_finished_tables_and_models(tmp_path: Path) -> None:
