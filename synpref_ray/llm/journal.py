@@ -67,6 +67,7 @@ class Journal:
         self._flush_replies = flush_replies
         self._flush_seconds = flush_seconds
         self._clock = clock
+        self._refused_cost = 0.0
         self._buffer: list[Reply] = []
         self._num_unwritable = 0  # of the buffer, what the last try could not write
         self.num_damaged_objects = 0
@@ -87,9 +88,21 @@ class Journal:
         if reply.finish_reason != REFUSED:
             self._replies[reply.key] = reply
             self._buffer.append(reply)
+        else:
+            self._refused_cost += reply.cost
         if len(self._buffer) - self._num_unwritable >= self._flush_replies:
             self.flush()
         self.flush_if_old()
+
+    def totals(self) -> dict[str, float]:
+        """Return `cost`, `prompt_tokens` and `output_tokens` of all replies that the shard has had, those of earlier runs included, but for what
+        earlier runs paid for refusals."""
+        replies = self._replies.values()
+        return {
+            "cost": self._refused_cost + sum(reply.cost for reply in replies),
+            "prompt_tokens": float(sum(reply.prompt_tokens for reply in replies)),
+            "output_tokens": float(sum(reply.output_tokens for reply in replies)),
+        }
 
     def flush_if_old(self) -> None:
         """Write the buffer if the last write is `flush_seconds` ago. For while no reply arrives."""

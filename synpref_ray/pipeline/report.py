@@ -135,7 +135,7 @@ def _why(run: RunStatus) -> str:
 
 def _cost(status: WorkspaceStatus, gpu_hour_price: float) -> str:
     hours = status.gpu_seconds / 3600
-    text = f"cost so far: paid endpoints {status.cost:.4f}; {hours:.2f} GPU hours in finished tables and models"
+    text = f"cost so far: paid endpoints {status.cost:.4f}; {hours:.2f} GPU hours of workers at shards and of finished trainings"
     return f"{text}, {hours * gpu_hour_price:.2f} at {gpu_hour_price:g} an hour" if gpu_hour_price else text
 
 

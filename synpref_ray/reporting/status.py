@@ -5,13 +5,14 @@ hundred small requests, sent a few at a time.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from synpref_ray.errors import InputError
+from synpref_ray.reporting.usage import USAGE, read_usage
 from synpref_ray.schema import REJECT_REASONS
 from synpref_ray.tables.garbage import RUN_LEASE
 from synpref_ray.tables.leases import is_held
@@ -134,9 +135,17 @@ def read_status(storage: Storage, *, max_runs: int) -> WorkspaceStatus:
         trainings=tuple(_trainings(storage)),
         num_rounds=sum(name.isdigit() and storage.exists(f"rounds/{name}/round.json") for name in rounds),  # else it has begun and is not done
         finished_stages=tuple(stage for stage in ("stage1", "stage2") if f"{stage}.json" in rounds),
-        cost=sum(spent.values()) + sum(table.cost for table in tables if table.name not in spent),
+        cost=_total_cost(tables, spent),
         gpu_seconds=model_seconds + sum(table.gpu_seconds for table in tables),
     )
+
+
+def _total_cost(tables: Sequence[TableStatus], spent: Mapping[str, float]) -> float:
+    """Return what paid endpoints have cost: of each tagger or judge what its tables used, or its spending record if that knows of more."""
+    used: defaultdict[str, float] = defaultdict(float)
+    for table in tables:
+        used[table.name] += table.cost
+    return sum(max(spent.get(name, 0.0), used[name]) for name in {*spent, *used})
 
 
 @dataclass(frozen=True)
@@ -167,13 +176,18 @@ def _read_table(storage: Storage, pool: _PoolManifest, name: str, version: str) 
     if storage.exists(f"{folder}/manifest.json"):
         manifest = storage.read_json(f"{folder}/manifest.json")
         rejected = {reason: count for reason, count in manifest.get("rejected", {}).items() if reason in REJECT_REASONS}
-        share = float(manifest.get("share_of_last_run", 0.0))  # 0 in tables of before it was kept
+        share = float(manifest.get("share_of_last_run", 0.0))  # these three: in tables of before their usage was kept
         cost = share * float(manifest.get("counters_of_last_run", {}).get("cost", 0.0))
         gpu_seconds = share * float(manifest.get("gpu_seconds_of_last_run", 0.0))
+        if usage := manifest.get("usage"):
+            cost, gpu_seconds = float(usage["cost"]), float(usage["gpu_seconds"])
         shards = int(manifest.get("shards", len(pool.rows)))
         return TableStatus(pool.name, name, version, shards, shards, True, rejected=rejected, cost=cost, gpu_seconds=gpu_seconds)
     written: dict[int, float] = {}
+    usage: Mapping[str, float] = {}
     for entry in storage.list_entries(folder):
+        if entry.name == USAGE:
+            usage = read_usage(storage, folder)
         number = shard_number_of_path(entry.name)
         if number is not None and number in pool.rows:
             written[number] = entry.written
@@ -189,6 +203,8 @@ def _read_table(storage: Storage, pool: _PoolManifest, name: str, version: str) 
         rows_per_second=pace([(when, pool.rows[number]) for number, when in written.items()]),
         rows_done=sum(pool.rows[number] for number in written),
         last_written=max(written.values(), default=0.0),
+        cost=usage.get("cost", 0.0),
+        gpu_seconds=usage.get("gpu_seconds", 0.0),
     )
 
 

@@ -1,6 +1,7 @@
 """What a killed shard keeps, and what is never sent twice."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import pytest
@@ -128,6 +129,17 @@ def test_what_could_not_be_written_is_kept_and_not_tried_at_every_reply() -> Non
     journal.append(reply("k8"))
     again = Journal(storage, FOLDER)
     assert all(again.find(f"k{number}") is not None for number in range(9))
+
+
+def test_the_totals_are_those_of_all_runs() -> None:
+    storage = MemoryStorage()
+    first = Journal(storage, FOLDER)
+    first.append(dataclasses.replace(reply("k0"), cost=0.5))
+    first.flush()
+    second = Journal(storage, FOLDER)
+    second.append(dataclasses.replace(reply("k1"), cost=0.25))
+    second.append(dataclasses.replace(reply("k2"), cost=1.0, finish_reason="refused"))
+    assert second.totals() == {"cost": 1.75, "prompt_tokens": 6.0, "output_tokens": 2.0}
 
 
 def test_a_later_run_adds_objects_and_overwrites_none() -> None:

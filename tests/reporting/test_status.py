@@ -1,5 +1,6 @@
 """The status of a workspace: read from its files alone, nothing written, finished tables never listed."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.pipeline.job import JobConfig, run_verb
 from synpref_ray.pipeline.report import describe_status
 from synpref_ray.pipeline.steps import Resources, StepInput, run_step
+from synpref_ray.pipeline.usage import UsageRecord
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.status import TableStatus, pace, read_status
 from synpref_ray.tables.leases import Lease
@@ -149,7 +151,7 @@ def test_runs_are_shown_latest_first_with_why_they_ended(tmp_path: Path, capsys:
     assert [(line.split("-")[0], "ended early" in line) for line in lines] == [("score", True), ("train", True), ("demo", False)]
     assert "InputError: the file is not there" in text
     assert "SystemExit: the process was asked to stop" in text
-    assert "0.00 GPU hours in finished tables and models, 0.00 at 2 an hour" in text
+    assert "0.00 GPU hours of workers at shards and of finished trainings, 0.00 at 2 an hour" in text
 
 
 def test_a_run_whose_driver_was_killed_has_died(tmp_path: Path) -> None:
@@ -178,6 +180,36 @@ def test_gpu_hours_come_from_finished_tables_and_models(tmp_path: Path) -> None:
     record = {"config": {"use_gpu": True}, "num_workers": 8, "seconds": {"total": 675.0}}
     storage.write_json("models/best-r01-0a1b2c3d/training_record.json", record)
     assert read_status(storage, max_runs=5).gpu_seconds == pytest.approx(1800 + 8 * 675)
+
+
+def test_a_table_under_way_shows_what_its_runs_have_used(tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    pool = make_pool(workspace, "seed", [3, 2])
+    table, now = Sidecar(pool, "votes.big", "a" * 32), [0.0]
+    first = UsageRecord([table], 2.0, "first", lambda: now[0])
+    with contextlib.suppress(ZeroDivisionError), first.working(0, 0):
+        now[0] = 100.0
+        raise ZeroDivisionError
+    second = UsageRecord([table], 2.0, "second", lambda: now[0])
+    with second.working(0, 0):
+        with second.working(0, 1):  # beside the other: the worker is busy once
+            now[0] = 160.0
+            second.note(0, 1, {"shard_cost": 0.5})
+        now[0] = 180.0
+        second.write()  # as it does now and then
+        assert read_status(pool.storage, max_runs=5).gpu_seconds == pytest.approx(2 * 180)
+        assert second.note(0, 0, {"shard_cost": 1.25, "shard_output_tokens": 30.0, "judged": 3.0}) == {"judged": 3.0}
+    third = UsageRecord([table], 2.0, "third", lambda: now[0])
+    with third.working(0, 0):  # the same shard again, whose journal has all that it cost
+        third.note(0, 0, {"shard_cost": 1.5})
+    (workspace / table.folder / "usage" / "torn.json").write_text('{"shards": {"9": 3}}')
+    status = read_status(pool.storage, max_runs=5)
+    assert (status.cost, status.gpu_seconds) == (pytest.approx(2.0), pytest.approx(2 * 180))
+    assert "paid endpoints 2.0000; 0.10 GPU hours of workers at shards" in describe_status(status, "ws", now=0.0, gpu_hour_price=0.0)
+    pool.storage.write_json("spending/votes.big/spent.json", {"spent": 1.0})  # of a time when there was a limit
+    assert read_status(pool.storage, max_runs=5).cost == pytest.approx(2.0)
+    pool.storage.write_json("spending/votes.big/spent.json", {"spent": 3.0})  # attempts that came to nothing are in it
+    assert read_status(pool.storage, max_runs=5).cost == pytest.approx(3.0)
 
 
 def test_what_is_no_workspace_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
