@@ -3,6 +3,10 @@
 One thread of its own runs all requests of all callers; a caller waits for its replies and sees each in its own thread. A request is tried until
 it is answered, refused, or has failed for `give_up_seconds`; only failures that may pass are tried again. What cannot pass (a wrong key, an
 unknown model, no money) ends the engine: nothing more is sent, what is under way is still received, and every caller gets the one error.
+
+Our choice: a 400 or 422 that we cannot read is taken for a refusal of that one text as soon as the server has answered any request, if need be
+one of our own with a harmless text; more than `max_declined_fraction` of such refusals end the engine. Without this, one pair whose refusal is
+worded in a new way would end the job at every start.
 """
 
 import asyncio
@@ -26,9 +30,10 @@ from synpref_ray.llm.spending import Budget, LocalBudget
 from synpref_ray.llm.tokens import PlainEncoder
 from synpref_ray.llm.vllm_engine import VllmEngine
 from synpref_ray.llm.wire import Wire, WireRequest, read_usage
+from synpref_ray.tables.storage import STORAGE_ERRORS
 
 if TYPE_CHECKING:
-    from synpref_ray.llm.transport import Failed, Outcome
+    from synpref_ray.llm.transport import Declined, Failed, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +43,9 @@ REFUSED_PROMPTS_TO_WARN = 50
 """If so many different prompts are refused and none is answered, the log says so. No job ends for it: a run that goes on after another may have
 nothing left to send but what is refused, and a table with too many refused rows fails its step in the end (`max_failed_fraction`).
 """
+FEWEST_JUDGED = 400
+"""Requests that `max_declined_fraction` is taken of, until there are more."""
+_HARMLESS = "How many days does a week have?"
 _BUDGET_WAIT_SECONDS = 5.0
 _CLOSED = "the engine was closed"
 
@@ -102,6 +110,9 @@ class EndpointEngine:
         self._refused_prompts: set[str] | None = set()  # until one is answered, or there are many
         self._warned = False
         self._told_too_long = False
+        self._has_answered = False
+        self._trying_harmless = asyncio.Lock()
+        self._num_declined = 0
         self._lock = threading.Lock()  # guards _is_closed: no request may be given to a loop that has stopped
         self._is_closed = False
         self._loop = asyncio.new_event_loop()
@@ -137,7 +148,7 @@ class EndpointEngine:
         try:
             for sent in written:
                 self._submit(self._answer(sent, call)).add_done_callback(outbox.put)
-            return self._collect(requests, outbox, on_finished, on_idle)
+            return self._collect(requests, call, outbox, on_finished, on_idle)
         finally:
             call.is_wanted = False
 
@@ -175,29 +186,41 @@ class EndpointEngine:
     def _collect(
         self,
         requests: Sequence[Request],
+        call: _Call,
         outbox: "queue.SimpleQueue[Future[Reply]]",
         on_finished: Callable[[Reply], None] | None,
         on_idle: Callable[[], None] | None,
     ) -> list[Reply]:
-        """Wait for all, also after a failure: what is under way is paid for."""
+        """Wait for all, also after a failure: what is under way is paid for.
+
+        So also where the caller's storage fails: nothing more is sent for this call then, and the caller is still shown what comes in, to keep it for
+        its next try.
+        """
         replies: dict[str, Reply] = {}
         failure: BaseException | None = None
         for _ in requests:
-            future = take(outbox, on_idle)
-            if future.cancelled() or (error := future.exception()) is not None:
-                failure = failure or (EngineDied(_CLOSED) if future.cancelled() else error)
+            try:
+                future = take(outbox, on_idle)
+            except STORAGE_ERRORS as error:
+                failure, on_idle, call.is_wanted = failure or error, None, False
+                future = take(outbox, None)
+            if future.cancelled() or (error_of_one := future.exception()) is not None:
+                failure = failure or (EngineDied(_CLOSED) if future.cancelled() else error_of_one)
                 continue
             reply = future.result()
             replies[reply.key] = reply
-            if on_finished is not None:
-                on_finished(reply)
+            try:
+                if on_finished is not None:
+                    on_finished(reply)
+            except STORAGE_ERRORS as error:
+                failure, on_idle, call.is_wanted = failure or error, None, False
         if failure is not None:
             raise failure
         return [replies[request.key] for request in requests]
 
     async def _answer(self, sent: WireRequest, call: _Call) -> Reply:
         """Try one request until there is a reply."""
-        from synpref_ray.llm.transport import Answered, Failed, Fatal, TooLong
+        from synpref_ray.llm.transport import Answered, Declined, Failed, Fatal, TooLong
 
         trial = _Trial(sent)
         if not sent.fits:
@@ -218,7 +241,44 @@ class EndpointEngine:
                 elif isinstance(outcome, TooLong):
                     return self._deliver(self._too_long(trial, outcome.said), None, sent.request.prompt)
                 else:
-                    return self._deliver(_no_answer(trial, REFUSED), None, sent.request.prompt)
+                    if isinstance(outcome, Declined):
+                        await self._take_for_refusal(trial, outcome, call)
+                    return self._deliver(_no_answer(trial, REFUSED, outcome.said), None, sent.request.prompt)
+
+    async def _take_for_refusal(self, trial: _Trial, declined: "Declined", call: _Call) -> None:
+        """Count a refusal that we cannot read as one of the text; end the engine if it is none, or there are too many."""
+        if not await self._is_ever_answered(trial.sent.request, call):
+            self._finish_with(declined.error)
+        self._num_declined += 1
+        if self._num_declined == 1:
+            logger.warning(
+                "%s: a request was declined, and is left out like a refused one, like others to come: %s", self._config.model, declined.said
+            )
+        num_judged = self._counts.replies + 1
+        if self._num_declined > self._config.max_declined_fraction * max(num_judged, FEWEST_JUDGED):
+            many = f"{self._num_declined} of {num_judged} requests with a 400 or 422 that we cannot read (the last: {declined.said})"
+            self._finish_with(
+                ConfigError(
+                    f"{self._config.model} at {self._config.base_url} declined {many}, more than "
+                    f"max_declined_fraction={self._config.max_declined_fraction:g} allows; finished replies are kept: see guidance, logprobs, "
+                    "extra_body, or raise max_declined_fraction if it refuses these texts"
+                )
+            )
+
+    async def _is_ever_answered(self, request: Request, call: _Call) -> bool:
+        """Whether the server takes requests of this form: it has answered some, or takes this one with a harmless text."""
+        from synpref_ray.llm.transport import Declined, Failed, Fatal
+
+        async with self._trying_harmless:
+            if self._has_answered:
+                return True
+            trial = _Trial(self._wire.write(replace(request, prompt=_HARMLESS)))
+            while isinstance(outcome := await self._attempt(trial, call), Failed):
+                await self._back_off(trial, outcome)
+            if isinstance(outcome, Fatal):
+                self._finish_with(outcome.error)
+            self._has_answered = not isinstance(outcome, Declined)
+            return self._has_answered
 
     def _too_long(self, trial: _Trial, why: str) -> Reply:
         if not self._told_too_long:
@@ -374,6 +434,7 @@ class EndpointEngine:
         )
         if reply.finish_reason not in UNANSWERED:
             self._refused_prompts = None
+            self._has_answered = True
         elif reply.finish_reason == REFUSED and self._refused_prompts is not None:
             self._refused_prompts.add(prompt)
             if len(self._refused_prompts) >= REFUSED_PROMPTS_TO_WARN:
@@ -395,8 +456,8 @@ class EndpointEngine:
         await self._transport.close()
 
 
-def _no_answer(trial: _Trial, finish_reason: str) -> Reply:
-    return Reply(key=trial.sent.request.key, text="", finish_reason=finish_reason, prompt_tokens=0, output_tokens=0, cost=trial.cost)
+def _no_answer(trial: _Trial, finish_reason: str, text: str = "") -> Reply:
+    return Reply(key=trial.sent.request.key, text=text, finish_reason=finish_reason, prompt_tokens=0, output_tokens=0, cost=trial.cost)
 
 
 def open_engine(config: EngineConfig | EndpointConfig, budget: Budget | None = None) -> VllmEngine | EndpointEngine:

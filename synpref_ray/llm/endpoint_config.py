@@ -21,6 +21,7 @@ ENDPOINT_SETTINGS = frozenset(
 `bytes_per_token` counts only without a tokenizer."""
 
 _OURS = frozenset({"model", "prompt", "messages", "n", "best_of", "stream", "max_tokens", "max_completion_tokens"})
+_PRICES = {"price_per_million_prompt_tokens", "price_per_million_output_tokens"}
 
 FLUSH_REPLIES = 8
 """For the journal of a paid engine: replies cost money, so an object holds few."""
@@ -47,6 +48,8 @@ class EndpointConfig(Settings):
     give_up_seconds: float = Field(default=600.0, gt=0)  # ours: how long one request may fail; a server restarts within it
     backoff_seconds: float = Field(default=0.5, gt=0)  # ours: doubled at every retry, with full jitter
     max_backoff_seconds: float = Field(default=30.0, gt=0)  # ours
+    max_declined_fraction: float = Field(default=0.05, ge=0, le=1)  # ours: providers refuse far less; most of more is a setting they do not take
+    """Share of a worker's requests (counted as 400 at least) that the server may decline with a 400 or 422 of unknown meaning; more is an error."""
     max_context_tokens: int = Field(default=0, ge=0)  # 0: unknown; else a longer request is not sent, its pair is rejected
     bytes_per_token: float = Field(default=3.0, ge=1)  # ours: for counting without a tokenizer; English has over 4, most other scripts fewer
     guidance: Literal["vllm", "openai", "none"] = "openai"
@@ -77,8 +80,8 @@ class EndpointConfig(Settings):
             raise ValueError(f"extra_body must leave {', '.join(ours)} alone")
         if isinstance(self.price_per_million_cached_tokens, float) and self.price_per_million_cached_tokens < 0:
             raise ValueError("price_per_million_cached_tokens must not be negative")
-        if self.spending_limit and not self.has_prices:
-            raise ValueError("spending_limit needs price_per_million_prompt_tokens and price_per_million_output_tokens")
+        if self.spending_limit and not (self.has_prices and self.model_fields_set >= _PRICES):
+            raise ValueError("spending_limit needs price_per_million_prompt_tokens and price_per_million_output_tokens, a free one written as 0")
         return self
 
     @property

@@ -19,7 +19,7 @@ from synpref_ray.schema import canonical_json
 T = TypeVar("T")
 
 REFUSED = "refused"
-"""The finish reason of a reply that the model or its provider declined to write; its text is empty or of no use."""
+"""The finish reason of a reply that the model or its provider declined to write; its text is of no use, or the provider's reason."""
 TOO_LONG = "too_long"
 """The finish reason in place of a reply where the prompt does not fit what serves the model; its text is empty."""
 UNANSWERED = frozenset({REFUSED, TOO_LONG})

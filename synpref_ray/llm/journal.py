@@ -67,7 +67,9 @@ class Journal:
         self._flush_replies = flush_replies
         self._flush_seconds = flush_seconds
         self._clock = clock
+        self._refused_cost = 0.0
         self._buffer: list[Reply] = []
+        self._num_unwritable = 0  # of the buffer, what the last try could not write
         self.num_damaged_objects = 0
         self.num_replies_found = 0
         self.num_requests_sent = 0
@@ -86,9 +88,21 @@ class Journal:
         if reply.finish_reason != REFUSED:
             self._replies[reply.key] = reply
             self._buffer.append(reply)
-        if len(self._buffer) >= self._flush_replies:
+        else:
+            self._refused_cost += reply.cost
+        if len(self._buffer) - self._num_unwritable >= self._flush_replies:
             self.flush()
         self.flush_if_old()
+
+    def totals(self) -> dict[str, float]:
+        """Return `cost`, `prompt_tokens` and `output_tokens` of all replies that the shard has had, those of earlier runs included, but for what
+        earlier runs paid for refusals."""
+        replies = self._replies.values()
+        return {
+            "cost": self._refused_cost + sum(reply.cost for reply in replies),
+            "prompt_tokens": float(sum(reply.prompt_tokens for reply in replies)),
+            "output_tokens": float(sum(reply.output_tokens for reply in replies)),
+        }
 
     def flush_if_old(self) -> None:
         """Write the buffer if the last write is `flush_seconds` ago. For while no reply arrives."""
@@ -96,8 +110,10 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Write the buffered replies as one object; nothing when there are none."""
+        """Write the buffered replies as one object; nothing when there are none. What cannot be written stays for the next try, which is as far
+        away as if it had been."""
         self._flushed_at = self._clock()
+        self._num_unwritable = len(self._buffer)
         if not self._buffer:
             return
         data = "".join(json.dumps(dataclasses.asdict(reply)) + "\n" for reply in self._buffer).encode()
@@ -105,6 +121,7 @@ class Journal:
         self._storage.write_bytes(f"{self._folder}/{self._num_objects:06d}-{digest}.jsonl", data)
         self._num_objects += 1
         self._buffer.clear()
+        self._num_unwritable = 0
 
     def _load(self) -> tuple[dict[str, Reply], int]:
         paths = sorted(path for path in self._storage.list_files(self._folder) if path.endswith(".jsonl"))

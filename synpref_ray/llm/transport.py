@@ -26,9 +26,15 @@ _TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx
 _MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})  # ours: somebody lost patience or the answer, so there may have been one
 _NO_MONEY = frozenset({"insufficient_quota", "billing_not_active", "billing_hard_limit_reached", "insufficient_funds", "insufficient_balance"})
 _REFUSAL_CODES = frozenset(
-    {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation", "data_inspection_failed"}
+    {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation", "data_inspection_failed", "1301"}
+)  # 1301: GLM
+_REFUSAL_WORDS = re.compile(
+    r"content[ _-]?(filter|policy|management|moderation|exists risk)|flagged|moderation|safety (system|policy|reasons)|usage polic"
+    r"|considered high risk|inappropriate content|(prohibited|sensitive)[ _]?content|\u654f\u611f|\u4e0d\u5b89\u5168|\u8fdd\u89c4\u5185\u5bb9",
+    re.I,
 )
-_REFUSAL_WORDS = re.compile(r"content[ _-]?(filter|policy|management|moderation)|flagged|moderation|safety (system|policy|reasons)|usage polic", re.I)
+"""What providers say when they refuse a text: DeepSeek "Content Exists Risk", Moonshot "considered high risk"; in Chinese (GLM and others) the words
+for sensitive, unsafe, and content against the rules."""
 _TOO_LONG_CODES = frozenset({"context_length_exceeded", "exceed_context_size_error"})
 _TOO_LONG_WORDS = re.compile(
     r"context[ _](length|size|window)|maximum (context|model) length|max_model_len|too many input tokens|(prompt|input) is too long", re.I
@@ -44,7 +50,17 @@ class Answered:
 
 @dataclass(frozen=True)
 class Refused:
-    """The provider declined the request itself."""
+    """The provider refused the request for its content, in its own words."""
+
+    said: str
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A 400 or 422 of a kind that we do not know: of this request's content, or of the form of all our requests (`error` says the latter)."""
+
+    said: str
+    error: SynprefError
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,7 @@ class Fatal:
     error: SynprefError
 
 
-Outcome = Answered | Refused | TooLong | Failed | Fatal
+Outcome = Answered | Refused | Declined | TooLong | Failed | Fatal
 
 
 class Transport:
@@ -123,10 +139,9 @@ class Transport:
         if words & _TOO_LONG_CODES or (status in {400, 413, 422} and _TOO_LONG_WORDS.search(error.message)):
             return TooLong(said)
         if _is_refusal(words, error):
-            return Refused()
-        return Fatal(
-            ConfigError(f"{self._where}: HTTP {status}, the server does not accept our requests ({said}); see guidance, logprobs, extra_body")
-        )
+            return Refused(said)
+        unlike = ConfigError(f"{self._where}: HTTP {status}, the server does not accept our requests ({said}); see guidance, logprobs, extra_body")
+        return Declined(said, unlike) if status in {400, 422} else Fatal(unlike)
 
 
 def _is_refusal(words: set[str], error: openai.APIStatusError) -> bool:

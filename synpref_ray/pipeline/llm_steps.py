@@ -276,11 +276,14 @@ class PlainJudgeWorker(LLMWorker[JudgeStepConfig]):
 
 
 def journal_counters(journal: Journal) -> dict[str, float]:
-    """Return what a shard asked of the engine in this run, and what an earlier run had paid for; equal requests count once."""
+    """Return what a shard asked of the engine in this run, and what an earlier run had paid for; equal requests count once. What its whole journal
+    adds up to goes into the table's usage (`pipeline/usage.py`).
+    """
     return {
         "requests_sent": float(journal.num_requests_sent),
         "from_journal": float(journal.num_replies_found),
         "asked_again": float(journal.num_retries),
+        **{f"shard_{name}": value for name, value in journal.totals().items()},
     }
 
 

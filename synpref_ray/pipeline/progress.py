@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from synpref_ray.pipeline.metrics import export
@@ -21,12 +21,14 @@ class Progress:
     Args:
         step: the title that the metrics get.
         pending: for every table that is written, the shards that this run has to make and their rows.
+        clock: seconds.
     """
 
-    def __init__(self, step: str, pending: Sequence[tuple[Sidecar, Mapping[int, int]]]):
+    def __init__(self, step: str, pending: Sequence[tuple[Sidecar, Mapping[int, int]]], clock: Callable[[], float] = time.monotonic):
         self._step = step
+        self._clock = clock
         self._pending = pending
-        self._started = time.monotonic()
+        self._first: tuple[int, float] | None = None  # rows done when some were first, and when that was
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
@@ -56,7 +58,15 @@ class Progress:
             shards += len(missing)
             left += sum(rows[number] for number in missing)
             done += sum(rows[number] for number in rows.keys() & finished)
-        export(progress_samples(self._step, shards, seconds_left(done, left, time.monotonic() - self._started)))
+        export(progress_samples(self._step, shards, self._seconds_left(done, left)))
+
+    def _seconds_left(self, done: int, left: int) -> float | None:
+        """Return the time left at the pace since the first shards: what came before was waiting for nodes and models."""
+        now = self._clock()
+        if self._first is None and done:
+            self._first = done, now
+        first, when = self._first or (done, now)
+        return seconds_left(done - first, left, now - when)
 
 
 def seconds_left(done: int, left: int, seconds: float) -> float | None:

@@ -69,15 +69,13 @@ def describe_status(status: WorkspaceStatus, url: str, *, now: float, gpu_hour_p
     """Return the tables and lines of a status; `now` is in seconds since 1970."""
     parts = [f"workspace {url}\n{_stages(status)}", _pools(status.pools)]
     if status.unfinished:
-        parts.append(_unfinished(status.unfinished))
+        parts.append(_unfinished(status.unfinished, now))
     if status.trainings:
         parts.append(f"training now: {', '.join(status.trainings)}")
     if status.runs:
         parts.append(_runs(status.runs, now))
     if status.errors:
-        parts.append(
-            "\n".join(["last errors:", *(f"  {_name(run)}: {run.last_event['error']}: {run.last_event['message']}" for run in status.errors)])
-        )
+        parts.append("\n".join(["last errors:", *(f"  {_name(run)}: {_why(run)}" for run in status.errors)]))
     parts.append(_cost(status, gpu_hour_price))
     return "\n\n".join(parts)
 
@@ -103,15 +101,18 @@ def _pools(pools: tuple[PoolStatus, ...]) -> str:
     return format_table(("pool", "pairs", "shards", "tables done", "unfinished", "rows rejected"), rows)
 
 
-def _unfinished(tables: list[TableStatus]) -> str:
+def _unfinished(tables: list[TableStatus], now: float) -> str:
     rows = []
     for table in sorted(tables, key=lambda table: not table.is_held)[:MAX_TABLES_SHOWN]:
-        rate = f"{table.rows_per_second:.1f}" if table.rows_per_second else "-"
-        left = _duration(table.seconds_left) if table.seconds_left is not None and table.is_held else "-"
-        state = "being written" if table.is_held else "stopped: run its job again"
+        quiet = table.is_quiet(now)
+        rate = f"{table.rows_per_second:.1f}" if table.rows_per_second and not quiet else "-"
+        left = _duration(table.seconds_left) if table.seconds_left is not None and table.is_held and not quiet else "-"
+        last = f"{_duration(now - table.last_written)} ago" if table.last_written else "-"
+        held = "its job lives, but no shard comes" if quiet else "being written"
+        state = held if table.is_held else "stopped: run its job again"
         done, pending = str(table.num_done), str(table.num_shards - table.num_done)
-        rows.append((f"{table.pool}/{table.name}/{table.version}", done, pending, rate, left, state))
-    text = format_table(("unfinished table", "shards done", "pending", "pairs/s", "time left", "state"), rows)
+        rows.append((f"{table.pool}/{table.name}/{table.version}", done, pending, last, rate, left, state))
+    text = format_table(("unfinished table", "shards done", "pending", "last shard", "pairs/s", "time left", "state"), rows)
     return text if len(tables) <= MAX_TABLES_SHOWN else f"{text}\n… and {len(tables) - MAX_TABLES_SHOWN} more"
 
 
@@ -121,13 +122,20 @@ def _runs(runs: tuple[RunStatus, ...], now: float) -> str:
         event = run.last_event
         kind = event.get("event", "")
         what = {"finish": "finished", "stop": "ended early", "step": f"after {event.get('step')}", "": "just begun"}.get(kind, kind)
+        what = f"died, {what}" if run.has_died else what
         rows.append((_name(run), what, f"{_duration(now - event['time'])} ago" if "time" in event else "-"))
     return format_table(("run", "last word", "when"), rows)
 
 
+def _why(run: RunStatus) -> str:
+    if run.has_died:
+        return "died without a last word: it was killed, or its machine was lost"
+    return f"{run.last_event['error']}: {run.last_event['message']}"
+
+
 def _cost(status: WorkspaceStatus, gpu_hour_price: float) -> str:
     hours = status.gpu_seconds / 3600
-    text = f"cost so far: paid endpoints {status.cost:.4f}; {hours:.2f} GPU hours in finished tables and models"
+    text = f"cost so far: paid endpoints {status.cost:.4f}; {hours:.2f} GPU hours of workers at shards and of finished trainings"
     return f"{text}, {hours * gpu_hour_price:.2f} at {gpu_hour_price:g} an hour" if gpu_hour_price else text
 
 
@@ -136,6 +144,6 @@ def _name(run: RunStatus) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(max(0, round(seconds)), 60)  # clocks of storage and of this machine differ
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -11,7 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,7 +40,9 @@ from synpref_ray.pipeline.shard_io import (
     read_shard,
     without_shards,
 )
+from synpref_ray.pipeline.usage import UsageRecord
 from synpref_ray.reporting.metrics import ShardWork, shard_samples
+from synpref_ray.reporting.usage import read_usage
 from synpref_ray.schema import REJECT_REASONS
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, content_digest
@@ -152,14 +154,12 @@ def run_step(step: Step, inputs: Sequence[StepInput]) -> StepResult:
             shards_computed += 1
             rows_computed += result["rows"]
         seconds = time.monotonic() - started
-        done = _LastRun(counters, seconds, seconds * step.resources.num_gpus * min(step.resources.num_workers, shards_computed))
         for index in open_tables:
             held[index].check()
             for sidecar in tables[index]:
                 sidecar.pool.storage.delete_folder(f"{sidecar.folder}/{CRASHES}")
-            share = sum(key.table == index for key in pending) / max(1, len(pending))
             of_table = {key.number: found for key, found in reasons.items() if key.table == index}
-            _seal(step, inputs[index], tables[index], replace(done, share=share, reasons=of_table))
+            _seal(step, inputs[index], tables[index], _LastRun(counters, seconds, of_table))
     rejected: Counter[str] = Counter()
     for outputs in tables:
         rejected.update(outputs[0].manifest["rejected"])
@@ -180,19 +180,15 @@ def _pending(index: int, pool: Pool, outputs: Sequence[Output], sidecars: list[S
 
 @dataclass(frozen=True)
 class _LastRun:
-    """What the run that seals a step's tables did for all of them; seconds are of the wall clock, GPU seconds those of all workers.
-
-    Of one table: its share of the shards, and the drop reasons in each of its shards that this run made, by output.
-    """
+    """What the run that seals a step's tables did for all of them, and the drop reasons in each shard of one table that it made, by output."""
 
     counters: Mapping[str, float]
     seconds: float
-    gpu_seconds: float
-    share: float = 0.0
-    reasons: Mapping[int, Sequence[Mapping[str, int]]] = field(default_factory=dict)
+    reasons: Mapping[int, Sequence[Mapping[str, int]]]
 
 
 def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun) -> None:
+    usage = read_usage(source.pool.storage, outputs[0].folder)
     for place, (output, sidecar) in enumerate(zip(step.outputs, outputs, strict=True)):
         rejected: Counter[str] = Counter()
         for shard in source.pool.shards:
@@ -224,8 +220,7 @@ def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun)
                 "rejected": dict(sorted(rejected.items())),
                 "counters_of_last_run": dict(done.counters),
                 "seconds_of_last_run": round(done.seconds, 3),
-                "gpu_seconds_of_last_run": round(done.gpu_seconds, 3),
-                "share_of_last_run": round(done.share / len(outputs), 6),  # of that run's shards: what costs of several tables add up by
+                "usage": usage if place == 0 else {},  # of all outputs of the step, over all runs
             },
         )
 
@@ -328,6 +323,7 @@ class _ShardTask:
             return
         self._journals = [CrashJournal(outputs[0].pool.storage, f"{outputs[0].folder}/{CRASHES}", run) for outputs in tables]
         self._guard = ShardGuard(step.name, [(output.prefix, output.schema) for output in step.outputs], step.resources.max_shard_seconds)
+        self._usage = UsageRecord([outputs[0] for outputs in tables], step.resources.num_gpus, uuid.uuid4().hex[:12])
         with self._journals[first].starting(ray.get_runtime_context().get_actor_id() or "driver"):
             self._worker = step.worker(**arguments)
 
@@ -335,10 +331,15 @@ class _ShardTask:
         if not self._journals:
             return self._worker(shard, key)
         try:
-            return self._guard(shard, key.number, self._journals[key.table], lambda rows: self._worker(rows, key))
+            with self._usage.working(key.table, key.number):
+                return self._guard(shard, key.number, self._journals[key.table], lambda rows: self._work(rows, key))
         except EngineDied as error:
             end_process(f"step {self._step.name}: {error}")
             raise
+
+    def _work(self, rows: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        table, counters = self._worker(rows, key)
+        return table, self._usage.note(key.table, key.number, counters)
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if block.num_rows == 0:

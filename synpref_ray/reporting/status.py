@@ -5,14 +5,16 @@ hundred small requests, sent a few at a time.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from synpref_ray.errors import InputError
+from synpref_ray.reporting.usage import USAGE, read_usage
 from synpref_ray.schema import REJECT_REASONS
+from synpref_ray.tables.garbage import RUN_LEASE
 from synpref_ray.tables.leases import is_held
 from synpref_ray.tables.models import RECORD_FILE
 from synpref_ray.tables.pools import shard_number_of_path
@@ -20,12 +22,18 @@ from synpref_ray.tables.storage import Storage
 
 REQUESTS_AT_ONCE = 16  # ours: object storage answers in tens of milliseconds
 RATE_WINDOW_SECONDS = 1800.0  # ours: the pace of the last half hour of work says more about the rest than that of the whole run
+QUIET_SECONDS = 600.0  # ours: and ten times what its shards took: a table that was written to no more for so long has no pace any more
+QUIET_SHARDS = 10
+ENDED = {"finish", "stop"}
 FILES_BESIDE_TABLES = {"versions"}
 
 
 @dataclass(frozen=True)
 class TableStatus:
-    """One version of a sidecar. `rows_per_second` is the pace of its last half hour of work; None with fewer than two finished shards."""
+    """One version of a sidecar. `rows_per_second` is the pace of its last half hour of work; None with fewer than two finished shards.
+
+    `last_written` is when its last shard was (seconds since 1970), 0 where that is not known.
+    """
 
     pool: str
     name: str
@@ -36,6 +44,8 @@ class TableStatus:
     is_held: bool = False
     rows_left: int = 0
     rows_per_second: float | None = None
+    rows_done: int = 0
+    last_written: float = 0.0
     rejected: Mapping[str, int] = field(default_factory=dict)
     cost: float = 0.0
     gpu_seconds: float = 0.0
@@ -44,6 +54,11 @@ class TableStatus:
     def seconds_left(self) -> float | None:
         """How long the rest takes at that pace."""
         return self.rows_left / self.rows_per_second if self.rows_per_second else None
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether its last shard is longer ago than its pace explains: its workers hang, or wait for nodes."""
+        shard_seconds = self.rows_done / self.num_done / self.rows_per_second if self.rows_per_second else 0.0
+        return self.last_written > 0 and now - self.last_written > max(QUIET_SECONDS, QUIET_SHARDS * shard_seconds)
 
 
 @dataclass(frozen=True)
@@ -58,10 +73,16 @@ class PoolStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run folder: its job, its last event (`step`, `finish`, `stop` …), and when that was (seconds since 1970)."""
+    """One run folder: its job, its last event (`step`, `finish`, `stop` …), when that was (seconds since 1970), and whether its driver lives."""
 
     folder: str
     last_event: Mapping[str, Any]
+    is_held: bool = False
+
+    @property
+    def has_died(self) -> bool:
+        """Whether it is gone without a last word: killed, or its machine was lost."""
+        return bool(self.last_event) and self.last_event.get("event") not in ENDED and not self.is_held
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,7 @@ class WorkspaceStatus:
     @property
     def errors(self) -> list[RunStatus]:
         """Runs that ended before their time, the latest first."""
-        return [run for run in self.runs if run.last_event.get("event") == "stop"]
+        return [run for run in self.runs if run.last_event.get("event") == "stop" or run.has_died]
 
 
 def read_status(storage: Storage, *, max_runs: int) -> WorkspaceStatus:
@@ -114,9 +135,17 @@ def read_status(storage: Storage, *, max_runs: int) -> WorkspaceStatus:
         trainings=tuple(_trainings(storage)),
         num_rounds=sum(name.isdigit() and storage.exists(f"rounds/{name}/round.json") for name in rounds),  # else it has begun and is not done
         finished_stages=tuple(stage for stage in ("stage1", "stage2") if f"{stage}.json" in rounds),
-        cost=sum(spent.values()) + sum(table.cost for table in tables if table.name not in spent),
+        cost=_total_cost(tables, spent),
         gpu_seconds=model_seconds + sum(table.gpu_seconds for table in tables),
     )
+
+
+def _total_cost(tables: Sequence[TableStatus], spent: Mapping[str, float]) -> float:
+    """Return what paid endpoints have cost: of each tagger or judge what its tables used, or its spending record if that knows of more."""
+    used: defaultdict[str, float] = defaultdict(float)
+    for table in tables:
+        used[table.name] += table.cost
+    return sum(max(spent.get(name, 0.0), used[name]) for name in {*spent, *used})
 
 
 @dataclass(frozen=True)
@@ -147,13 +176,18 @@ def _read_table(storage: Storage, pool: _PoolManifest, name: str, version: str) 
     if storage.exists(f"{folder}/manifest.json"):
         manifest = storage.read_json(f"{folder}/manifest.json")
         rejected = {reason: count for reason, count in manifest.get("rejected", {}).items() if reason in REJECT_REASONS}
-        share = float(manifest.get("share_of_last_run", 0.0))  # 0 in tables of before it was kept
+        share = float(manifest.get("share_of_last_run", 0.0))  # these three: in tables of before their usage was kept
         cost = share * float(manifest.get("counters_of_last_run", {}).get("cost", 0.0))
         gpu_seconds = share * float(manifest.get("gpu_seconds_of_last_run", 0.0))
+        if usage := manifest.get("usage"):
+            cost, gpu_seconds = float(usage["cost"]), float(usage["gpu_seconds"])
         shards = int(manifest.get("shards", len(pool.rows)))
         return TableStatus(pool.name, name, version, shards, shards, True, rejected=rejected, cost=cost, gpu_seconds=gpu_seconds)
     written: dict[int, float] = {}
+    usage: Mapping[str, float] = {}
     for entry in storage.list_entries(folder):
+        if entry.name == USAGE:
+            usage = read_usage(storage, folder)
         number = shard_number_of_path(entry.name)
         if number is not None and number in pool.rows:
             written[number] = entry.written
@@ -167,6 +201,10 @@ def _read_table(storage: Storage, pool: _PoolManifest, name: str, version: str) 
         is_held=is_held(storage, f"{folder}/lease.json"),
         rows_left=sum(rows for number, rows in pool.rows.items() if number not in written),
         rows_per_second=pace([(when, pool.rows[number]) for number, when in written.items()]),
+        rows_done=sum(pool.rows[number] for number in written),
+        last_written=max(written.values(), default=0.0),
+        cost=usage.get("cost", 0.0),
+        gpu_seconds=usage.get("gpu_seconds", 0.0),
     )
 
 
@@ -189,7 +227,8 @@ def _read_run(storage: Storage, folder: str) -> RunStatus:
         lines = storage.read_bytes(f"{folder}/events.jsonl").decode().splitlines()
     except InputError:  # it has just begun
         return RunStatus(folder, {})
-    return RunStatus(folder, json.loads(lines[-1]) if lines else {})
+    last = json.loads(lines[-1]) if lines else {}
+    return RunStatus(folder, last, last.get("event") not in ENDED and is_held(storage, f"{folder}/{RUN_LEASE}"))
 
 
 def _last_word(run: RunStatus) -> float:

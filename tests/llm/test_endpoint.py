@@ -297,7 +297,7 @@ def test_what_will_not_pass_ends_the_engine_at_once(case: str) -> None:
             engine.generate([request(f"p{number}") for number in range(50)])
         assert "\n" not in str(raised.value)
         sent = server.num_seen()
-        assert sent <= 2  # what was in flight already
+        assert sent <= 2 + (case == "field")  # what was in flight already, and a harmless text in the form that the server does not take
         with pytest.raises(SynprefError, match=words):
             engine.generate([request("again")])
         assert server.num_seen() == sent
@@ -322,7 +322,13 @@ def test_what_is_in_flight_when_the_end_comes_is_still_received() -> None:
         assert finished == ["GOOD"]
 
 
+RISK = error(400, "Content Exists Risk")  # DeepSeek
 REFUSALS = {
+    "deepseek": RISK,
+    "moonshot": error(400, "The request was rejected because it was considered high risk"),
+    "glm": error(
+        400, "\u7cfb\u7edf\u68c0\u6d4b\u5230\u8f93\u5165\u6216\u751f\u6210\u5185\u5bb9\u53ef\u80fd\u5305\u542b\u654f\u611f\u5185\u5bb9", code="1301"
+    ),
     "400": error(400, "The response was filtered due to the content management policy.", code="content_filter"),
     "403": error(403, "Your prompt was flagged by moderation."),
     "finish": Answer(chat("half a", finish_reason="content_filter")),
@@ -338,10 +344,61 @@ def test_a_refusal_is_a_reply_and_is_asked_again_by_the_next_run(kind: str) -> N
         replies = generate_once(requests, engine, Journal(storage, "journal/00000"))
         assert [reply.finish_reason for reply in replies] == [REFUSED, "stop"]
         assert server.num_seen() == 2
+        said = REFUSALS[kind].body.get("error", {}).get("message")
+        assert said is None or replies[0].text == said
     with serve(echo) as (server, engine):
         replies = generate_once(requests, engine, Journal(storage, "journal/00000"))
         assert [reply.text for reply in replies] == ["BAD", "GOOD"]
         assert server.num_seen() == 1
+
+
+UNKNOWN = error(400, "Computer says no.")
+
+
+def no_to_bad(seen: Seen, number: int) -> Answer:
+    return UNKNOWN if prompt_of(seen).startswith("bad") else echo(seen)
+
+
+@pytest.mark.parametrize("order", [["bad", "good"], ["good", "bad"], ["bad"]])
+def test_a_refusal_in_unknown_words_is_one_of_that_text_whenever_it_comes(order: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    requests = [request(prompt) for prompt in order]
+    for _ in range(2):  # a rerun asks again, and does not end either
+        with serve(no_to_bad, max_concurrent_requests=1, **PRICES) as (server, engine):
+            replies = {reply.key: reply for reply in generate_once(requests, engine, Journal(MemoryStorage(), "journal/00000"))}
+            refused = replies[request("bad").key]
+            assert (refused.finish_reason, refused.text, refused.cost) == (REFUSED, "Computer says no.", 0.0)
+            assert sum(reply.finish_reason == "stop" for reply in replies.values()) == len(order) - 1
+            asked_harmless = order[0] == "bad"  # nothing was answered before
+            assert server.num_seen() == len(order) + asked_harmless
+    assert "a request was declined, and is left out like a refused one, like others to come: Computer says no." in caplog.text
+
+
+def test_a_burst_of_unknown_refusals_asks_one_harmless_text_even_if_that_fails_first() -> None:
+    together = threading.Barrier(8, timeout=60)
+
+    def script(seen: Seen, number: int) -> Answer:
+        if prompt_of(seen).startswith("bad"):
+            together.wait()
+            return UNKNOWN
+        return error(503, "down") if number == 8 else echo(seen)
+
+    with serve(script, max_concurrent_requests=8) as (server, engine):
+        replies = engine.generate([request(f"bad{number}") for number in range(8)])
+        assert {reply.finish_reason for reply in replies} == {REFUSED}
+        assert server.num_seen() == 8 + 2
+
+
+@pytest.mark.parametrize(("fraction", "allowed"), [(0.0, 0), (0.01, 4)])
+def test_too_many_unknown_refusals_end_the_engine_and_say_why(fraction: float, allowed: int) -> None:
+    prompts = ["good", *(f"bad{number}" for number in range(10))]
+    finished: list[Reply] = []
+    with serve(no_to_bad, max_concurrent_requests=1, max_declined_fraction=fraction) as (server, engine):
+        many = rf"declined {allowed + 1} of {allowed + 2} requests .*"
+        words = rf"{many}\(the last: Computer says no\.\), more than max_declined_fraction={fraction:g} allows"
+        with pytest.raises(ConfigError, match=words):
+            engine.generate([request(prompt) for prompt in prompts], finished.append)
+        assert [reply.finish_reason for reply in finished] == ["stop", *[REFUSED] * allowed]
+        assert server.num_seen() == allowed + 2
 
 
 TOO_LONG_ANSWERS = {
@@ -404,6 +461,44 @@ def test_finished_requests_are_never_sent_again_after_a_crash() -> None:
     with serve(echo) as (server, engine):
         assert generate_once(requests, engine, Journal(storage, "journal/00000")) == replies
         assert server.num_seen() == 0
+
+
+class FullStorage(MemoryStorage):
+    """Is full until told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_full, self.has_failed = True, threading.Event()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Keep one object."""
+        if self.is_full:
+            self.has_failed.set()
+            raise OSError("no space left")
+        super().write_bytes(path, data)
+
+
+@pytest.mark.parametrize("found_when", ["a reply comes", "nothing comes"])
+def test_replies_under_way_are_kept_where_the_journal_cannot_be_written_for_a_while(found_when: str) -> None:
+    storage, together, looks = FullStorage(), threading.Barrier(5, timeout=60), itertools.count()
+
+    def script(seen: Seen, number: int) -> Answer:
+        if number < 5:
+            together.wait()
+        if number > 0:  # all others are under way when the storage fails
+            assert storage.has_failed.wait(60)
+            storage.is_full = False
+        return echo(seen)
+
+    flush_replies = 1 if found_when == "a reply comes" else 99
+    requests = [request(f"p{number}") for number in range(30)]
+    with serve(script, max_concurrent_requests=5) as (server, engine):
+        journal = Journal(storage, "journal/00000", flush_replies=flush_replies, flush_seconds=50.0, clock=lambda: 0.0 if next(looks) < 2 else 100.0)
+        with pytest.raises(OSError, match="no space left"):
+            generate_once(requests, engine, journal)
+        assert server.num_seen() in {5, 6}  # whether the first one's place was taken before the caller knew; no other
+    resumed = Journal(storage, "journal/00000")
+    assert sum(resumed.find(one.key) is not None for one in requests) == server.num_seen()
 
 
 def test_costs_are_counted_from_what_the_server_reports() -> None:

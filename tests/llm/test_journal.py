@@ -1,5 +1,7 @@
 """What a killed shard keeps, and what is never sent twice."""
 
+import contextlib
+import dataclasses
 import itertools
 
 import pytest
@@ -105,6 +107,39 @@ def test_while_the_engine_is_idle_old_replies_are_written() -> None:
     journal = Journal(storage, FOLDER, flush_replies=99, flush_seconds=5.0, clock=lambda: next(ticks))
     generate_once(requests("a", "b", "c"), ScriptedEngine(answer), journal)
     assert written_when_asked == [0, 1, 2]  # too young when it came, old enough when nothing else did
+
+
+def test_what_could_not_be_written_is_kept_and_not_tried_at_every_reply() -> None:
+    class Storage(MemoryStorage):
+        is_full, num_tries = True, 0
+
+        def write_bytes(self, path: str, data: bytes) -> None:
+            self.num_tries += 1
+            if self.is_full:
+                raise OSError("no space left")
+            super().write_bytes(path, data)
+
+    storage = Storage()
+    journal = Journal(storage, FOLDER, flush_replies=3, clock=lambda: 0.0)
+    for number in range(8):
+        with contextlib.suppress(OSError):
+            journal.append(reply(f"k{number}"))
+    assert storage.num_tries == 2
+    storage.is_full = False
+    journal.append(reply("k8"))
+    again = Journal(storage, FOLDER)
+    assert all(again.find(f"k{number}") is not None for number in range(9))
+
+
+def test_the_totals_are_those_of_all_runs() -> None:
+    storage = MemoryStorage()
+    first = Journal(storage, FOLDER)
+    first.append(dataclasses.replace(reply("k0"), cost=0.5))
+    first.flush()
+    second = Journal(storage, FOLDER)
+    second.append(dataclasses.replace(reply("k1"), cost=0.25))
+    second.append(dataclasses.replace(reply("k2"), cost=1.0, finish_reason="refused"))
+    assert second.totals() == {"cost": 1.75, "prompt_tokens": 6.0, "output_tokens": 2.0}
 
 
 def test_a_later_run_adds_objects_and_overwrites_none() -> None:

@@ -299,6 +299,10 @@ def test_an_engine_is_an_endpoint_if_it_has_an_address() -> None:
         (["engine.base_url=http://x", "engine.model=m", "engine.api=completions", "engine.guidance=vllm"], "api=completions needs a tokenizer"),
         (["engine.base_url=http://x", "engine.model=m", "engine.api=completions", "engine.tokenizer=t"], "set guidance=vllm or guidance=none"),
         (["engine.base_url=http://x", "engine.model=m", "engine.spending_limit=3"], "spending_limit needs price"),
+        (
+            ["engine.base_url=http://x", "engine.model=m", "engine.spending_limit=3", "engine.price_per_million_prompt_tokens=0.4"],
+            "spending_limit needs price_per_million_prompt_tokens and price_per_million_output_tokens, a free one written as 0",
+        ),
         (["engine.base_url=http://x", "engine.model=m", "engine.extra_body={n: 2}"], "extra_body must leave n alone"),
         (["engine.base_url=http://x", "engine.model=m", "engine.price_per_million_cached_tokens=-1"], "must not be negative"),
     ],
@@ -307,6 +311,15 @@ def test_errors_speak_of_the_kind_of_engine_that_is_meant(overrides: list[str], 
     with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         load_config(Config, None, overrides)
     assert "EngineConfig" not in str(raised.value)
+
+
+def test_a_free_kind_of_tokens_is_written_as_0_where_there_is_a_limit() -> None:
+    free_prompts = {"price_per_million_prompt_tokens": 0.0, "price_per_million_output_tokens": 1.6}
+    limited = EndpointConfig(**BASE, **free_prompts, spending_limit=25.0)
+    assert limited.worst_cost(1000, 10**6) == pytest.approx(1.6)
+    assert EndpointConfig.model_validate(limited.share(2).model_dump()).spending_limit == 25.0
+    with pytest.raises(ValueError, match="a free one written as 0"):
+        EndpointConfig(**BASE, **dict.fromkeys(free_prompts, 0.0), spending_limit=25.0)
 
 
 def test_help_lists_the_settings_of_both_kinds_once() -> None:

@@ -12,6 +12,7 @@ from synpref_ray.llm.tagger import TaggerConfig
 from synpref_ray.pipeline import llm_steps
 from synpref_ray.pipeline.llm_steps import METERED, EngineMeter, GoldTables, JudgeStepConfig, JudgeWorker, TagStepConfig, TagWorker
 from synpref_ray.pipeline.steps import ShardKey
+from synpref_ray.reporting.usage import OF_JOURNAL
 from synpref_ray.schema import POOL_SCHEMA
 from synpref_ray.tables.pools import commit_pool, write_pool_shard
 from synpref_ray.tables.sidecars import Sidecar
@@ -32,7 +33,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sidecar:
 
 
 def asked(counters: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in counters.items() if name not in METERED}
+    return {name: value for name, value in counters.items() if name not in METERED and name not in OF_JOURNAL}
 
 
 def test_the_tagger_counts_what_it_sends(table: Sidecar) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 import pyarrow as pa
 import pytest
 
+from synpref_ray.pipeline import progress
 from synpref_ray.pipeline.metrics import TrainingWatch, export
 from synpref_ray.pipeline.progress import seconds_left
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
@@ -18,6 +19,7 @@ from synpref_ray.reporting.metrics import METRICS, judge_samples
 from synpref_ray.reward.packing import PackingStats
 from synpref_ray.reward.training_record import EvaluationRecord, StepRecord
 from synpref_ray.schema import DropReason
+from synpref_ray.tables.sidecars import Sidecar
 from tests.cluster.test_dashboards import QUERIES, parse, selectors
 from tests.pipeline.test_steps import LENGTHS, make_pool
 
@@ -126,3 +128,20 @@ def test_the_time_left_follows_the_pace() -> None:
     assert seconds_left(0, 10, 5.0) is None
     assert seconds_left(20, 10, 5.0) == 2.5
     assert seconds_left(20, 0, 5.0) == 0.0
+
+
+def test_waiting_for_nodes_does_not_count_for_the_time_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pool, now, told = make_pool(tmp_path, "seed", [2, 2, 4]), [0.0], []
+    monkeypatch.setattr(progress, "export", lambda samples: told.append({sample.metric.name: sample.value for sample in samples}))
+    sidecar = Sidecar(pool, "lengths", "a" * 32)
+    watch = progress.Progress("score", [(sidecar, {0: 2, 1: 2, 2: 4})], clock=lambda: now[0])
+    shard = LENGTHS.empty_table()
+    for when, number in ((3600.0, None), (3700.0, 0), (3750.0, None), (3800.0, 1)):
+        now[0] = when
+        if number is not None:
+            sidecar.write(number, shard)
+        watch._export_once()
+    assert [sample.get("synpref_eta_seconds") for sample in told] == [None, None, None, 4 * 100 / 2]
+    now[0] = 4000.0  # nothing comes any more
+    watch._export_once()
+    assert told[-1] == {"synpref_pending_shards": 1, "synpref_eta_seconds": 4 * 300 / 2}

@@ -1,6 +1,10 @@
 """The status of a workspace: read from its files alone, nothing written, finished tables never listed."""
 
+import contextlib
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.pipeline.job import JobConfig, run_verb
 from synpref_ray.pipeline.report import describe_status
 from synpref_ray.pipeline.steps import Resources, StepInput, run_step
+from synpref_ray.pipeline.usage import UsageRecord
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.status import TableStatus, pace, read_status
 from synpref_ray.tables.leases import Lease
@@ -71,6 +76,23 @@ def test_a_table_being_written_has_a_pace_and_a_time_left(tmp_path: Path) -> Non
     assert "being written" in text
 
 
+def test_a_table_that_is_written_to_no_more_has_no_time_left(tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    storage = Storage(str(workspace))
+    sidecar = count(make_pool(workspace, "seed", [3, 2, 4, 5]), tmp_path / "log")
+    reopen(sidecar, 3)
+    for number, when in enumerate((1000.0, 1010.0, 1020.0)):
+        os.utime(storage.local_path(shard_path(sidecar.folder, number)), (when, when))
+    with Lease(storage, f"{sidecar.folder}/lease.json"):
+        status = read_status(storage, max_runs=5)
+    lively, hung = (describe_status(status, "ws", now=now, gpu_hour_price=0.0) for now in (1080.0, 1020.0 + 7200))
+    assert re.search(r"1 min 00 s ago +0\.3 +17 s +being written", lively)
+    assert re.search(r"2 h 00 min ago +- +- +its job lives, but no shard comes", hung)
+    slow = TableStatus("p", "t", "v", 3, 2, False, True, rows_left=10, rows_per_second=0.01, rows_done=20, last_written=1000.0)  # 1000 s a shard
+    assert not slow.is_quiet(1000.0 + 9999.0)
+    assert slow.is_quiet(1000.0 + 10_001.0)
+
+
 def test_the_pace_is_that_of_the_last_half_hour() -> None:
     assert pace([]) is None
     assert pace([(100.0, 8)]) is None
@@ -129,7 +151,24 @@ def test_runs_are_shown_latest_first_with_why_they_ended(tmp_path: Path, capsys:
     assert [(line.split("-")[0], "ended early" in line) for line in lines] == [("score", True), ("train", True), ("demo", False)]
     assert "InputError: the file is not there" in text
     assert "SystemExit: the process was asked to stop" in text
-    assert "0.00 GPU hours in finished tables and models, 0.00 at 2 an hour" in text
+    assert "0.00 GPU hours of workers at shards and of finished trainings, 0.00 at 2 an hour" in text
+
+
+def test_a_run_whose_driver_was_killed_has_died(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    killed = Run(storage, "stage1", Settings())
+    killed.step("tag, seed", rows=1, computed=1, rejected={}, seconds=1.0)
+    alive = Run(storage, "stage2", Settings())
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    with Lease(storage, f"{alive.folder}/lease.json"):
+        lease = storage.read_json(f"{alive.folder}/lease.json")
+        child.wait()
+        storage.write_json(f"{killed.folder}/lease.json", {**lease, "pid": child.pid})  # as kill -9 leaves it
+        status = read_status(storage, max_runs=5)
+    assert {run.folder: run.has_died for run in status.runs} == {killed.folder: True, alive.folder: False}
+    text = describe_status(status, "ws", now=0.0, gpu_hour_price=0.0)
+    assert "died, after tag, seed" in text
+    assert f"{killed.folder.removeprefix('runs/')}: died without a last word: it was killed, or its machine was lost" in text
 
 
 def test_gpu_hours_come_from_finished_tables_and_models(tmp_path: Path) -> None:
@@ -141,6 +180,36 @@ def test_gpu_hours_come_from_finished_tables_and_models(tmp_path: Path) -> None:
     record = {"config": {"use_gpu": True}, "num_workers": 8, "seconds": {"total": 675.0}}
     storage.write_json("models/best-r01-0a1b2c3d/training_record.json", record)
     assert read_status(storage, max_runs=5).gpu_seconds == pytest.approx(1800 + 8 * 675)
+
+
+def test_a_table_under_way_shows_what_its_runs_have_used(tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    pool = make_pool(workspace, "seed", [3, 2])
+    table, now = Sidecar(pool, "votes.big", "a" * 32), [0.0]
+    first = UsageRecord([table], 2.0, "first", lambda: now[0])
+    with contextlib.suppress(ZeroDivisionError), first.working(0, 0):
+        now[0] = 100.0
+        raise ZeroDivisionError
+    second = UsageRecord([table], 2.0, "second", lambda: now[0])
+    with second.working(0, 0):
+        with second.working(0, 1):  # beside the other: the worker is busy once
+            now[0] = 160.0
+            second.note(0, 1, {"shard_cost": 0.5})
+        now[0] = 180.0
+        second.write()  # as it does now and then
+        assert read_status(pool.storage, max_runs=5).gpu_seconds == pytest.approx(2 * 180)
+        assert second.note(0, 0, {"shard_cost": 1.25, "shard_output_tokens": 30.0, "judged": 3.0}) == {"judged": 3.0}
+    third = UsageRecord([table], 2.0, "third", lambda: now[0])
+    with third.working(0, 0):  # the same shard again, whose journal has all that it cost
+        third.note(0, 0, {"shard_cost": 1.5})
+    (workspace / table.folder / "usage" / "torn.json").write_text('{"shards": {"9": 3}}')
+    status = read_status(pool.storage, max_runs=5)
+    assert (status.cost, status.gpu_seconds) == (pytest.approx(2.0), pytest.approx(2 * 180))
+    assert "paid endpoints 2.0000; 0.10 GPU hours of workers at shards" in describe_status(status, "ws", now=0.0, gpu_hour_price=0.0)
+    pool.storage.write_json("spending/votes.big/spent.json", {"spent": 1.0})  # of a time when there was a limit
+    assert read_status(pool.storage, max_runs=5).cost == pytest.approx(2.0)
+    pool.storage.write_json("spending/votes.big/spent.json", {"spent": 3.0})  # attempts that came to nothing are in it
+    assert read_status(pool.storage, max_runs=5).cost == pytest.approx(3.0)
 
 
 def test_what_is_no_workspace_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def costs_section(records: Records, *, gpu_hour_price: float) -> Section | None:
         if records.status.cost
         else "No paid endpoint has cost anything."
     )
-    used = f"Finished tables and models took {hours:.2f} GPU hours{money}." if hours else "No GPU was used."
+    used = f"Workers at shards and finished trainings took {hours:.2f} GPU hours{money}." if hours else "No GPU was used."
     blocks: list[Block] = [Note(f"{paid} {used}")]
     if ordered:
         drawn = ordered[:MAX_STEPS_DRAWN]

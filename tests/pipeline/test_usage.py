@@ -1,0 +1,60 @@
+"""What a step has used outlives its runs: one that is stopped and started again loses none, and no shard's bytes change for it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from synpref_ray.errors import InputError
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.reporting.status import read_status
+from synpref_ray.tables.pools import shard_path
+from tests.pipeline.test_steps import LENGTHS, make_pool
+
+
+class PaidWorker:
+    """Pays 0.5 for a shard, and fails at a call of that number."""
+
+    def __init__(self, fails_at: int):
+        self._calls = 0
+        self._fails_at = fails_at
+
+    def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+        self._calls += 1
+        if self._calls == self._fails_at:
+            raise InputError("the endpoint is away")
+        columns = [shard["pair_id"], pa.array(range(shard.num_rows), pa.int64()), pa.nulls(shard.num_rows, pa.string())]
+        return pa.table(columns, schema=LENGTHS), {"judged": 2.0, "shard_cost": 0.5, "shard_output_tokens": 7.0}
+
+
+def paid_step(fails_at: int) -> Step:
+    return Step(
+        name="judge",
+        version=1,
+        worker=PaidWorker,
+        outputs=(Output("votes", LENGTHS),),
+        settings={},
+        worker_arguments=lambda _: {"fails_at": fails_at},
+        resources=Resources(1, num_cpus=0.5),
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray")
+def test_a_stopped_run_s_usage_counts_and_shards_are_the_same(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path / "stopped", "seed", [2, 2, 2])
+    with pytest.raises(InputError, match="the endpoint is away"):
+        run_step(paid_step(fails_at=2), [StepInput(pool, ("chosen",))])
+    assert read_status(pool.storage, max_runs=1).cost == 0.5  # the table is not sealed
+    result = run_step(paid_step(fails_at=0), [StepInput(pool, ("chosen",))])
+    sidecar = result.sidecars[0][0]
+    assert sidecar.manifest["usage"] == {"cost": 1.5, "gpu_seconds": 0.0, "output_tokens": 21.0, "prompt_tokens": 0.0}
+    assert result.counters == {"judged": 2.0 * result.shards_computed}
+    assert read_status(pool.storage, max_runs=1).cost == 1.5
+    whole = make_pool(tmp_path / "whole", "seed", [2, 2, 2])
+    other = run_step(paid_step(fails_at=0), [StepInput(whole, ("chosen",))]).sidecars[0][0]
+    assert other.folder == sidecar.folder
+    for number in range(3):
+        path = shard_path(sidecar.folder, number)
+        assert pool.storage.read_bytes(path) == whole.storage.read_bytes(path)
