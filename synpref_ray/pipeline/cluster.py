@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 NODE_GONE = (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError)
 """What a task bound to a node raises when that node has left meanwhile, as nodes of an autoscaling cluster do."""
 
+PROGRESS_LOG_SECONDS = "300"
+"""Between two blocks of Ray Data's progress in a log that is no terminal; ours: at Ray's ten seconds they drown the lines of our steps."""
+
 
 class RayConfig(Settings):
     """How a job reaches Ray. Inside `ray job submit`, or with RAY_ADDRESS set, the given cluster is used and `num_cpus` ignored."""
@@ -46,6 +49,7 @@ def configure_ray_data(max_cpus: float = math.inf) -> None:
     Args:
         max_cpus: what work without GPUs may ask for at once (`RayConfig.max_cpus`), by Ray Data and by `tasks.run_tasks`; infinite: no bound.
     """
+    os.environ.setdefault("RAY_DATA_NON_TTY_PROGRESS_LOG_INTERVAL", PROGRESS_LOG_SECONDS)  # read when the first dataset runs
     context = DataContext.get_current()
     bounded = {} if math.isinf(max_cpus) else {"cpu": max_cpus, "gpu": 0.0}  # no GPU: what Ray Data asks for ahead is then no node that has some
     context.execution_options.resource_limits = ExecutionResources.for_limits(**bounded)

@@ -98,6 +98,9 @@ def check_plan(config: PlanConfig) -> None:
         raise ConfigError("a table by stages (stages.gpus) needs sizes and prices.gpu_hour, and no budget")
     if config.target and not (config.curve.points or config.curve.file):
         raise ConfigError("a target needs a scaling curve: give curve.points, or curve.file=METRICS of a finished jobs/ablate.py")
+    if config.like or (config.measured.gpus and config.prices.gpu_hour):
+        for storage in config.measured_storages:
+            read_runs(storage)  # before anything is written: a workspace that is not there is none afterwards
 
 
 def run_plan(config: PlanConfig, run: Run) -> str:

@@ -179,8 +179,8 @@ def _read_table(storage: Storage, pool: _PoolManifest, name: str, version: str) 
         share = float(manifest.get("share_of_last_run", 0.0))  # these three: in tables of before their usage was kept
         cost = share * float(manifest.get("counters_of_last_run", {}).get("cost", 0.0))
         gpu_seconds = share * float(manifest.get("gpu_seconds_of_last_run", 0.0))
-        if usage := manifest.get("usage"):
-            cost, gpu_seconds = float(usage["cost"]), float(usage["gpu_seconds"])
+        if kept := manifest.get("usage"):
+            cost, gpu_seconds = float(kept["cost"]), float(kept["gpu_seconds"])
         shards = int(manifest.get("shards", len(pool.rows)))
         return TableStatus(pool.name, name, version, shards, shards, True, rejected=rejected, cost=cost, gpu_seconds=gpu_seconds)
     written: dict[int, float] = {}

@@ -50,6 +50,11 @@ def test_what_cannot_be_planned_is_one_line(words: list[str], message: str, tmp_
     assert message in capsys.readouterr().err
 
 
+def test_a_workspace_without_runs_is_not_made_by_asking_for_its_paces(tmp_path: Path) -> None:
+    assert main([f"workspace={tmp_path / 'mistyped'}", "like=demo"]) == 2
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_a_target_is_read_off_the_curve_of_an_ablation(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     points = [{"pairs": size, "score": 90 - 400 / size**0.5} for size in (100, 400, 1600, 6400)]
