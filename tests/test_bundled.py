@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.hf_api import BlobLfsInfo, RepoSibling
 
 from synpref_ray import bundled
 from synpref_ray.bundled import (
@@ -85,7 +86,7 @@ def hub_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    bundled._commit.cache_clear()
+    bundled._hub_model.cache_clear()
     return write_model(repository / "snapshots" / COMMIT)
 
 
@@ -104,24 +105,60 @@ def test_a_pinned_model_is_that_commit_and_its_name_the_plain_one(hub_copy: Path
     assert [plain_name(name) for name in (f"a/llm@{COMMIT}", "a/llm", "a/llm@v2", "/some/folder")] == ["a/llm", "a/llm", "a/llm@v2", "/some/folder"]
 
 
-def test_a_model_of_the_hub_is_digested_by_its_commit_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    commits = {None: COMMIT, "v2": COMMIT[::-1]}
-    asked: list[str | None] = []
+def hub_file(name: str, content: str, *, large: bool = False) -> RepoSibling:
+    """Return what the hub tells of a file: a large one is known by its SHA-256, any other by git's id."""
+    lfs = BlobLfsInfo(size=1, sha256=f"sha256-{content}", pointer_size=1) if large else None
+    return RepoSibling(rfilename=name, size=1, blob_id=f"git-{content}", lfs=lfs)
 
-    def model_info(_: object, name: str, *, revision: str | None) -> SimpleNamespace:
-        asked.append(revision)
-        return SimpleNamespace(sha=commits[revision])
+
+def test_a_model_of_the_hub_is_digested_by_the_ids_of_its_files_without_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, weights = hub_file("config.json", "c"), hub_file("model.safetensors", "w", large=True)
+    repositories = {
+        ("a/llm", None): ("0" * 40, [config, weights, hub_file("README.md", "first")]),
+        ("a/llm", "0" * 40): ("0" * 40, [config, weights, hub_file("README.md", "first")]),
+        ("a/llm", "refs/pr/1"): ("1" * 40, [weights, config, hub_file("README.md", "second"), hub_file(".git/config.json", "x")]),
+        ("a/llm", "v2"): ("2" * 40, [config, hub_file("model.safetensors", "other", large=True)]),
+        ("b/llm", None): ("3" * 40, [config]),
+    }
+    asked: list[tuple[str, str | None]] = []
+
+    def model_info(_: object, name: str, *, revision: str | None, files_metadata: bool) -> SimpleNamespace:
+        assert files_metadata
+        asked.append((name, revision))
+        commit, files = repositories[name, revision]
+        return SimpleNamespace(sha=commit, siblings=files)
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads"))
-    bundled._commit.cache_clear()
+    bundled._hub_model.cache_clear()
     digest = digest_model("a/llm")
-    assert digest == digest_model("a/llm") == digest_model(f"a/llm@{COMMIT}")
     assert len(digest) == 32
-    assert len({digest, digest_model("a/llm@v2"), digest_model("b/llm")}) == 3
-    assert pin_model("a/llm@v2") == f"a/llm@{COMMIT[::-1]}"
-    assert asked == [None, "v2", None], "once for each revision of a repository"
-    bundled._commit.cache_clear()
+    assert digest == digest_model("a/llm") == digest_model(pin_model("a/llm"))
+    assert digest == digest_model("a/llm@refs/pr/1"), "another README is no other model"
+    assert digest != digest_model("a/llm@v2")
+    assert pin_model("a/llm@v2") == f"a/llm@{'2' * 40}"
+    with pytest.raises(InputError, match="no weights"):
+        digest_model("b/llm")
+    assert len(asked) == len(set(asked)), "once for each revision of a repository"
+    bundled._hub_model.cache_clear()
+
+
+def test_off_the_hub_the_digest_is_that_of_the_same_commit_on_the_hub(hub_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blobs = hub_copy.parents[1] / "blobs"
+    blobs.mkdir()
+    told = []
+    for file in sorted(path for path in hub_copy.rglob("*") if path.is_file()):
+        large = file.suffix == ".safetensors"
+        found = hub_file(file.relative_to(hub_copy).as_posix(), file.name, large=large)
+        told.append(found)
+        blob = blobs / (found.lfs.sha256 if found.lfs else str(found.blob_id))
+        file.rename(blob)
+        file.symlink_to(blob)
+    here = digest_model("a/llm")
+    bundled._hub_model.cache_clear()
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha=COMMIT, siblings=told))
+    assert digest_model("a/llm") == here
+    bundled._hub_model.cache_clear()
 
 
 def test_without_weights_little_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

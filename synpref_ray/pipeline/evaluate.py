@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 import ray
 from pydantic import Field, field_validator
 
-from synpref_ray.bundled import digest_folder
 from synpref_ray.errors import ConfigError
 from synpref_ray.evaluation.accuracy import as_metrics, pair_accuracy
 from synpref_ray.evaluation.benchmarks.core import Item, Measured, Outcome, outcome_of_scores
@@ -34,7 +33,7 @@ from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.schema import reply_id
-from synpref_ray.tables.models import model_folder
+from synpref_ray.tables.models import model_digest, model_folder
 from synpref_ray.tables.storage import Storage
 
 MODEL_ROW = "reward model"
@@ -140,7 +139,7 @@ def run_evaluate(config: EvaluateConfig, run: Run) -> str:
     shared = shared_items(run, config.storage, loaded, config.contamination)
     scorers: dict[str, dict[str, list[Outcome]]] = {}
     if config.model:
-        run.metrics["model_digest"] = digest_folder(model_folder(config.model))
+        run.metrics["model_digest"] = model_digest(config.model)
         scorers[MODEL_ROW] = _model_outcomes(config, run, loaded)
     for judge in config.judges:
         scorers[judge.judge.judge] = judge_outcomes(run, config.storage, loaded, judge)

@@ -149,8 +149,8 @@ def _measured_throughputs(config: PlanConfig) -> dict[str, float]:
 
 
 def _throughput_of(kind: str) -> str:
-    """Return the throughput that a kind of step measures: a stage's own scoring and training, and each tagger's and judge's pass; of an evaluation's
-    replies, a benchmark's pairs, leaks and the like there is none."""
+    """Return the throughput that a kind of step measures: scoring, training, and each tagger's and judge's pass; of an evaluation's replies, a
+    benchmark's pairs, leaks and the like there is none."""
     found = re.fullmatch(r"(score|train)|(tag|judge) \(.*\)", kind)
     return (found[1] or found[2]) if found else ""
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -52,6 +52,9 @@ class ScriptedJudge(LeakJudgeStepConfig):
     @property
     def digests(self) -> dict[str, str]:
         return {}
+
+    def pinned(self) -> Self:
+        return self
 
     def check(self) -> None:
         return

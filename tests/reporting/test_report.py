@@ -259,6 +259,7 @@ def test_the_averages_of_the_paper_s_rows_are_those_that_it_prints() -> None:
     printed = dict(zip(paper.MODELS, (70.9, 75.2, 77.8, 79.3, 72.3, 77.1, 85.8, 88.6), strict=True))
     assert {name: round(fmean(values), 1) for name, values in paper.MODELS.items()} == pytest.approx(printed, abs=0.051)
     assert paper.paper_model_of("meta-llama/Llama-3.1-8B-Instruct") == "Llama-3.1-8B"
+    assert paper.paper_model_of(f"meta-llama/Llama-3.1-8B-Instruct@{'0123456789' * 4}") == "Llama-3.1-8B", "pinned, as trainings record it"
     assert paper.paper_model_of("HuggingFaceTB/SmolLM2-135M-Instruct") is None
 
 

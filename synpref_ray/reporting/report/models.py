@@ -90,7 +90,7 @@ def _model_table(records: Records, names: Sequence[str]) -> Table:
         )
         measured = (record["gold_accuracy"], record["num_gold_pairs"] or None)
         speed = (record["num_unique_tokens"] / record["seconds"]["train"] if record["seconds"].get("train") else None, record["shared_fraction"])
-        rows.append((name, str(config.get("backbone", "")).rsplit("/", 1)[-1], *figures, *measured, record["seconds"].get("total"), *speed))
+        rows.append((name, paper.name_of_backbone(str(config.get("backbone", ""))), *figures, *measured, record["seconds"].get("total"), *speed))
     heads = columns(
         *(
             "model",

@@ -1,5 +1,6 @@
 """What the paper reports, for comparison beside our own numbers. Paper: arXiv:2507.01352v3, Tables 1, 14 and 19; values in percent as printed."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,7 +48,12 @@ def paper_values(place: int) -> dict[str, float]:
     return {name: values[place] / 100 for name, values in MODELS.items()}
 
 
+def name_of_backbone(backbone: str) -> str:
+    """Return a backbone's own name: of a folder, or of a hub's repository, whose owner and pinned commit are left out."""
+    return re.sub("@[0-9a-f]{40}$", "", backbone).rstrip("/").rsplit("/", 1)[-1]
+
+
 def paper_model_of(backbone: str) -> str | None:
     """Return the row of Table 1 whose backbone this is; None where the paper has none. The 40M model shares its backbone with another row."""
-    name = backbone.rstrip("/").rsplit("/", 1)[-1].removesuffix("-Instruct")
+    name = name_of_backbone(backbone).removesuffix("-Instruct")
     return name if name in MODELS else None
