@@ -42,7 +42,7 @@ from synpref_ray.pipeline.shard_io import (
 )
 from synpref_ray.pipeline.usage import UsageRecord
 from synpref_ray.reporting.metrics import ShardWork, shard_samples
-from synpref_ray.reporting.usage import read_usage
+from synpref_ray.reporting.usage import OF_JOURNAL, read_usage
 from synpref_ray.schema import REJECT_REASONS
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, content_digest
@@ -331,15 +331,17 @@ class _ShardTask:
         if not self._journals:
             return self._worker(shard, key)
         try:
-            with self._usage.working(key.table, key.number):
-                return self._guard(shard, key.number, self._journals[key.table], lambda rows: self._work(rows, key))
+            with self._usage.working(key.table, key.number) as used:
+                return self._guard(shard, key.number, self._journals[key.table], lambda rows: self._work(rows, key, used))
         except EngineDied as error:
             end_process(f"step {self._step.name}: {error}")
             raise
 
-    def _work(self, rows: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+    def _work(self, rows: pa.Table, key: ShardKey, used: dict[str, float]) -> tuple[pa.Table, Mapping[str, float]]:
+        """Return what the worker makes of a range of a shard; what its journal adds up to goes into `used`, the range's own counters are returned."""
         table, counters = self._worker(rows, key)
-        return table, self._usage.note(key.table, key.number, counters)
+        used.update(counters)
+        return table, {name: value for name, value in counters.items() if name not in OF_JOURNAL}
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if block.num_rows == 0:

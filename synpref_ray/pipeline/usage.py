@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from synpref_ray.reporting.usage import OF_JOURNAL, USAGE
@@ -38,41 +38,42 @@ class UsageRecord:
         self._worker = worker
         self._clock = clock
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # taken before the other: storage that hangs holds up no shard at work, and no older record replaces a newer
         self._shards: list[dict[int, dict[str, float]]] = [{} for _ in tables]
         self._in_hand: list[tuple[int, int]] = []
         self._seen = clock()
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def working(self, table: int, shard: int) -> Iterator[None]:
-        """Count the time until the block ends, however it does, and write the record then."""
+    def working(self, table: int, shard: int) -> Iterator[dict[str, float]]:
+        """Count the time until the block ends, however it does, and write the record then, with what of a shard's journal the block puts in the dict.
+
+        Beginning never waits for the storage, and within the block nothing does: there a worker's time is limited.
+        """
         with self._lock:
             self._share_out()
             self._in_hand.append((table, shard))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._write_now_and_then, name="usage", daemon=True)
                 self._thread.start()
+        counters: dict[str, float] = {}
         try:
-            yield
+            yield counters
         finally:
             with self._lock:
                 self._share_out()
                 self._in_hand.remove((table, shard))
-                self._write(table)
-
-    def note(self, table: int, shard: int, counters: Mapping[str, float]) -> dict[str, float]:
-        """Keep what a shard's journal adds up to; return the other counters."""
-        with self._lock:
-            values = self._shards[table].setdefault(shard, {})
-            values.update({name: counters[counter] for counter, name in OF_JOURNAL.items() if counter in counters})
-        return {name: value for name, value in counters.items() if name not in OF_JOURNAL}
+                values = self._shards[table].setdefault(shard, {})
+                values.update({name: counters[counter] for counter, name in OF_JOURNAL.items() if counter in counters})
+            self._write(table)
 
     def write(self) -> None:
         """Write the record of every table that the worker has a shard of in hand."""
         with self._lock:
             self._share_out()
-            for table in sorted({table for table, _ in self._in_hand}):
-                self._write(table)
+            tables = sorted({table for table, _ in self._in_hand})
+        for table in tables:
+            self._write(table)
 
     def _share_out(self) -> None:
         """Give the seconds since the last look to the shards in hand; the caller has the lock."""
@@ -85,12 +86,14 @@ class UsageRecord:
     def _write(self, table: int) -> None:
         """Write the record of one table; where the storage fails it is written after the next shard, and no shard fails for it."""
         sidecar = self._tables[table]
-        shards = {str(number): {name: round(value, 9) for name, value in values.items()} for number, values in self._shards[table].items()}
-        data = json.dumps({"shards": shards}, sort_keys=True).encode()
-        try:
-            sidecar.pool.storage.write_bytes(f"{sidecar.folder}/{USAGE}/{self._worker}.json", data)
-        except STORAGE_ERRORS as error:
-            logger.warning("what was used for %s could not be written, and is tried again: %s", sidecar.folder, error)
+        with self._writing:
+            with self._lock:
+                shards = {str(number): {name: round(value, 9) for name, value in values.items()} for number, values in self._shards[table].items()}
+            data = json.dumps({"shards": shards}, sort_keys=True).encode()
+            try:
+                sidecar.pool.storage.write_bytes(f"{sidecar.folder}/{USAGE}/{self._worker}.json", data)
+            except STORAGE_ERRORS as error:
+                logger.warning("what was used for %s could not be written, and is tried again: %s", sidecar.folder, error)
 
     def _write_now_and_then(self) -> None:
         while True:

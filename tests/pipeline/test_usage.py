@@ -1,5 +1,6 @@
 """What a step has used outlives its runs: one that is stopped and started again loses none, and no shard's bytes change for it."""
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,8 +9,12 @@ import pytest
 
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.pipeline.usage import UsageRecord
 from synpref_ray.reporting.status import read_status
+from synpref_ray.reporting.usage import read_usage
 from synpref_ray.tables.pools import shard_path
+from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.storage import Storage
 from tests.pipeline.test_steps import LENGTHS, make_pool
 
 
@@ -58,3 +63,31 @@ def test_a_stopped_run_s_usage_counts_and_shards_are_the_same(tmp_path: Path) ->
     for number in range(3):
         path = shard_path(sidecar.folder, number)
         assert pool.storage.read_bytes(path) == whole.storage.read_bytes(path)
+
+
+def test_storage_that_hangs_holds_up_no_other_shard_s_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Sidecar(make_pool(tmp_path, "seed", [2, 2]), "votes", "a" * 32)
+    record = UsageRecord([table], 1.0, "worker", clock=lambda: 0.0)
+    hangs, goes_on, at_work, write = threading.Event(), threading.Event(), threading.Event(), Storage.write_bytes
+
+    def write_in_the_end(storage: Storage, path: str, data: bytes) -> None:
+        hangs.set()
+        goes_on.wait(20)
+        write(storage, path, data)
+
+    def work(shard: int) -> None:
+        with record.working(0, shard) as used:
+            used.update({"shard_cost": 0.5, "judged": 2.0})
+            if shard == 1:
+                at_work.set()
+
+    monkeypatch.setattr(Storage, "write_bytes", write_in_the_end)
+    first, second = (threading.Thread(target=work, args=(shard,)) for shard in range(2))
+    first.start()
+    assert hangs.wait(10)
+    second.start()
+    assert at_work.wait(5), "a shard's work begins while another's record is being written"
+    goes_on.set()
+    first.join()
+    second.join()
+    assert read_usage(table.pool.storage, table.folder)["cost"] == 1.0
