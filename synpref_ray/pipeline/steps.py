@@ -276,7 +276,7 @@ def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, p
     whole: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, **place}
     if resources.num_workers == 0:
         return dataset.map_batches_internal(_StatelessTask(step, tables), **whole, **retries), around
-    most = min(_num_workers(step), len(pending))
+    most = min(num_workers(step), len(pending))
     compute = ActorPoolStrategy(
         min_size=min(resources.min_workers or most, most),
         max_size=most,
@@ -290,7 +290,7 @@ def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, p
     return dataset.map_batches_internal(named, fn_constructor_args=made_of, compute=compute, **whole, **bounds), around
 
 
-def _num_workers(step: Step) -> int:
+def num_workers(step: Step) -> int:
     """Return how many actors may work at once: of those without GPUs as many as leave a CPU to reading (see `RayConfig.max_cpus`)."""
     asked, num_cpus = step.resources.num_workers, step.resources.num_cpus
     if step.resources.num_gpus or asked * num_cpus + 1 <= cpu_bound():
@@ -404,6 +404,7 @@ __all__ = [
     "Step",
     "StepInput",
     "StepResult",
+    "num_workers",
     "plan_dataset",
     "plan_sidecars",
     "run_step",
