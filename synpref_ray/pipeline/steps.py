@@ -42,7 +42,7 @@ from synpref_ray.pipeline.shard_io import (
 )
 from synpref_ray.pipeline.usage import UsageRecord
 from synpref_ray.reporting.metrics import ShardWork, shard_samples
-from synpref_ray.reporting.usage import OF_JOURNAL, read_usage
+from synpref_ray.reporting.usage import OF_JOURNAL, USAGE, read_usage
 from synpref_ray.schema import REJECT_REASONS
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, content_digest
@@ -160,6 +160,7 @@ def run_step(step: Step, inputs: Sequence[StepInput]) -> StepResult:
                 sidecar.pool.storage.delete_folder(f"{sidecar.folder}/{CRASHES}")
             of_table = {key.number: found for key, found in reasons.items() if key.table == index}
             _seal(step, inputs[index], tables[index], _LastRun(counters, seconds, of_table))
+            tables[index][0].pool.storage.delete_folder(f"{tables[index][0].folder}/{USAGE}")  # not before: a next run seals all outputs again
     rejected: Counter[str] = Counter()
     for outputs in tables:
         rejected.update(outputs[0].manifest["rejected"])

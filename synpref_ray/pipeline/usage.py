@@ -2,7 +2,8 @@
 
 Every worker writes one object beside the table, `usage/<worker>.json`, after each shard and every `WRITE_SECONDS` while it is at one, so a job that
 is stopped and started again loses the last seconds at most. Per shard, GPU seconds of all attempts add up; cost and tokens are those of the shard's
-journal, which outlives its workers, so of several attempts the last knows all.
+journal, which outlives its workers, so of several attempts the last knows all. When all outputs of the step are sealed, the first one's manifest has
+the sums, and the records are removed (`pipeline/steps.py`).
 """
 
 import json
@@ -73,7 +74,7 @@ class UsageRecord:
             self._share_out()
             tables = sorted({table for table, _ in self._in_hand})
         for table in tables:
-            self._write(table)
+            self._write(table, under_way=True)
 
     def _share_out(self) -> None:
         """Give the seconds since the last look to the shards in hand; the caller has the lock."""
@@ -83,11 +84,17 @@ class UsageRecord:
             values = self._shards[table].setdefault(shard, {})
             values["gpu_seconds"] = values.get("gpu_seconds", 0.0) + seconds * self._num_gpus / len(self._in_hand)
 
-    def _write(self, table: int) -> None:
-        """Write the record of one table; where the storage fails it is written after the next shard, and no shard fails for it."""
+    def _write(self, table: int, *, under_way: bool = False) -> None:
+        """Write the record of one table; where the storage fails it is written after the next shard, and no shard fails for it.
+
+        Args:
+            under_way: only if the worker still has a shard of it in hand: without one the table may be sealed by now, and its records removed.
+        """
         sidecar = self._tables[table]
         with self._writing:
             with self._lock:
+                if under_way and all(table != other for other, _ in self._in_hand):
+                    return
                 shards = {str(number): {name: round(value, 9) for name, value in values.items()} for number, values in self._shards[table].items()}
             data = json.dumps({"shards": shards}, sort_keys=True).encode()
             try:
