@@ -28,7 +28,7 @@ from synpref_ray.llm.tagger import TaggerConfig, tag_pairs
 from synpref_ray.llm.vllm_engine import VllmEngine
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.shared_budget import SharedBudget
-from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, plan_sidecars, run_step
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, StepResult, num_workers, plan_sidecars, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gold import check_exemplars
 from synpref_ray.rules.tags import merge_tag_shard
@@ -480,9 +480,9 @@ def run_llm_step(run: Run, name: str, step: Step, inputs: Sequence[StepInput], c
         RunConflictError: another job spends this budget now.
     """
     engine = config.engine
-    arguments = step.worker_arguments
-    step = replace(step, worker_arguments=lambda tables: _pinned(arguments(tables)))
     unfinished = not all(sidecar.is_sealed for sidecars in plan_sidecars(step, inputs) for sidecar in sidecars)
+    if unfinished:
+        step = prepare_workers(step)
     if not (isinstance(engine, EndpointConfig) and engine.spending_limit and unfinished):
         return _report(run, run_step(step, inputs), name).sidecars
     storage, folder = inputs[0].pool.storage, f"spending/{step.outputs[0].name}"
@@ -493,8 +493,15 @@ def run_llm_step(run: Run, name: str, step: Step, inputs: Sequence[StepInput], c
         return _report(run, run_step(limited, inputs), name).sidecars
 
 
-def _pinned(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {**arguments, "config": arguments["config"].pinned()}
+def prepare_workers(step: Step) -> Step:
+    """Return a step of engines whose workers load what the digests name, and are as many as may work at once; those share an endpoint's limits."""
+    workers, arguments = num_workers(step), step.worker_arguments  # counted here: a worker does not know the job's bounds
+
+    def prepared(tables: list[Sidecar]) -> dict[str, Any]:
+        values = arguments(tables)
+        return {**values, "config": values["config"].pinned().model_copy(update={"num_workers": workers})}
+
+    return replace(step, worker_arguments=prepared, resources=replace(step.resources, num_workers=workers))
 
 
 def _report(run: Run, result: StepResult, name: str) -> StepResult:

@@ -16,6 +16,7 @@ from ray.exceptions import RayTaskError
 
 from synpref_ray.errors import ParityError, SynprefError
 from synpref_ray.llm.vllm_rewards import ClassifierConfig, classify_tokens
+from synpref_ray.pipeline.cluster import tell_if_no_room
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.parity import measure_parity
 from synpref_ray.reward.parity_record import PARITY_FILE, PARITY_VERSION, RESOURCE_SETTINGS, ParityConfig, ParityRecord, SideStatus
@@ -105,6 +106,7 @@ def _measure_somewhere(model: StoredModel, pairs: pa.Table, config: ParityConfig
 
 def measure_in_task(model: StoredModel, pairs: pa.Table, config: ParityConfig, max_length_tokens: int, *, num_gpus: float) -> ParityRecord:
     """Measure in a Ray task; our own errors arrive as themselves."""
+    tell_if_no_room(f"the parity gate of {model.name}", 1.0, num_gpus)
     task: Any = ray.remote(num_gpus=num_gpus, max_retries=0)(_measure)
     try:
         record: ParityRecord = ray.get(task.remote(model, pairs, config, max_length_tokens))

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from synpref_ray.pipeline.cluster import tell_if_no_room
 from synpref_ray.pipeline.crashes import MAX_TASK_RETRIES
 from synpref_ray.pipeline.steps import INLINE_ROWS, unwrap
 from synpref_ray.pipeline.tasks import max_running, run_tasks
@@ -92,7 +93,9 @@ class PoolIndex:
             yield QuantisedIndex(self.pool, codes, LocalScorer(self.pool, self.embeddings), self.shape, left_out)
             return
         lives = {"max_restarts": HOLDER_RESTARTS, "max_task_retries": HOLDER_RESTARTS}
-        holder = _Holder.options(**_resources(self.config), **lives).remote(self)  # type: ignore[attr-defined]  # what @ray.remote adds
+        size = _resources(self.config)
+        tell_if_no_room(f"search {self.folder}", size["num_cpus"], size.get("num_gpus", 0.0))
+        holder = _Holder.options(**size, **lives).remote(self)  # type: ignore[attr-defined]  # what @ray.remote adds
         try:
             yield QuantisedIndex(self.pool, _RemoteCodes(holder), _RemoteScorer(self), self.shape, left_out)
         finally:
@@ -160,7 +163,7 @@ def _build(index: PoolIndex) -> tuple[int, int, dict[str, float]]:
     storage, pool = index.pool.storage, index.pool
     call = partial(run_tasks, inline=index._is_small, options={"max_retries": MAX_TASK_RETRIES, **_resources(index.config)})
     if not storage.exists(f"{index.folder}/trained.faiss"):
-        call(_train, index, [()])
+        call(_train, index, [()], title=f"train {index.folder}")
     clock.append(time.monotonic())
     starts = dict(zip((shard.number for shard in pool.shards), first_rows(pool).tolist(), strict=False))
     filled = [(shard.number, starts[shard.number]) for shard in pool.shards if shard.rows]
@@ -170,7 +173,7 @@ def _build(index: PoolIndex) -> tuple[int, int, dict[str, float]]:
     missing = [(number, shards) for number, shards in enumerate(parts) if _part_path(index, number) not in there]
     call(_fill, index, missing, title=f"fill {index.folder}")
     clock.append(time.monotonic())
-    num_bytes, num_vectors = call(_merge, index, [(len(parts),)])[0]
+    num_bytes, num_vectors = call(_merge, index, [(len(parts),)], title=f"merge {index.folder}")[0]
     clock.append(time.monotonic())
     seconds = {phase: round(stop - start, 3) for phase, (start, stop) in zip(("train", "fill", "merge"), pairwise(clock), strict=True)}
     return num_bytes, num_vectors, seconds

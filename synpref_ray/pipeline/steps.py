@@ -42,7 +42,7 @@ from synpref_ray.pipeline.shard_io import (
 )
 from synpref_ray.pipeline.usage import UsageRecord
 from synpref_ray.reporting.metrics import ShardWork, shard_samples
-from synpref_ray.reporting.usage import read_usage
+from synpref_ray.reporting.usage import OF_JOURNAL, USAGE, read_usage
 from synpref_ray.schema import REJECT_REASONS
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, content_digest
@@ -160,6 +160,7 @@ def run_step(step: Step, inputs: Sequence[StepInput]) -> StepResult:
                 sidecar.pool.storage.delete_folder(f"{sidecar.folder}/{CRASHES}")
             of_table = {key.number: found for key, found in reasons.items() if key.table == index}
             _seal(step, inputs[index], tables[index], _LastRun(counters, seconds, of_table))
+            tables[index][0].pool.storage.delete_folder(f"{tables[index][0].folder}/{USAGE}")  # not before: a next run seals all outputs again
     rejected: Counter[str] = Counter()
     for outputs in tables:
         rejected.update(outputs[0].manifest["rejected"])
@@ -276,7 +277,7 @@ def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, p
     whole: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": None, **place}
     if resources.num_workers == 0:
         return dataset.map_batches_internal(_StatelessTask(step, tables), **whole, **retries), around
-    most = min(_num_workers(step), len(pending))
+    most = min(num_workers(step), len(pending))
     compute = ActorPoolStrategy(
         min_size=min(resources.min_workers or most, most),
         max_size=most,
@@ -290,7 +291,7 @@ def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, p
     return dataset.map_batches_internal(named, fn_constructor_args=made_of, compute=compute, **whole, **bounds), around
 
 
-def _num_workers(step: Step) -> int:
+def num_workers(step: Step) -> int:
     """Return how many actors may work at once: of those without GPUs as many as leave a CPU to reading (see `RayConfig.max_cpus`)."""
     asked, num_cpus = step.resources.num_workers, step.resources.num_cpus
     if step.resources.num_gpus or asked * num_cpus + 1 <= cpu_bound():
@@ -331,15 +332,17 @@ class _ShardTask:
         if not self._journals:
             return self._worker(shard, key)
         try:
-            with self._usage.working(key.table, key.number):
-                return self._guard(shard, key.number, self._journals[key.table], lambda rows: self._work(rows, key))
+            with self._usage.working(key.table, key.number) as used:
+                return self._guard(shard, key.number, self._journals[key.table], lambda rows: self._work(rows, key, used))
         except EngineDied as error:
             end_process(f"step {self._step.name}: {error}")
             raise
 
-    def _work(self, rows: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
+    def _work(self, rows: pa.Table, key: ShardKey, used: dict[str, float]) -> tuple[pa.Table, Mapping[str, float]]:
+        """Return what the worker makes of a range of a shard; what its journal adds up to goes into `used`, the range's own counters are returned."""
         table, counters = self._worker(rows, key)
-        return table, self._usage.note(key.table, key.number, counters)
+        used.update(counters)
+        return table, {name: value for name, value in counters.items() if name not in OF_JOURNAL}
 
     def __call__(self, block: pa.Table) -> pa.Table:
         if block.num_rows == 0:
@@ -402,6 +405,7 @@ __all__ = [
     "Step",
     "StepInput",
     "StepResult",
+    "num_workers",
     "plan_dataset",
     "plan_sidecars",
     "run_step",

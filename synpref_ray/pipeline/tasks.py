@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from synpref_ray.pipeline.cluster import cpu_bound
+from synpref_ray.pipeline.cluster import cpu_bound, tell_if_no_room
 from synpref_ray.pipeline.steps import unwrap
 
 Result = TypeVar("Result")
@@ -86,7 +86,7 @@ def run_tasks(
 
     Args:
         inline: run in this process, as it is also done where no Ray is running: for work that takes less time than a worker's start.
-        title: of the lines in the log that say how far a long pass is; empty: none.
+        title: of the lines in the log that say how far a long pass is (empty: none), or that it waits for a node.
         options: of each task, as Ray knows them: num_cpus, num_gpus, max_retries.
 
     Raises:
@@ -99,10 +99,13 @@ def run_tasks(
             done.append(function(shared, *values))
             progress.tell(len(done))
         return done
+    size_of_task = options.get("num_cpus", 1.0), options.get("num_gpus", 0.0)
+    if arguments:
+        tell_if_no_room(title or function.__name__, *size_of_task)
     remote, handle = ray.remote(function), ray.put(shared)
     if options:
         remote = remote.options(**options)
-    window = _Window(options.get("num_cpus", 1.0), options.get("num_gpus", 0.0))
+    window = _Window(*size_of_task)
     results: dict[int, Result] = {}
     running: dict[Any, int] = {}
     try:

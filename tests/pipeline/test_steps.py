@@ -16,9 +16,11 @@ from ray.data import ActorPoolStrategy
 from ray.data._internal.logical.optimizers import get_execution_plan
 
 from synpref_ray.errors import InputError, RunConflictError, SchemaError, SynprefError
+from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.pipeline.cluster import configure_ray_data, data_context
+from synpref_ray.pipeline.llm_steps import LLMStepConfig, prepare_workers
 from synpref_ray.pipeline.shard_io import ShardSource
-from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, plan_dataset, plan_sidecars, run_step
+from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, num_workers, plan_dataset, plan_sidecars, run_step
 from synpref_ray.schema import POOL_SCHEMA, DropReason
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.pools import Pool, Shard, commit_pool, shard_path, write_pool_shard
@@ -276,6 +278,20 @@ def test_steps_without_gpus_ask_for_no_more_cpus_than_allowed(
     assert (limits.cpu, limits.gpu) == bound
     compute = dataset._logical_plan.dag.compute
     assert (compute.max_size if isinstance(compute, ActorPoolStrategy) else None) == workers
+
+
+def test_endpoint_workers_share_its_limits_by_how_many_may_work() -> None:
+    engine = EndpointConfig(base_url="http://localhost:1", model="m", requests_per_minute=60, tokens_per_minute=900, max_concurrent_requests=6)
+    config = LLMStepConfig(engine=engine, num_workers=9)
+    step = replace(counting_step(Path("log"), config.resources), worker_arguments=lambda tables: {"config": config, "tables": tables})
+    configure_ray_data(max_cpus=4)
+    try:
+        prepared = prepare_workers(step)
+        assert num_workers(prepared) == 3
+    finally:
+        configure_ray_data()
+    with prepared.worker_arguments([])["config"].open_engine(None) as opened:  # as in a worker, where no bound is known
+        assert (opened._config.requests_per_minute, opened._config.tokens_per_minute, opened._config.max_concurrent_requests) == (20, 300, 2)
 
 
 def test_pool_schema_is_what_the_builder_makes() -> None:

@@ -96,6 +96,24 @@ def test_work_that_no_node_could_hold_is_told_before_it_waits(caplog: pytest.Log
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray")
+def test_tasks_that_no_node_could_hold_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def stop(*_: Any) -> None:
+        raise ray.exceptions.RayError("waited long enough")
+
+    run_tasks(multiply, 3, [], options={"num_cpus": 9})
+    assert caplog.messages == [], "nothing waits"
+    monkeypatch.setattr("synpref_ray.pipeline.tasks._collect", stop)
+    for title in ("fill the index", ""):
+        with pytest.raises(ray.exceptions.RayError, match="long enough"):
+            run_tasks(multiply, 3, [(1,)], title=title, options={"num_cpus": 9})
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "fill the index waits for a node with 9 CPUs and 0 GPUs",
+        "multiply waits for a node with 9 CPUs and 0 GPUs",
+    ]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray")
 def test_on_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("synpref_ray.pipeline.tasks.MIN_CPUS", 1)
     monkeypatch.setattr("synpref_ray.pipeline.tasks.TASKS_PER_CPU", 1)  # fewer at a time than there are

@@ -191,17 +191,17 @@ def test_a_table_under_way_shows_what_its_runs_have_used(tmp_path: Path) -> None
         now[0] = 100.0
         raise ZeroDivisionError
     second = UsageRecord([table], 2.0, "second", lambda: now[0])
-    with second.working(0, 0):
-        with second.working(0, 1):  # beside the other: the worker is busy once
+    with second.working(0, 0) as used:
+        with second.working(0, 1) as beside:  # beside the other: the worker is busy once
             now[0] = 160.0
-            second.note(0, 1, {"shard_cost": 0.5})
+            beside["shard_cost"] = 0.5
         now[0] = 180.0
         second.write()  # as it does now and then
         assert read_status(pool.storage, max_runs=5).gpu_seconds == pytest.approx(2 * 180)
-        assert second.note(0, 0, {"shard_cost": 1.25, "shard_output_tokens": 30.0, "judged": 3.0}) == {"judged": 3.0}
+        used.update({"shard_cost": 1.25, "shard_output_tokens": 30.0, "judged": 3.0})
     third = UsageRecord([table], 2.0, "third", lambda: now[0])
-    with third.working(0, 0):  # the same shard again, whose journal has all that it cost
-        third.note(0, 0, {"shard_cost": 1.5})
+    with third.working(0, 0) as used:  # the same shard again, whose journal has all that it cost
+        used["shard_cost"] = 1.5
     (workspace / table.folder / "usage" / "torn.json").write_text('{"shards": {"9": 3}}')
     status = read_status(pool.storage, max_runs=5)
     assert (status.cost, status.gpu_seconds) == (pytest.approx(2.0), pytest.approx(2 * 180))
