@@ -496,10 +496,11 @@ def run_llm_step(run: Run, name: str, step: Step, inputs: Sequence[StepInput], c
 def prepare_workers(step: Step) -> Step:
     """Return a step of engines whose workers load what the digests name, and are as many as may work at once; those share an endpoint's limits."""
     workers, arguments = num_workers(step), step.worker_arguments  # counted here: a worker does not know the job's bounds
+    shared = {"num_workers": max(1, workers)}  # a step without workers of its own runs in one process
 
     def prepared(tables: list[Sidecar]) -> dict[str, Any]:
         values = arguments(tables)
-        return {**values, "config": values["config"].pinned().model_copy(update={"num_workers": workers})}
+        return {**values, "config": values["config"].pinned().model_copy(update=shared)}
 
     return replace(step, worker_arguments=prepared, resources=replace(step.resources, num_workers=workers))
 

@@ -16,6 +16,8 @@ from synpref_ray.planning.cost import SIZE_NAMES, Cost, CostModel, SizeName, Siz
 
 _DUST = 1e-9
 """Of a budget: what sums of floats may miss it by."""
+_MAX_PAIRS = 1e12
+"""More than there is text for; ours: beyond it a size is an artefact of a price that is all but zero."""
 
 
 class Policy(Settings):
@@ -45,11 +47,13 @@ def split_budget(budget: float, model: CostModel, policy: Policy) -> Split:
     """Return what a budget buys under a policy.
 
     Raises:
-        ConfigError: a Stage 2 pair costs nothing, so that there is no bound.
+        ConfigError: a Stage 2 pair costs so little that the budget is no bound.
         InputError: less than `min_stage2` pairs would be left for Stage 2; with the sum, and the most gold that fits.
     """
-    if model.marginal("stage2") <= 0 or math.isinf(budget / model.marginal("stage2")):
-        raise ConfigError("a Stage 2 pair costs nothing at these prices, so the budget sets no size: give sizes.stage2, or prices.gpu_hour")
+    if model.marginal("stage2") * _MAX_PAIRS <= budget:
+        raise ConfigError(
+            "a Stage 2 pair costs nothing, or next to nothing, at these prices, so the budget sets no size: give sizes.stage2, or prices.gpu_hour"
+        )
     price = model.marginal("gold")
     gold = _floor(min(policy.max_gold, policy.gold_fraction * budget / price)) if price else policy.max_gold
     silver = _floor(policy.silver_per_gold * gold)

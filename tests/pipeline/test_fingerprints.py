@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
+from huggingface_hub.hf_api import RepoSibling
 
 from synpref_ray import bundled, versions
 from synpref_ray.bundled import digest_model
@@ -54,7 +55,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict
     def stop_training(_: Storage, stored: str) -> NoReturn:
         raise Planned(stored)
 
-    for module in (llm_steps, scoring, retrieval):
+    for module in (scoring, retrieval):
         monkeypatch.setattr(module, "run_step", stop_step)
     monkeypatch.setattr(training, "model_is_stored", stop_training)
 
@@ -158,14 +159,15 @@ def test_workers_load_the_commit_that_names_the_table_and_the_driver_no_weights(
         return step
 
     commit = "0123456789abcdef" * 2 + "01234567"
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha=commit))
+    files = [RepoSibling(rfilename=name, blob_id=name) for name in ("config.json", "model.safetensors")]
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha=commit, siblings=files))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloads"))
-    for module in (llm_steps, scoring, retrieval):
+    for module in (scoring, retrieval):
         monkeypatch.setattr(module, "run_step", stop)
-    bundled._commit.cache_clear()
+    bundled._hub_model.cache_clear()
     run: Run = None  # type: ignore[assignment]  # nothing is run, so nothing is reported
     tagger, embed = TagStepConfig.model_validate({"engine": {"model": "a/b"}}), EmbedStepConfig.model_validate({"embedder": {"model": "a/b"}})
-    tag = first(lambda: llm_steps.run_llm_step(run, "tag", llm_steps._tag_step("tag", tagger), [], tagger))
+    tag = llm_steps.prepare_workers(llm_steps._tag_step("tag", tagger))
     assert tag.worker_arguments([])["config"].engine.model == f"a/b@{commit}"
     step = first(lambda: retrieval.embed_pools(run, "embed", [], embed))
     assert step.worker_arguments([])["config"].model == f"a/b@{commit}"
@@ -173,4 +175,4 @@ def test_workers_load_the_commit_that_names_the_table_and_the_driver_no_weights(
     assert score.worker_arguments([])["models"] == [("", f"a/b@{commit}")]
     assert {tag.digests["model"], step.digests["model"], score.digests["rm"]} == {digest_model(f"a/b@{commit}")}
     assert "@" not in tag.model + step.model, "people see the plain name"
-    bundled._commit.cache_clear()
+    bundled._hub_model.cache_clear()

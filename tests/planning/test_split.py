@@ -54,8 +54,9 @@ def test_a_plan_for_which_no_gold_fits_says_so() -> None:
 def test_a_stage_2_for_nothing_sets_no_size() -> None:
     with pytest.raises(ConfigError, match="costs nothing"):
         split_budget(100, CostModel(Prices(stage2_pair=0), Throughputs(), Assumptions()), Policy())
-    with pytest.raises(ConfigError, match="costs nothing"):
-        split_budget(100, CostModel(Prices(stage2_pair=1e-310), Throughputs(), Assumptions()), Policy())
+    for price in (1e-310, 1e-300, 1e-12):
+        with pytest.raises(ConfigError, match="costs nothing, or next to nothing"):
+            split_budget(100, CostModel(Prices(stage2_pair=price), Throughputs(), Assumptions()), Policy())
 
 
 @given(model=MODELS, budget=st.floats(1, 1e7), policy=st.builds(Policy, gold_fraction=st.floats(0, 1), silver_per_gold=st.floats(0, 20)))
