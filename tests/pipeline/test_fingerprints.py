@@ -55,7 +55,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict
     def stop_training(_: Storage, stored: str) -> NoReturn:
         raise Planned(stored)
 
-    for module in (scoring, retrieval):
+    for module in (llm_steps, scoring, retrieval):
         monkeypatch.setattr(module, "run_step", stop_step)
     monkeypatch.setattr(training, "model_is_stored", stop_training)
 
