@@ -91,7 +91,11 @@ class ShardWriter:
     tables: list[list[Sidecar]]
 
     def write(self, block: pa.Table) -> dict[str, Any]:
-        """Write the one whole shard that a block must be, its rejects first."""
+        """Write the one whole shard that a block must be, its rejects first.
+
+        A shard that is there already stays as it is, and is what the driver is told of: Ray does a task again whose process died between its last
+        write and its return, and a driver that died between two outputs left the first.
+        """
         keys = block.select([TABLE, SHARD, ROWS]).group_by([TABLE, SHARD, ROWS]).aggregate([]).to_pylist()
         if len(keys) != 1:
             raise SchemaError(f"step {self.step!r}: a block reached the sink with rows of {len(keys)} shards; blocks must be whole shards")
@@ -100,11 +104,15 @@ class ShardWriter:
             raise SchemaError(f"step {self.step!r}: {block.num_rows} of {rows} rows of shard {number} reached the sink together")
         reasons: list[dict[str, int]] = []
         for output, sidecar in zip(self.outputs, self.tables[table_index], strict=True):
+            counted = "drop_reason" in output.schema.names
+            if sidecar.has(number):
+                reasons.append(count_values(sidecar.read(number, ["drop_reason"])["drop_reason"]) if counted else {})
+                continue
             names = [name if name == "pair_id" else output.prefix + name for name in output.schema.names]
             table = block.select(names).rename_columns(output.schema.names).cast(output.schema)
             self._write_rejects(number, sidecar, table)
             sidecar.write(number, table)
-            reasons.append(count_values(table["drop_reason"]) if "drop_reason" in table.column_names else {})
+            reasons.append(count_values(table["drop_reason"]) if counted else {})
         return {"key": (table_index, number), "counters": json.loads(block[COUNTERS][0].as_py()), "rows": block.num_rows, "reasons": reasons}
 
     def _write_rejects(self, number: int, sidecar: Sidecar, table: pa.Table) -> None:

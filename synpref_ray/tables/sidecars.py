@@ -40,6 +40,10 @@ class Sidecar:
         manifest: dict[str, Any] = self.pool.storage.read_json(f"{self.folder}/manifest.json")
         return manifest
 
+    def has(self, number: int) -> bool:
+        """Whether shard `number` has been written, by one look."""
+        return self.pool.storage.exists(shard_path(self.folder, number))
+
     def finished(self) -> set[int]:
         """Return the numbers of the shards that have been written, by one listing."""
         numbers = (shard_number_of_path(path) for path in self.pool.storage.list_files(self.folder, deep=False))

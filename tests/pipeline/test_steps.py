@@ -19,7 +19,7 @@ from synpref_ray.errors import InputError, RunConflictError, SchemaError, Synpre
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.pipeline.cluster import configure_ray_data, data_context
 from synpref_ray.pipeline.llm_steps import LLMStepConfig, prepare_workers
-from synpref_ray.pipeline.shard_io import ShardSource
+from synpref_ray.pipeline.shard_io import COUNTERS, ShardSource, ShardWriter, read_shard
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, num_workers, plan_dataset, plan_sidecars, run_step
 from synpref_ray.schema import POOL_SCHEMA, DropReason
 from synpref_ray.tables.leases import Lease
@@ -127,6 +127,27 @@ def test_rejects_of_an_earlier_run_are_counted_too(tmp_path: Path) -> None:
         pool.storage.delete(f"{sidecar.folder}/manifest.json")
         pool.storage.delete(shard_path(sidecar.folder, number))
         assert run_step(step, [StepInput(pool, ("chosen",))]).rejected == {"too_long": 2}
+
+
+def test_a_shard_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+    """Ray does a task again whose process died between its write and its return."""
+    pool = make_pool(tmp_path, "seed", [3])
+    step = counting_step(tmp_path / "log", Resources(), fail_above=1)
+    [[sidecar]] = plan_sidecars(step, [StepInput(pool, ("chosen",))])
+    writer = ShardWriter(step.name, step.outputs, [[sidecar]])
+    shard = read_shard(StepInput(pool, ("chosen",)), ShardKey(0, 0), 3)
+
+    def block(drop_reason: str | None) -> pa.Table:
+        table = shard.append_column("chosen_characters", pa.array([1, 2, 3])).append_column(COUNTERS, pa.array(["{}"] * 3))
+        return table.append_column("drop_reason", pa.array([drop_reason, None, None], pa.string()))
+
+    first = writer.write(block("too_long"))
+    state = (tmp_path / shard_path(sidecar.folder, 0)).stat()
+    again = writer.write(block(None))
+    kept = (tmp_path / shard_path(sidecar.folder, 0)).stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (state.st_ino, state.st_mtime_ns)
+    assert again == first
+    assert first["reasons"] == [{"too_long": 1}]
 
 
 def test_rejects_are_written_whole_and_counted(tmp_path: Path) -> None:
