@@ -48,7 +48,6 @@ def read_notes(lines: Sequence[str]) -> dict[str, Any]:
         "first_request": min(one["time"] for one in notes if one["event"] == "request"),
         "engine_cpu_seconds": sum(ended[pid] - begun[pid] for pid in ended),
         "engine_starts": len(starts),
-        "workers": len({one["pid"] for one in starts}),
         "engine_start_seconds": max(one["seconds"] for one in starts),
         "counts": {name: sum(one[name] for one in counts.values()) for name in next(iter(counts.values()), {})},
     }
@@ -115,7 +114,7 @@ def run_step_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
             "seconds_to_last_shard": written - seen["first_request"],
             "startup_seconds": seen["first_request"] - psutil.Process().create_time(),
             "engine_start_seconds": seen["engine_start_seconds"],
-            "engine_starts_per_worker": seen["engine_starts"] / seen["workers"],
+            "engine_starts_per_worker": seen["engine_starts"] / (setup.tag if task == "tag" else setup.judge).num_workers,
             "engine_cpu_seconds": seen["engine_cpu_seconds"],
             "requests": counts["replies"],
             "prompt_tokens": counts["prompt_tokens"],
@@ -226,7 +225,7 @@ def run_ray_data_side(task: str, folder: Path, setup: Setup, batch_size: int, co
         "seconds": written - seen["first_request"],
         "startup_seconds": seen["first_request"] - psutil.Process().create_time(),
         "engine_start_seconds": seen["engine_start_seconds"],
-        "engine_starts_per_worker": seen["engine_starts"] / seen["workers"],
+        "engine_starts_per_worker": float(seen["engine_starts"]),  # concurrency=1
         "requests": len(rows),
         "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
         "output_tokens": sum(row["output_tokens"] for row in rows),
