@@ -20,7 +20,7 @@ from benchmarks._llm import Setup, load_prompts, open_tables
 from synpref_ray.bundled import resolve_model
 from synpref_ray.llm.engine import EngineConfig, Reply, Request, engine_environment
 from synpref_ray.llm.vllm_engine import VllmEngine
-from synpref_ray.pipeline import llm_steps
+from synpref_ray.pipeline import judge_steps, tag_steps
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.storage import Storage
@@ -73,7 +73,7 @@ def note_engines() -> None:
     VllmEngine.generate = noted_generate  # type: ignore[method-assign]
 
 
-class NotedTagWorker(llm_steps.TagWorker):
+class NotedTagWorker(tag_steps.TagWorker):
     """The step's worker; its engine notes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -81,7 +81,7 @@ class NotedTagWorker(llm_steps.TagWorker):
         super().__init__(*args, **kwargs)
 
 
-class NotedJudgeWorker(llm_steps.JudgeWorker):
+class NotedJudgeWorker(judge_steps.JudgeWorker):
     """The step's worker; its engine notes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -91,7 +91,7 @@ class NotedJudgeWorker(llm_steps.JudgeWorker):
 
 def run_step_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
     """Run the pipeline's own step over a fresh copy of the workspace, to the seal of its sidecar."""
-    llm_steps.TagWorker, llm_steps.JudgeWorker = NotedTagWorker, NotedJudgeWorker  # type: ignore[misc]
+    tag_steps.TagWorker, judge_steps.JudgeWorker = NotedTagWorker, NotedJudgeWorker  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as scratch:
         os.environ[NOTES] = f"{scratch}/notes.jsonl"
         shutil.copytree(folder / "workspace", f"{scratch}/workspace")
@@ -99,10 +99,10 @@ def run_step_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
         targets, judged, gold = open_tables(storage)
         with ray_session(RayConfig(dashboard=False), storage):
             if task == "tag":
-                tagged = llm_steps.tag_pools(Run(storage, "benchmark", setup.tag), "tag", [targets], [setup.tag])
+                tagged = tag_steps.tag_pools(Run(storage, "benchmark", setup.tag), "tag", [targets], [setup.tag])
                 [sidecar] = tagged.by_tagger[setup.tag.tagger.name]
             else:
-                [sidecar] = llm_steps.judge_pools(Run(storage, "benchmark", setup.judge), "judge", [judged], gold, setup.judge)
+                [sidecar] = judge_steps.judge_pools(Run(storage, "benchmark", setup.judge), "judge", [judged], gold, setup.judge)
         seen = read_notes(Path(os.environ[NOTES]).read_text(encoding="utf-8").splitlines())
         journals = sorted(Path(scratch).glob("workspace/pools/*/*/*/journal/*/*.jsonl"))
         written = max(shard.stat().st_mtime for table in {file.parents[2] for file in journals} for shard in table.glob("shard-*.parquet"))
