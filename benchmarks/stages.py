@@ -299,6 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--work", type=Path, help="folder for the workspaces, some 4 GB a million rows; default: a temporary one")
     made.add_argument("--one", choices=("rows", "shards"), help="measure this in this process and print JSON; what the benchmark does itself")
     arguments = made.parse_args(argv)
+    if arguments.work is not None:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.one is not None:
         with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
             measured = (measure_size if arguments.one == "rows" else measure_shards)(arguments, Path(temporary))
