@@ -5,6 +5,7 @@ override any field as `section.key=value` (the value is read as YAML). A file ma
 own settings are laid over those of its base, section by section.
 """
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -39,7 +40,7 @@ def load_config(cls: type[SettingsT], file: str | None, overrides: Sequence[str]
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_one_line(error, file)) from None
+        raise ConfigError(_one_line(error, cls, file, overrides)) from None
 
 
 def _refuse_credentials_in(value: Any, key: str, kinds: Sequence[Any]) -> None:
@@ -81,7 +82,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config file {file}: {error}") from None
+        raise ConfigError(f"cannot read the config file {file}: {getattr(error, 'strerror', None) or error}") from None
     try:
         values = _load_yaml(text)
     except yaml.YAMLError as error:
@@ -149,13 +150,35 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in get_args(annotation) for model in models_in(inner)]
 
 
-def _one_line(error: ValidationError, file: str | None) -> str:
-    problems = []
-    for problem in error.errors()[:3]:
-        where = ".".join(str(part) for part in problem["loc"]) or "config"
+def _one_line(error: ValidationError, cls: type[BaseModel], file: str | None, overrides: Sequence[str]) -> str:
+    problems, found = [], [problem for problem in error.errors() if not _follows_from_items(problem, error)]
+    for problem in found[:3]:
+        path = [str(part) for part in problem["loc"]]
+        where = ".".join(path) or "config"
         is_own = problem["type"] == "value_error" and isinstance(problem["input"], dict)  # a section's own check says what it found
-        found = "" if is_own or problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})"
-        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
-        problems.append(f"{where}: {what}{found}")
-    more = f" and {error.error_count() - 3} more" if error.error_count() > 3 else ""
-    return f"bad settings{f' in {file}' if file else ''}: {'; '.join(problems)}{more}"
+        value = "" if is_own or problem["type"] in {"missing", "extra_forbidden"} else f" (found {problem['input']!r})"
+        what = f"unknown key{_near(cls, path)}" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{where}: {what}{value}")
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    given = {override.partition("=")[0] for override in overrides}
+    lines = {".".join(str(part) for part in problem["loc"]) for problem in found}
+    by_line = bool(given) and all(any(f"{line}.".startswith(f"{one}.") for one in given) for line in lines)
+    where = " on the command line" if by_line and file else f" in {file}" if file else ""
+    return f"bad settings{where}: {'; '.join(problems)}{more}"
+
+
+def _follows_from_items(problem: Any, error: ValidationError) -> bool:
+    """Whether a list is called too short only because its items are wrong, which pydantic counts as missing."""
+    place = problem["loc"]
+    return problem["type"] == "too_short" and any(other["loc"][: len(place)] == place and other["loc"] != place for other in error.errors())
+
+
+def _near(cls: type[BaseModel], path: Sequence[str]) -> str:
+    """Return which known key of a section may have been meant; nothing where none is near."""
+    models = [cls]
+    for part in path[:-1]:
+        if not part.isdecimal():
+            models = [inner for model in models if part in model.model_fields for inner in models_in(model.model_fields[part].annotation)]
+    known = {name for model in models for name in model.model_fields}
+    near = [] if path[-1] in known else difflib.get_close_matches(path[-1], sorted(known), n=1)  # of several kinds of section, another one's
+    return f", perhaps {near[0]}" if near else ""

@@ -50,7 +50,10 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "expected"),
     [
-        ("sise: 3\n", [], "sise: unknown key"),
+        ("sise: 3\n", [], "config.yaml: sise: unknown key, perhaps size"),
+        ("colour: 3\n", [], "colour: unknown key"),
+        ("size: 3\n", ["inner.rat=1"], "bad settings on the command line: inner.rat: unknown key, perhaps rate"),
+        ("size: 0\n", ["inner.rat=1"], "config.yaml: size"),
         ("inner:\n  rat: 1\n", [], "inner.rat: unknown key"),
         ("", ["inner.rate=fast"], "inner.rate"),
         ("", ["size=0"], "size"),
@@ -66,6 +69,22 @@ def test_a_bad_setting_is_one_clear_line(tmp_path: Path, text: str, overrides: l
         load_config(Outer, write(tmp_path, text), overrides)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Item(Settings):
+    size: int = Field(ge=1)
+
+
+class Several(Settings):
+    items: tuple[Item, ...] = Field(min_length=1)
+
+
+def test_a_list_with_a_wrong_item_is_not_called_too_short(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"items\.0\.size") as caught:
+        load_config(Several, write(tmp_path, "items: [{size: 0}]"), [])
+    assert "at least 1 item" not in str(caught.value)
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        load_config(Several, write(tmp_path, "items: []"), [])
 
 
 def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
