@@ -220,7 +220,7 @@ def closing_table(
     lines = [format_table((*header, "filtered", "corrected"), rows)]
     lines += [f"final {name} RM on audit gold: {_share_of(accuracy)}" for name, accuracy in final.items()]
     lines += [describe_trust(judge, report) for judge, report in sorted(rounds[-1]["judges_on_working_gold"].items())]
-    lines.append("intervals are 95 %, bootstrapped over prompts; audit gold is what nothing was tuned on")
+    lines.append("intervals are 95 %, bootstrapped over prompts (Wilson's where all are right, or none); audit gold is what nothing was tuned on")
     if small := describe_small_gold(gold_sizes):
         lines.append(f"WARNING: {small}")
     if simulated:

@@ -130,6 +130,8 @@ class Stage1Config(StageConfig):
 def check_stage1(config: Stage1Config) -> None:
     """Check pools, models, GPUs and the verdict file, without loading a model; all that is wrong is told at once."""
     check_each(
+        partial(open_pool, config.storage, "seed"),
+        partial(open_pool, config.storage, "unverified"),
         partial(_check_pools, config),
         *(partial(find_model, model) for model in (config.train.backbone, config.gold_train.backbone, config.embed.embedder.model)),
         partial(check_gpus, "embed", config.embed.embedder.device, config.embed.num_gpus_per_worker),
