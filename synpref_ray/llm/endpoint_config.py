@@ -11,7 +11,7 @@ from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.engine import EngineConfig
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Raise it with any change of what `wire.py` sends for a request, or of how it mends and reads replies: it is part of every fingerprint."""
 ENDPOINT_SETTINGS = frozenset(
     {"model", "revision", "api", "guidance", "logprobs", "seed_requests", "bytes_per_token", "extra_output_tokens", "extra_body"}

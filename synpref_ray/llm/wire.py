@@ -149,9 +149,11 @@ class Wire:
             raise ConfigError("a chat endpoint always wraps prompts in its chat template: set use_chat_template=true, or api=completions")
         guidance, prompt = self._config.guidance, break_control_text(request.prompt)
         max_tokens, body = request.max_new_tokens, dict[str, Any]()
+        start, space = _split_start(request.reply_start)
         if guidance == "vllm":
-            body |= _NEUTRAL | _vllm_guidance(request)
-            if request.reply_start:
+            body |= _NEUTRAL | _vllm_guidance(request, space)
+            max_tokens += len(space) if request.choices is not None else 0
+            if start:
                 body |= {"add_generation_prompt": False, "continue_final_message": True}
         elif guidance == "openai" and request.choices is not None:
             schema = {
@@ -166,8 +168,8 @@ class Wire:
             body["response_format"] = _strict_format("reply", _without_lengths(request.json_schema))
         words = "" if guidance == "vllm" else _words(request, guided=guidance == "openai")
         messages = [{"role": "user", "content": f"{prompt}\n{words}" if words else prompt}]
-        if guidance == "vllm" and request.reply_start:
-            messages.append({"role": "assistant", "content": request.reply_start})
+        if guidance == "vllm" and start:
+            messages.append({"role": "assistant", "content": start})
         body["messages"] = messages
         if request.choices is not None and self._config.logprobs:
             body |= {"logprobs": True, "top_logprobs": _TOP_CHAT}
@@ -188,9 +190,9 @@ class Wire:
         return WireRequest(request, path, body, known_tokens, worst, max_tokens, watched, fits)
 
     def _mend(self, request: Request, text: str) -> str:
-        """Take away what a chat model that was only asked in words puts around its answer."""
+        """Take away what a chat model puts around its answer: the space after the forced start, or whatever one does that was only asked in words."""
         if self._config.guidance == "vllm":
-            return text
+            return text.removeprefix(_split_start(request.reply_start)[1])
         text = text.strip()
         if self._config.guidance == "openai" and request.choices is not None:
             return _unwrap_choice(text)
@@ -262,9 +264,19 @@ def _text_of(choice: Mapping[str, Any], *, chat: bool) -> tuple[str, bool] | Non
     return ("" if content is None else content, refused) if content is None or isinstance(content, str) else None
 
 
-def _vllm_guidance(request: Request) -> dict[str, Any]:
+def _split_start(reply_start: str) -> tuple[str, str]:
+    """Return the start of a reply, and the white space that ends it apart.
+
+    Templates that trim messages (Llama 3, Gemma, newer Qwen) would take that space away, and a choice forced straight after "Candidate" would be one
+    between tokens that the model never writes there. So it is part of the choices, and of no message. A schema's "{" comes without it.
+    """
+    start = reply_start.rstrip()
+    return start, reply_start[len(start) :]
+
+
+def _vllm_guidance(request: Request, space: str = "") -> dict[str, Any]:
     if request.choices is not None:
-        return {"structured_outputs": {"choice": list(request.choices)}}
+        return {"structured_outputs": {"choice": [space + choice for choice in request.choices]}}
     if request.json_schema is not None:
         return {"structured_outputs": {"json": dict(request.json_schema), "disable_any_whitespace": True}}
     return {}

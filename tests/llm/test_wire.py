@@ -14,9 +14,11 @@ from synpref_ray.config import Settings, load_config
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.endpoint_config import ENDPOINT_SETTINGS, WIRE_VERSION, AnyEngineConfig, EndpointConfig
 from synpref_ray.llm.engine import REFUSED, EngineConfig, Reply, Request
+from synpref_ray.llm.prompts import JUDGE_REPLY_START
 from synpref_ray.llm.tokens import PlainEncoder
 from synpref_ray.llm.wire import Usage, Wire, break_control_text, read_usage
 from synpref_ray.pipeline.settings_help import describe_settings
+from tests.llm.chat_families import TEMPLATES, family
 from tests.llm.http_server import chat, completion
 from tests.llm.test_tokens import CONTROL_IDS, TOKENIZER
 
@@ -84,12 +86,23 @@ def test_completions_are_guided_in_the_vllm_dialect() -> None:
 
 def test_chat_in_the_vllm_dialect_begins_the_reply() -> None:
     sent = body(request("hi <|im_end|>", choices=("1", "2"), reply_start="It is "), guidance="vllm")
-    assert sent["messages"] == [{"role": "user", "content": "hi < |im_end|>"}, {"role": "assistant", "content": "It is "}]
+    assert sent["messages"] == [{"role": "user", "content": "hi < |im_end|>"}, {"role": "assistant", "content": "It is"}]
     assert (sent["add_generation_prompt"], sent["continue_final_message"]) == (False, True)
-    assert sent["structured_outputs"] == {"choice": ["1", "2"]}
+    assert (sent["structured_outputs"], sent["max_tokens"]) == ({"choice": [" 1", " 2"]}, 5)
     assert (sent["logprobs"], sent["top_logprobs"]) == (True, 20)
     bare = body(request(), guidance="vllm")
     assert bare == {**NEUTRAL, "messages": [{"role": "user", "content": "p"}], "model": "m", "max_tokens": 4, "temperature": 0.0}
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_the_server_reads_the_forced_start_and_the_choice_as_we_write_them_with_any_template(template: str) -> None:
+    sent = body(request("Which?", choices=("1", "2"), reply_start=JUDGE_REPLY_START), guidance="vllm")
+    flags = {name: sent[name] for name in ("add_generation_prompt", "continue_final_message")}
+    tokenizer = family(template).tokenizer
+    seen = tokenizer.apply_chat_template(sent["messages"], tokenize=False, **flags)
+    asked = tokenizer.apply_chat_template(sent["messages"][:1], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    forced = sent["structured_outputs"]["choice"]
+    assert [seen + choice for choice in forced] == [f"{asked}{JUDGE_REPLY_START}{choice}" for choice in "12"]
 
 
 def test_chat_in_the_openai_dialect_gets_a_strict_schema() -> None:
@@ -214,7 +227,12 @@ def test_replies_asked_for_in_words_are_freed_of_what_is_around_them() -> None:
     choice = request(choices=("1", "2"), reply_start="It is ")
     assert read(choice, chat(" 1\n"), guidance="none").text == "1"
     assert read(choice, chat("no JSON"), guidance="openai").text == "no JSON"
-    assert read(request(reply_start=" "), chat(" as is "), guidance="vllm").text == " as is "
+    assert read(request(reply_start="So:"), chat(" as is "), guidance="vllm").text == " as is "
+    assert read(request(reply_start="So "), chat(" as is "), guidance="vllm").text == "as is "
+    forced = request(choices=("1", "2"), reply_start="It is ")
+    spoken = chat(" 2", logprobs=chat_logprobs((" ", {" ": 0.0, "\n": -9.0}), ("2", {"1": math.log(0.2), "2": math.log(0.6)})))
+    assert read(forced, spoken, guidance="vllm").text == "2"
+    assert read(forced, spoken, guidance="vllm").choice_logprobs == pytest.approx((math.log(0.25), math.log(0.75)))
 
 
 @pytest.mark.parametrize("settings", [COMPLETIONS, {"guidance": "vllm"}, {"guidance": "openai"}, {"guidance": "none"}])
