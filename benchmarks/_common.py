@@ -190,8 +190,10 @@ def _cpu_model() -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
+    """Return a Markdown table; ValueError for a row that has not a cell for every heading."""
     lines = [header, ["---"] * len(header), *rows]
+    if any(len(line) != len(header) for line in lines):
+        raise ValueError(f"rows of a table have {sorted({len(line) for line in lines})} cells under {len(header)} headings")
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -21,7 +21,10 @@ from synpref_ray.llm.engine import Engine, EngineConfig, EngineCounts, ModelIden
 from synpref_ray.llm.judge import JudgeConfig, judge_pairs
 from synpref_ray.llm.tagger import TaggerConfig, tag_pairs
 from synpref_ray.llm.tokens import PlainEncoder
-from synpref_ray.pipeline.llm_steps import ATTRIBUTE_COLUMNS, PAIR_COLUMNS, GoldTables, JudgedPool, JudgeStepConfig, TagStepConfig
+from synpref_ray.pipeline.gold_tables import ATTRIBUTE_COLUMNS, GoldTables
+from synpref_ray.pipeline.judge_steps import JudgedPool, JudgeStepConfig
+from synpref_ray.pipeline.llm_steps import PAIR_COLUMNS
+from synpref_ray.pipeline.tag_steps import TagStepConfig
 from synpref_ray.retrieval.exemplars import EXEMPLARS_SCHEMA
 from synpref_ray.rules.gold import GoldConfig, GoldSplit, split_gold
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA, POOL_SCHEMA, Verdict, comparison_id, pair_id, prompt_group, stable_hash

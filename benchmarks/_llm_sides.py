@@ -20,7 +20,7 @@ from benchmarks._llm import Setup, load_prompts, open_tables
 from synpref_ray.bundled import resolve_model
 from synpref_ray.llm.engine import EngineConfig, Reply, Request, engine_environment
 from synpref_ray.llm.vllm_engine import VllmEngine
-from synpref_ray.pipeline import llm_steps
+from synpref_ray.pipeline import judge_steps, tag_steps
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.storage import Storage
@@ -48,7 +48,6 @@ def read_notes(lines: Sequence[str]) -> dict[str, Any]:
         "first_request": min(one["time"] for one in notes if one["event"] == "request"),
         "engine_cpu_seconds": sum(ended[pid] - begun[pid] for pid in ended),
         "engine_starts": len(starts),
-        "workers": len({one["pid"] for one in starts}),
         "engine_start_seconds": max(one["seconds"] for one in starts),
         "counts": {name: sum(one[name] for one in counts.values()) for name in next(iter(counts.values()), {})},
     }
@@ -74,7 +73,7 @@ def note_engines() -> None:
     VllmEngine.generate = noted_generate  # type: ignore[method-assign]
 
 
-class NotedTagWorker(llm_steps.TagWorker):
+class NotedTagWorker(tag_steps.TagWorker):
     """The step's worker; its engine notes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -82,7 +81,7 @@ class NotedTagWorker(llm_steps.TagWorker):
         super().__init__(*args, **kwargs)
 
 
-class NotedJudgeWorker(llm_steps.JudgeWorker):
+class NotedJudgeWorker(judge_steps.JudgeWorker):
     """The step's worker; its engine notes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -92,7 +91,7 @@ class NotedJudgeWorker(llm_steps.JudgeWorker):
 
 def run_step_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
     """Run the pipeline's own step over a fresh copy of the workspace, to the seal of its sidecar."""
-    llm_steps.TagWorker, llm_steps.JudgeWorker = NotedTagWorker, NotedJudgeWorker  # type: ignore[misc]
+    tag_steps.TagWorker, judge_steps.JudgeWorker = NotedTagWorker, NotedJudgeWorker  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as scratch:
         os.environ[NOTES] = f"{scratch}/notes.jsonl"
         shutil.copytree(folder / "workspace", f"{scratch}/workspace")
@@ -100,10 +99,10 @@ def run_step_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
         targets, judged, gold = open_tables(storage)
         with ray_session(RayConfig(dashboard=False), storage):
             if task == "tag":
-                tagged = llm_steps.tag_pools(Run(storage, "benchmark", setup.tag), "tag", [targets], [setup.tag])
+                tagged = tag_steps.tag_pools(Run(storage, "benchmark", setup.tag), "tag", [targets], [setup.tag])
                 [sidecar] = tagged.by_tagger[setup.tag.tagger.name]
             else:
-                [sidecar] = llm_steps.judge_pools(Run(storage, "benchmark", setup.judge), "judge", [judged], gold, setup.judge)
+                [sidecar] = judge_steps.judge_pools(Run(storage, "benchmark", setup.judge), "judge", [judged], gold, setup.judge)
         seen = read_notes(Path(os.environ[NOTES]).read_text(encoding="utf-8").splitlines())
         journals = sorted(Path(scratch).glob("workspace/pools/*/*/*/journal/*/*.jsonl"))
         written = max(shard.stat().st_mtime for table in {file.parents[2] for file in journals} for shard in table.glob("shard-*.parquet"))
@@ -115,7 +114,7 @@ def run_step_side(task: str, folder: Path, setup: Setup) -> dict[str, Any]:
             "seconds_to_last_shard": written - seen["first_request"],
             "startup_seconds": seen["first_request"] - psutil.Process().create_time(),
             "engine_start_seconds": seen["engine_start_seconds"],
-            "engine_starts_per_worker": seen["engine_starts"] / seen["workers"],
+            "engine_starts_per_worker": seen["engine_starts"] / (setup.tag if task == "tag" else setup.judge).num_workers,
             "engine_cpu_seconds": seen["engine_cpu_seconds"],
             "requests": counts["replies"],
             "prompt_tokens": counts["prompt_tokens"],
@@ -226,7 +225,7 @@ def run_ray_data_side(task: str, folder: Path, setup: Setup, batch_size: int, co
         "seconds": written - seen["first_request"],
         "startup_seconds": seen["first_request"] - psutil.Process().create_time(),
         "engine_start_seconds": seen["engine_start_seconds"],
-        "engine_starts_per_worker": seen["engine_starts"] / seen["workers"],
+        "engine_starts_per_worker": float(seen["engine_starts"]),  # concurrency=1
         "requests": len(rows),
         "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
         "output_tokens": sum(row["output_tokens"] for row in rows),

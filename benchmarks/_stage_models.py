@@ -18,12 +18,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from synpref_ray.llm.engine import EngineCounts, ModelIdentity, Reply, Request
-from synpref_ray.pipeline import llm_steps, retrieval, scoring
+from synpref_ray.pipeline import judge_steps, retrieval, scoring, tag_steps
 from synpref_ray.pipeline.gold import LabelledPool, gather_gold, gold_record
-from synpref_ray.pipeline.llm_steps import EngineMeter, JudgeStepConfig, JudgeWorker, TagStepConfig, TagWorker
+from synpref_ray.pipeline.judge_steps import JudgeStepConfig, JudgeWorker
+from synpref_ray.pipeline.llm_steps import EngineMeter
 from synpref_ray.pipeline.stage1 import STAGE1_RECORD
 from synpref_ray.pipeline.stage2 import Stage2Config
 from synpref_ray.pipeline.steps import ShardKey
+from synpref_ray.pipeline.tag_steps import TagStepConfig, TagWorker
 from synpref_ray.retrieval.embedder import add_embeddings, embeddings_schema
 from synpref_ray.rules.gold import GoldConfig, split_gold
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA, POOL_SCHEMA, REWARDS_SCHEMA, comparison_id, pair_id, prompt_group
@@ -150,8 +152,8 @@ def stand_ins() -> Iterator[None]:
     """Let the steps that this process plans use the stand-ins."""
     places: list[tuple[Any, str, Any]] = [
         (scoring, "ScoreWorker", StandInScorer),
-        (llm_steps, "TagWorker", StandInTagger),
-        (llm_steps, "JudgeWorker", StandInJudge),
+        (tag_steps, "TagWorker", StandInTagger),
+        (judge_steps, "JudgeWorker", StandInJudge),
         (retrieval, "EmbedWorker", StandInEmbedder),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in places]

@@ -167,6 +167,7 @@ def report(task: str, result: Mapping[str, Any]) -> None:
         "step is … times as fast",
         "start-up s",
         "of which engine s",
+        "CPU s of the engine's process",
         "prefix cache hits",
         "replies ≠ bare",
     ]

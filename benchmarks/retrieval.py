@@ -8,6 +8,8 @@ its search over a local Ray, as Stage 1 runs it: training, parts, merge, then ca
 exact side reads the whole pool into one process and builds `PairIndex`. Both sides give their eight nearest pairs; recall is the share of the exact
 ones that the codes' side found. Build times include reading, and writing the index.
 
+All sides have the same cores, as many as `--threads`.
+
 The table for 40 million scales each phase by its own work: training by lists squared (the sample is a number of vectors for every list), filling by
 vectors and lists, merging by vectors, a search by lists and codes scanned. The cost of a unit is the slope between the smallest and the largest size,
 or, with one size, all of the time.
@@ -64,6 +66,8 @@ def timed_search(index: NeighbourSearch, queries: Any, rounds: int) -> tuple[lis
 
 def run_side(side: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one side in this process, which is fresh, and return what it measured."""
+    if hasattr(os, "sched_setaffinity"):  # Ray's processes inherit it; more tasks than cores then share these
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     storage, size = Storage(str(arguments.work)), int(arguments.pairs)
     pool, embeddings = make_pool(storage, size, arguments.dimension, arguments.seed)
     if side == DATA:
@@ -140,6 +144,18 @@ def unit_costs(results: Mapping[str, Any]) -> dict[str, float]:
     return costs
 
 
+def index_bytes(results: Mapping[str, Any], num_pairs: int) -> float:
+    """Return the bytes of an index over `num_pairs`, which merging and searching hold whole.
+
+    By the slope between the sizes, or in proportion with one.
+    """
+    sizes = list(results)
+    small, large = int(sizes[0]), int(sizes[-1])
+    first, last = (float(results[size][CODES]["bytes"]) for size in (sizes[0], sizes[-1]))
+    slope = (last - first) / (large - small) if large > small else last / large
+    return last + slope * (num_pairs - large)
+
+
 def forecast(results: Mapping[str, Any], arguments: argparse.Namespace, num_pairs: int = TARGET) -> list[dict[str, float]]:
     """Return how long building and searching an index over `num_pairs` takes, by the number of cores like these.
 
@@ -157,7 +173,7 @@ def forecast(results: Mapping[str, Any], arguments: argparse.Namespace, num_pair
             "merge": costs["merge"] * num_pairs,
             "query": costs["search"] * scanned / arguments.queries * share,
         }
-        rows.append({"cores": cores, **parts, "build": parts["train"] + parts["fill"] + parts["merge"]})
+        rows.append({"cores": cores, "bytes": index_bytes(results, num_pairs), **parts, "build": parts["train"] + parts["fill"] + parts["merge"]})
     return rows
 
 
@@ -175,14 +191,19 @@ def report(results: Mapping[str, Any], arguments: argparse.Namespace) -> str:
         phases = one[CODES]["build"]
         builds.append([size, one[CODES]["factory"], str(one[CODES]["nprobe"]), *(f"{phases[name]:.1f}" for name in ("train", "fill", "merge"))])
     ahead = [
-        [f"{one['cores']:.0f}", *(f"{one[name] / 60:.1f}" for name in ("train", "fill", "merge", "build")), f"{1 / one['query']:.1f}"]
+        [
+            f"{one['cores']:.0f}",
+            *(f"{one[name] / 60:.1f}" for name in ("train", "fill", "merge", "build")),
+            f"{1 / one['query']:.1f}",
+            f"{one['bytes'] / 2**30:.2f}",
+        ]
         for one in forecast(results, arguments)
     ]
     header = ["pairs", "side", f"recall@{K}", "bytes a vector", "build, s", "queries/s", "driver, peak MiB", "greatest worker, peak MiB"]
     tables = [
         table(header, rows),
         table(["pairs", "index", "lists probed", "train, s", "fill, s", "merge, s"], builds),
-        table([f"cores for {TARGET:,}", "train, min", "fill, min", "merge, min", "build, min", "queries/s"], ahead),
+        table([f"cores for {TARGET:,}", "train, min", "fill, min", "merge, min", "build, min", "queries/s", "index, GiB"], ahead),
     ]
     return "\n\n".join(tables)
 

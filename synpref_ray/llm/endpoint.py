@@ -10,24 +10,23 @@ worded in a new way would end the job at every start.
 """
 
 import asyncio
-import contextlib
 import logging
 import queue
 import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from synpref_ray.bundled import resolve_model
-from synpref_ray.errors import ConfigError, EndpointError, SynprefError
+from synpref_ray.errors import ConfigError, EndpointError
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import REFUSED, TOO_LONG, UNANSWERED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, take
-from synpref_ray.llm.pacing import Pacer
-from synpref_ray.llm.spending import Budget, LocalBudget
+from synpref_ray.llm.spending import Budget
 from synpref_ray.llm.tokens import PlainEncoder
+from synpref_ray.llm.turns import Call, EngineEnd, Turns
 from synpref_ray.llm.vllm_engine import VllmEngine
 from synpref_ray.llm.wire import Wire, WireRequest, read_usage
 from synpref_ray.tables.storage import STORAGE_ERRORS
@@ -46,15 +45,7 @@ nothing left to send but what is refused, and a table with too many refused rows
 FEWEST_JUDGED = 400
 """Requests that `max_declined_fraction` is taken of, until there are more."""
 _HARMLESS = "How many days does a week have?"
-_BUDGET_WAIT_SECONDS = 5.0
 _CLOSED = "the engine was closed"
-
-
-class _Call:
-    """One call of `generate`."""
-
-    def __init__(self) -> None:
-        self.is_wanted = True  # until its caller leaves
 
 
 @dataclass
@@ -94,21 +85,15 @@ class EndpointEngine:
         started = time.monotonic()
         self._config = config
         self._clock = clock
-        self._pause = pause
         self._wire = Wire(config, _load_encoder(config.tokenizer) if config.tokenizer else None)
         self._transport = Transport(config)
-        self._pacer = Pacer(config.requests_per_minute, config.tokens_per_minute, clock)
-        self._budget = budget if budget is not None else LocalBudget(config.spending_limit) if config.spending_limit else None
-        self._askers = ThreadPoolExecutor(config.max_concurrent_requests, thread_name_prefix="endpoint-budget")
         self._random = random.Random()
         # From here on the loop's thread alone changes these; others read.
-        self._end: SynprefError | None = None
-        self._ended = asyncio.Event()
+        self._end = EngineEnd(pause)
+        self._turns = Turns(config, budget, self._end, clock)
         self._slots = asyncio.Semaphore(config.max_concurrent_requests)
-        self._turn = asyncio.Lock()  # of the one request that is about to start
         self._counts = EngineCounts(requests_sent=0, replies=0, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=0, start_seconds=0.0)
         self._refused_prompts: set[str] | None = set()  # until one is answered, or there are many
-        self._warned = False
         self._told_too_long = False
         self._has_answered = False
         self._trying_harmless = asyncio.Lock()
@@ -143,7 +128,7 @@ class EndpointEngine:
         if len({request.key for request in requests}) != len(requests):
             raise ValueError("two requests of one call have the same key")
         written = [self._wire.write(request) for request in requests]
-        call = _Call()
+        call = Call()
         outbox: queue.SimpleQueue[Future[Reply]] = queue.SimpleQueue()
         try:
             for sent in written:
@@ -174,7 +159,7 @@ class EndpointEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self._askers.shutdown(wait=False, cancel_futures=True)
+        self._turns.close()
 
     def _submit(self, work: Coroutine[Any, Any, Reply]) -> "Future[Reply]":
         with self._lock:
@@ -186,7 +171,7 @@ class EndpointEngine:
     def _collect(
         self,
         requests: Sequence[Request],
-        call: _Call,
+        call: Call,
         outbox: "queue.SimpleQueue[Future[Reply]]",
         on_finished: Callable[[Reply], None] | None,
         on_idle: Callable[[], None] | None,
@@ -218,7 +203,7 @@ class EndpointEngine:
             raise failure
         return [replies[request.key] for request in requests]
 
-    async def _answer(self, sent: WireRequest, call: _Call) -> Reply:
+    async def _answer(self, sent: WireRequest, call: Call) -> Reply:
         """Try one request until there is a reply."""
         from synpref_ray.llm.transport import Answered, Declined, Failed, Fatal, TooLong
 
@@ -230,7 +215,7 @@ class EndpointEngine:
             while True:
                 outcome = await self._attempt(trial, call)
                 if isinstance(outcome, Fatal):
-                    self._finish_with(outcome.error)
+                    self._end.finish_with(outcome.error)
                 elif isinstance(outcome, Failed):
                     await self._back_off(trial, outcome)
                 elif isinstance(outcome, Answered):
@@ -245,10 +230,10 @@ class EndpointEngine:
                         await self._take_for_refusal(trial, outcome, call)
                     return self._deliver(_no_answer(trial, REFUSED, outcome.said), None, sent.request.prompt)
 
-    async def _take_for_refusal(self, trial: _Trial, declined: "Declined", call: _Call) -> None:
+    async def _take_for_refusal(self, trial: _Trial, declined: "Declined", call: Call) -> None:
         """Count a refusal that we cannot read as one of the text; end the engine if it is none, or there are too many."""
         if not await self._is_ever_answered(trial.sent.request, call):
-            self._finish_with(declined.error)
+            self._end.finish_with(declined.error)
         self._num_declined += 1
         if self._num_declined == 1:
             logger.warning(
@@ -257,7 +242,7 @@ class EndpointEngine:
         num_judged = self._counts.replies + 1
         if self._num_declined > self._config.max_declined_fraction * max(num_judged, FEWEST_JUDGED):
             many = f"{self._num_declined} of {num_judged} requests with a 400 or 422 that we cannot read (the last: {declined.said})"
-            self._finish_with(
+            self._end.finish_with(
                 ConfigError(
                     f"{self._config.model} at {self._config.base_url} declined {many}, more than "
                     f"max_declined_fraction={self._config.max_declined_fraction:g} allows; finished replies are kept: see guidance, logprobs, "
@@ -265,7 +250,7 @@ class EndpointEngine:
                 )
             )
 
-    async def _is_ever_answered(self, request: Request, call: _Call) -> bool:
+    async def _is_ever_answered(self, request: Request, call: Call) -> bool:
         """Whether the server takes requests of this form: it has answered some, or takes this one with a harmless text."""
         from synpref_ray.llm.transport import Declined, Failed, Fatal
 
@@ -276,7 +261,7 @@ class EndpointEngine:
             while isinstance(outcome := await self._attempt(trial, call), Failed):
                 await self._back_off(trial, outcome)
             if isinstance(outcome, Fatal):
-                self._finish_with(outcome.error)
+                self._end.finish_with(outcome.error)
             self._has_answered = not isinstance(outcome, Declined)
             return self._has_answered
 
@@ -288,90 +273,26 @@ class EndpointEngine:
             )
         return _no_answer(trial, TOO_LONG)
 
-    async def _attempt(self, trial: _Trial, call: _Call) -> "Outcome":
+    async def _attempt(self, trial: _Trial, call: Call) -> "Outcome":
         """Wait for its turn, send, and settle."""
         taken = trial.sent.known_tokens + trial.sent.max_tokens
         worst = self._config.worst_cost(trial.sent.worst_prompt_tokens, trial.sent.max_tokens)
-        async with self._turn:
-            reservation = await self._take_turn(taken, worst, call)
+        reservation = await self._turns.take(taken, worst, call)
         actual, outcome = 0.0, None
         try:
-            self._check_open(call)
+            self._end.check_open(call)
             self._count(trial)
             actual = worst  # unless we learn better
             outcome = await self._transport.send(trial.sent.path, trial.sent.body)
-            actual = self._cost_of(outcome, worst)
+            actual = self._turns.cost_of(outcome, worst)
         finally:  # also when the engine is closed meanwhile
             trial.cost += actual
             self._counts = replace(self._counts, cost=self._counts.cost + actual)
-            self._settle(reservation, actual)
+            self._turns.settle(reservation, actual)
         usage = read_usage(getattr(outcome, "body", None))
         if usage is not None:
-            self._pacer.give_back(taken - usage.prompt_tokens - usage.output_tokens)
+            self._turns.give_back(taken, usage)
         return outcome
-
-    async def _take_turn(self, tokens: int, worst: float, call: _Call) -> str | None:
-        """Wait until the server lets requests start, there is money, and the rates allow one more; return what is set aside.
-
-        One request at a time waits here, so none takes its place in the rates before it may start, and money is not set aside for long.
-        """
-        while True:
-            while (held := self._pacer.held_seconds()) > 0 and self._end is None:
-                await self._sleep(held)
-            reservation = await self._reserve(worst, call)
-            try:
-                await self._sleep(self._pacer.take(tokens))
-            except asyncio.CancelledError:
-                self._settle(reservation, 0.0)
-                raise
-            if self._pacer.held_seconds() <= 0 or self._end is not None:
-                return reservation
-            self._settle(reservation, 0.0)  # the server asked for a pause meanwhile
-            self._pacer.give_back(tokens, requests=1)
-
-    def _settle(self, reservation: str | None, actual: float) -> None:
-        if self._budget is not None and reservation is not None:
-            self._budget.settle(reservation, actual)
-
-    def _cost_of(self, outcome: "Outcome", worst: float) -> float:
-        from synpref_ray.llm.transport import Answered, Failed
-
-        if isinstance(outcome, Failed):
-            return worst if outcome.may_be_billed else 0.0
-        if not isinstance(outcome, Answered):
-            return 0.0
-        usage = read_usage(outcome.body)
-        if usage is None:
-            return worst
-        cost = self._config.cost(usage.prompt_tokens, usage.output_tokens, usage.cached_tokens)
-        if cost > worst and not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s: the server bills more tokens than a request can have by our count; the spending limit may be passed", self._config.model
-            )
-        return cost
-
-    async def _reserve(self, worst: float, call: _Call) -> str | None:
-        self._check_open(call)
-        if self._budget is None or worst <= 0:
-            return None
-        while True:
-            self._check_open(call)
-            asking = self._askers.submit(self._budget.reserve, worst, _BUDGET_WAIT_SECONDS)
-            try:
-                name = await asyncio.wrap_future(asking)
-            except asyncio.CancelledError:
-                asking.add_done_callback(self._release)
-                raise
-            except SynprefError as error:
-                self._finish_with(error)
-            if name is not None:
-                return name
-
-    def _release(self, asking: "Future[str | None]") -> None:
-        """Return what was set aside for a request that was dropped meanwhile."""
-        if not asking.cancelled() and asking.exception() is None:
-            self._settle(asking.result(), 0.0)
 
     async def _back_off(self, trial: _Trial, failed: "Failed") -> None:
         """Wait before the next attempt, or give up."""
@@ -388,35 +309,12 @@ class EndpointEngine:
         seconds = max(failed.retry_after_seconds, min(left, self._random.uniform(0.0, ceiling)))
         logger.info("%s: %s; again in %.1f s", self._config.model, failed.reason, seconds)
         if failed.for_all:
-            self._pacer.hold(seconds)
-        await self._sleep(seconds)
-
-    async def _sleep(self, seconds: float) -> None:
-        """Wait, but not beyond the end of the engine."""
-        if seconds <= 0 or self._end is not None:
-            return
-        if self._pause is not None:
-            await self._pause(seconds)
-            return
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), seconds)
-
-    def _check_open(self, call: _Call) -> None:
-        if self._end is not None:
-            raise type(self._end)(str(self._end))
-        if not call.is_wanted:
-            raise asyncio.CancelledError
+            self._turns.hold(seconds)
+        await self._end.sleep(seconds)
 
     def _give_up(self, why: str) -> NoReturn:
         where = f"{self._config.model} at {self._config.base_url}"
-        self._finish_with(EndpointError(f"{where} {why}. Finished replies are kept: start the job again when the endpoint works"))
-
-    def _finish_with(self, error: SynprefError) -> NoReturn:
-        """End the engine with its first such error, and raise that."""
-        if self._end is None:
-            self._end = error
-            self._ended.set()
-        raise type(self._end)(str(self._end))
+        self._end.finish_with(EndpointError(f"{where} {why}. Finished replies are kept: start the job again when the endpoint works"))
 
     def _count(self, trial: _Trial) -> None:
         trial.attempts += 1

@@ -23,10 +23,10 @@ from synpref_ray.pipeline.benchmark_files import read_pair_items
 from synpref_ray.pipeline.evaluate import correct_flags
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.licences import with_source_licences
-from synpref_ray.pipeline.llm_steps import TagStepConfig, tag_pools
 from synpref_ray.pipeline.score_file import FileScoring, score_file
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.stage2 import Stage1Result, load_stage1
+from synpref_ray.pipeline.tag_steps import TagStepConfig, tag_pools
 from synpref_ray.pipeline.training import TrainingPairs, train_model
 from synpref_ray.planning.scaling import MIN_SIZES, Curve, CurvePoint, fit_curve
 from synpref_ray.reporting.run import Run

@@ -17,8 +17,9 @@ from synpref_ray.errors import InputError
 from synpref_ray.evaluation.shares import INTERVAL, share
 from synpref_ray.llm.injections import CONTROL, INJECTIONS, INJECTIONS_VERSION, Injection, plant
 from synpref_ray.pipeline.gathering import gather_sidecars
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, Judges, judge_pools
+from synpref_ray.pipeline.judge_steps import JudgedPool, Judges, judge_pools
 from synpref_ray.pipeline.retrieval import find_exemplars
 from synpref_ray.pipeline.stage2 import load_stage1
 from synpref_ray.reporting.judge_tables import show_interval, show_share

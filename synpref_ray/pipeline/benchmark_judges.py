@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from synpref_ray.evaluation.benchmarks.core import Item, Outcome, outcome_of_verdicts
 from synpref_ray.pipeline.benchmark_files import LoadedBenchmark
-from synpref_ray.pipeline.llm_steps import JudgeStepConfig, judge_plain_pools
+from synpref_ray.pipeline.judge_steps import JudgeStepConfig, judge_plain_pools
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.verdicts import read_votes
 from synpref_ray.rules.votes import sum_over_orders

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from synpref_ray.evaluation.tag_report import FIELDS, read_tag_edits
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
-from synpref_ray.pipeline.llm_steps import GoldTables
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.retrieval import EmbedStepConfig, embed_pools, pieces_of
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step
 from synpref_ray.pipeline.verification import ANNOTATION, EDITED_TAGS

@@ -26,7 +26,7 @@ from synpref_ray.pipeline.benchmark_overlap import ContaminationConfig, shared_i
 from synpref_ray.pipeline.cluster import probe_workspace
 from synpref_ray.pipeline.gold_benchmark import AUDIT_GOLD, audit_gold
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import JudgeStepConfig
+from synpref_ray.pipeline.judge_steps import JudgeStepConfig
 from synpref_ray.pipeline.score_cache import FINAL_REASONS, REPLIES_PER_SHARD, ScoreCache, conversations_of
 from synpref_ray.pipeline.score_file import FileScoring, ScoredFile
 from synpref_ray.pipeline.scoring import ScoreConfig

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from synpref_ray.errors import InputError
 from synpref_ray.evaluation.judge_report import judge_report
 from synpref_ray.pipeline.gathering import gather_pool, gather_sidecars
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.leak_marks import leaked_pairs
-from synpref_ray.pipeline.llm_steps import GoldTables
 from synpref_ray.pipeline.metrics import export
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.metrics import judge_samples

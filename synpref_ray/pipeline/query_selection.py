@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synpref_ray.pipeline.llm_steps import GoldTables
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.retrieval import EMBEDDING, pieces_of, read_scored_gold, select_for_errors
 from synpref_ray.retrieval.embedder import embedding_matrix
 from synpref_ray.retrieval.index import IndexConfig

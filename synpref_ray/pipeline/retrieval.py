@@ -15,7 +15,7 @@ from pydantic import Field
 
 from synpref_ray.bundled import digest_model, pin_model
 from synpref_ray.config import Settings
-from synpref_ray.pipeline.llm_steps import ATTRIBUTE_COLUMNS, GoldTables
+from synpref_ray.pipeline.gold_tables import ATTRIBUTE_COLUMNS, GoldTables
 from synpref_ray.pipeline.pool_index import build_pool_index
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, plan_sidecars, run_step
 from synpref_ray.reporting.run import Run

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from synpref_ray.evaluation.accuracy import accuracy_over_groups, is_correct
 from synpref_ray.pipeline.gold import LabelledPool, count_labels
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.growth import SEED, UNVERIFIED, RoundInputs
-from synpref_ray.pipeline.llm_steps import GoldTables
 from synpref_ray.pipeline.round_selection import RoundSelection
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table

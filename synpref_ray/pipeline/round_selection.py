@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from synpref_ray.pipeline.gathering import GATHER_POOL_VERSION, gather_pool
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.leak_marks import leaked_pairs
-from synpref_ray.pipeline.llm_steps import GoldTables
 from synpref_ray.pipeline.query_selection import Candidates, select_pairs
 from synpref_ray.reporting.pair_story import SELECTED_FILE
 from synpref_ray.reporting.run import Run

@@ -46,9 +46,9 @@ from synpref_ray.pipeline.growth import (
     unverified_parts,
 )
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
+from synpref_ray.pipeline.judge_steps import JudgedPool, judge_pools
 from synpref_ray.pipeline.leak_marks import leaked_pairs
 from synpref_ray.pipeline.licences import with_source_licences
-from synpref_ray.pipeline.llm_steps import JudgedPool, TaggedPools, judge_pools, tag_pools
 from synpref_ray.pipeline.query_selection import Candidates
 from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars
 from synpref_ray.pipeline.round_record import (
@@ -66,6 +66,7 @@ from synpref_ray.pipeline.round_selection import RoundSource, SelectionSettings,
 from synpref_ray.pipeline.scoring import parity_for, score_pools
 from synpref_ray.pipeline.stage_config import StageConfig
 from synpref_ray.pipeline.tag_reports import report_taggers
+from synpref_ray.pipeline.tag_steps import TaggedPools, tag_pools
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
 from synpref_ray.reporting.pair_story import SELECTED_FILE

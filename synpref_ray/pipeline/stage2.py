@@ -21,10 +21,11 @@ from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import read_by_clusters
 from synpref_ray.pipeline.gathering import find_gathered, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecars
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, open_gold, report_judges
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.judge_steps import JudgedPool, judge_pools, plan_votes
 from synpref_ray.pipeline.leak_marks import open_leaks
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, judge_pools, plan_tags, plan_votes, tag_pools
 from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars, plan_embeddings, plan_exemplars
 from synpref_ray.pipeline.round_record import table_names
@@ -43,6 +44,7 @@ from synpref_ray.pipeline.step_plan import (
     tag_work,
 )
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
+from synpref_ray.pipeline.tag_steps import plan_tags, tag_pools
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.reward.parity_record import ParityConfig

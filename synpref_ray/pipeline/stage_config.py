@@ -4,10 +4,11 @@ from pydantic import Field
 
 from synpref_ray.pipeline.clusters import AUTO
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import Judges, Taggers
+from synpref_ray.pipeline.judge_steps import Judges
 from synpref_ray.pipeline.retrieval import EmbedStepConfig
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.step_plan import StagePlan
+from synpref_ray.pipeline.tag_steps import Taggers
 from synpref_ray.retrieval.index import IndexConfig
 from synpref_ray.rules.judges import TrustConfig
 from synpref_ray.rules.verdicts import MergeConfig

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pydantic import Field, NonNegativeInt
 
 from synpref_ray.config import Settings
-from synpref_ray.pipeline.llm_steps import JudgeStepConfig, LLMStepConfig, TagStepConfig
+from synpref_ray.pipeline.judge_steps import JudgeStepConfig
+from synpref_ray.pipeline.llm_steps import LLMStepConfig
 from synpref_ray.pipeline.retrieval import EmbedStepConfig
 from synpref_ray.pipeline.scoring import ScoreConfig
+from synpref_ray.pipeline.tag_steps import TagStepConfig
 from synpref_ray.planning.cost import Throughputs
 from synpref_ray.reporting.table import format_table
 from synpref_ray.reward.training_config import TrainConfig

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from synpref_ray.evaluation.tag_report import read_human_tags, tag_quality, tagger_agreement
-from synpref_ray.pipeline.llm_steps import TaggedPools
+from synpref_ray.pipeline.tag_steps import TaggedPools
 from synpref_ray.schema import stable_hash
 from synpref_ray.tables.pools import Pool
 from synpref_ray.tables.sidecars import Sidecar, zip_shard

@@ -95,7 +95,15 @@ def test_a_wider_band_asks_about_its_new_pairs_alone(tmp_path: Path, monkeypatch
 def size(rows: int, seconds: float, *, peak: int, requests: int = 0, **more: Any) -> dict[str, Any]:
     ran = {"seconds": seconds, "steps": {"score, both RMs": 5.0}, "requests": 0, "scored": rows, "decisions": {"keep": rows}, "judged": 3}
     again = {**ran, "seconds": 6.0, "scored": 0, "requests": requests}
-    return {"rows": rows, "bytes_a_row": 2300.0, "stage2": ran, "again": again, "peaks": {"driver": 100, "worker": 200, STORE: peak}, **more}
+    return {
+        "rows": rows,
+        "gold": 256,
+        "bytes_a_row": 2300.0,
+        "stage2": ran,
+        "again": again,
+        "peaks": {"driver": 100, "worker": 200, STORE: peak},
+        **more,
+    }
 
 
 def test_figures_and_gates() -> None:
@@ -107,6 +115,7 @@ def test_figures_and_gates() -> None:
     assert gates == {
         "100000 rows: scoring step / bare Ray, time": (1.2, True),
         "400000 rows: decisions derived anew, a minute": (4e6, True),
+        "overhead a pair at 400000 / at 100000 rows": (1.0, True),
         "driver's peak at 400000 / at 100000 rows": (1.0, True),
         "worker's peak at 400000 / at 100000 rows": (1.0, True),
         "object store's peak at 400000 / at 100000 rows": (1.2, False),
@@ -114,5 +123,5 @@ def test_figures_and_gates() -> None:
     assert wrong_of(sizes) == []
     assert wrong_of([size(10, 1.0, peak=1, requests=4)]) == ["10 rows: deriving decisions anew asked the models for 4 replies"]
     text = report(sizes, [{"shards": 100, OURS: [2.0], BARE: [1.0]}])
-    assert "| 400000 | 2300 | 80.0 | 5000 | 200 |  | 4000000 | 2.2 |" in text
+    assert "| 400000 | 256 | 2300 | 80.0 | 5000 | 200 |  | 4000000 | 2.2 |" in text
     assert "| 100 | 20.0 | 10.0 |" in text

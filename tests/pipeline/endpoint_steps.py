@@ -9,7 +9,7 @@ import pyarrow as pa
 from synpref_ray.config import Settings
 from synpref_ray.llm.tagger import TaggerConfig, tag_requests
 from synpref_ray.pipeline.cluster import configure_ray_data
-from synpref_ray.pipeline.llm_steps import TaggedPools, Taggers, tag_pools
+from synpref_ray.pipeline.tag_steps import TaggedPools, Taggers, tag_pools
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.pools import Pool, commit_pool, open_pool, write_pool_shard
 from synpref_ray.tables.storage import Storage

@@ -13,9 +13,10 @@ import pytest
 from synpref_ray.llm.judge import VOTES_SCHEMA
 from synpref_ray.pipeline import stage1
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.llm_steps import JudgedPool, JudgeStepConfig, TaggedPools
+from synpref_ray.pipeline.judge_steps import JudgedPool, JudgeStepConfig
 from synpref_ray.pipeline.stage1 import Stage1Config, run_stage1
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, StepResult, run_step
+from synpref_ray.pipeline.tag_steps import TaggedPools
 from synpref_ray.reporting.run import Run
 from synpref_ray.retrieval.embedder import embeddings_schema
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, REWARDS_SCHEMA, Verdict, stable_uniform

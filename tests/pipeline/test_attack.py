@@ -25,7 +25,7 @@ from synpref_ray.pipeline.attack import (
 )
 from synpref_ray.pipeline.gathering import gather_sidecars
 from synpref_ray.pipeline.gold import gather_gold, report_judges
-from synpref_ray.pipeline.llm_steps import GoldTables
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.retrieval.exemplars import EXEMPLARS_SCHEMA
 from synpref_ray.rules.gold import check_exemplars
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, GATHERED_SCHEMA, Verdict

@@ -11,8 +11,8 @@ from synpref_ray.human.results import EDITED_SCHEMA
 from synpref_ray.pipeline import edited_tags
 from synpref_ray.pipeline.edited_tags import human_tags_file, use_edited_tags
 from synpref_ray.pipeline.gold import gather_gold, gold_record, measure_judges, open_gold
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.ingest_sources import IngestConfig
-from synpref_ray.pipeline.llm_steps import GoldTables
 from synpref_ray.pipeline.retrieval import EmbedStepConfig
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step
 from synpref_ray.reporting.run import Run

@@ -21,7 +21,7 @@ from synpref_ray.pipeline.benchmark_files import find_benchmark
 from synpref_ray.pipeline.benchmark_judges import judge_outcomes
 from synpref_ray.pipeline.benchmark_overlap import ContaminationConfig
 from synpref_ray.pipeline.evaluate import EvaluateConfig, benchmark_files, check_evaluate, load_benchmark, run_evaluate
-from synpref_ray.pipeline.llm_steps import JudgeStepConfig, PlainJudgeWorker, without_exemplars
+from synpref_ray.pipeline.judge_steps import JudgeStepConfig, PlainJudgeWorker, without_exemplars
 from synpref_ray.pipeline.score_cache import ScoreCache, conversations_of
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.steps import ShardKey

@@ -12,11 +12,13 @@ from huggingface_hub.hf_api import RepoSibling
 
 from synpref_ray import bundled, versions
 from synpref_ray.bundled import digest_model
-from synpref_ray.pipeline import llm_steps, retrieval, scoring, training
-from synpref_ray.pipeline.llm_steps import GoldTables, JudgedPool, JudgeStepConfig, TagStepConfig
+from synpref_ray.pipeline import judge_steps, llm_steps, retrieval, scoring, tag_steps, training
+from synpref_ray.pipeline.gold_tables import GoldTables
+from synpref_ray.pipeline.judge_steps import JudgedPool, JudgeStepConfig
 from synpref_ray.pipeline.retrieval import EmbedStepConfig
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.steps import Step, StepInput, plan_sidecars
+from synpref_ray.pipeline.tag_steps import TagStepConfig
 from synpref_ray.reporting.run import Run
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.schema import POOL_SCHEMA
@@ -64,11 +66,11 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict
         nobody: Run = None  # type: ignore[assignment]  # nothing is run, so nothing is reported
         match step:
             case "tag":
-                llm_steps.tag_pools(nobody, "tag", [pool], [TagStepConfig.model_validate({"engine": engine, **settings})])
+                tag_steps.tag_pools(nobody, "tag", [pool], [TagStepConfig.model_validate({"engine": engine, **settings})])
             case "judge":
                 judge = {"judge": "small", **settings.pop("judge", {})}
                 config = JudgeStepConfig.model_validate({"engine": engine, "judge": judge, **settings})
-                llm_steps.judge_pools(nobody, "judge", [JudgedPool(pool, beside, beside, None)], gold, config)
+                judge_steps.judge_pools(nobody, "judge", [JudgedPool(pool, beside, beside, None)], gold, config)
             case "score":
                 scoring.score_pools(nobody, "score", [pool], {"best": model}, ScoreConfig(**settings))
             case "embed":
@@ -167,7 +169,7 @@ def test_workers_load_the_commit_that_names_the_table_and_the_driver_no_weights(
     bundled._hub_model.cache_clear()
     run: Run = None  # type: ignore[assignment]  # nothing is run, so nothing is reported
     tagger, embed = TagStepConfig.model_validate({"engine": {"model": "a/b"}}), EmbedStepConfig.model_validate({"embedder": {"model": "a/b"}})
-    tag = llm_steps.prepare_workers(llm_steps._tag_step("tag", tagger))
+    tag = llm_steps.prepare_workers(tag_steps._tag_step("tag", tagger))
     assert tag.worker_arguments([])["config"].engine.model == f"a/b@{commit}"
     step = first(lambda: retrieval.embed_pools(run, "embed", [], embed))
     assert step.worker_arguments([])["config"].model == f"a/b@{commit}"

@@ -8,7 +8,7 @@ import pytest
 from synpref_ray.errors import CleanGoldError, InputError
 from synpref_ray.llm.judge import VOTES_SCHEMA
 from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
-from synpref_ray.pipeline.llm_steps import pairs_to_judge, spread_rows
+from synpref_ray.pipeline.judge_steps import pairs_to_judge, spread_rows
 from synpref_ray.retrieval.embedder import embeddings_schema
 from synpref_ray.rules.gold import GoldConfig, check_best_rm_training, check_silver, split_gold
 from synpref_ray.rules.judges import TrustConfig

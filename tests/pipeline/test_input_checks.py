@@ -10,7 +10,8 @@ from synpref_ray.llm.engine import EngineConfig
 from synpref_ray.llm.judge import JudgeConfig
 from synpref_ray.llm.tagger import TaggerConfig
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
-from synpref_ray.pipeline.llm_steps import JudgeStepConfig, TagStepConfig
+from synpref_ray.pipeline.judge_steps import JudgeStepConfig
+from synpref_ray.pipeline.tag_steps import TagStepConfig
 from tests.pipeline.test_configs import CONFIGS
 
 

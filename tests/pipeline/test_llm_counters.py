@@ -9,9 +9,12 @@ import pytest
 from synpref_ray.llm.engine import EngineConfig, Request
 from synpref_ray.llm.judge import JudgeConfig
 from synpref_ray.llm.tagger import TaggerConfig
-from synpref_ray.pipeline import llm_steps
-from synpref_ray.pipeline.llm_steps import METERED, EngineMeter, GoldTables, JudgeStepConfig, JudgeWorker, TagStepConfig, TagWorker
+from synpref_ray.pipeline import judge_steps, llm_steps
+from synpref_ray.pipeline.gold_tables import GoldTables
+from synpref_ray.pipeline.judge_steps import JudgeStepConfig, JudgeWorker
+from synpref_ray.pipeline.llm_steps import METERED, EngineMeter
 from synpref_ray.pipeline.steps import ShardKey
+from synpref_ray.pipeline.tag_steps import TagStepConfig, TagWorker
 from synpref_ray.reporting.usage import OF_JOURNAL
 from synpref_ray.schema import POOL_SCHEMA
 from synpref_ray.tables.pools import commit_pool, write_pool_shard
@@ -46,7 +49,7 @@ def test_the_tagger_counts_what_it_sends(table: Sidecar) -> None:
 def test_the_judge_counts_what_it_sends(table: Sidecar, monkeypatch: pytest.MonkeyPatch) -> None:
     gold = POOL_SCHEMA.empty_table()
     monkeypatch.setattr(GoldTables, "read", lambda _: gold)
-    monkeypatch.setattr(llm_steps, "check_exemplars", lambda *_: None)
+    monkeypatch.setattr(judge_steps, "check_exemplars", lambda *_: None)
     config = JudgeStepConfig(
         engine=ENGINE, judge=JudgeConfig(judge="small", guideline="short", max_exemplars=0, attributes=(), max_input_tokens=5000)
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from synpref_ray.pipeline.llm_steps import TaggedPools
 from synpref_ray.pipeline.tag_reports import report_taggers
+from synpref_ray.pipeline.tag_steps import TaggedPools
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, TAGS_SCHEMA
 from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
 from synpref_ray.tables.sidecars import Sidecar

@@ -19,7 +19,7 @@ from synpref_ray.reporting.report.charts import (
 )
 from synpref_ray.reporting.report.content import Block, Cell, Section, Table, columns, interval, left_out, share_cells
 from synpref_ray.reporting.report.curation import point
-from synpref_ray.reporting.report.models import MAX_MODELS, plain_name
+from synpref_ray.reporting.report.models import MAX_MODELS, without_digest
 from synpref_ray.reporting.report.records import Records, Values, numbers_in
 from synpref_ray.reporting.report.scores import Score, by_completeness, level_name, level_of, model_labels, read_scores
 
@@ -66,7 +66,7 @@ def _level(found: Found) -> str:
 
 def _of(scorer: str, found: Found) -> str:
     """Return what tells a scorer's rows of a chart from another's; nothing where there is one."""
-    return f", {plain_name(scorer)}" if len({name for name, *_ in found}) > 1 else ""
+    return f", {without_digest(scorer)}" if len({name for name, *_ in found}) > 1 else ""
 
 
 def _measured(values: Values, name: str) -> tuple[Cell, Cell]:
@@ -88,7 +88,7 @@ def _calibration_blocks(records: Records) -> Iterator[Block]:
     points: list[tuple[Cell, ...]] = []
     for scorer, benchmark, values in found:
         bins = [(part["confidence"], part["accuracy"], part["num_pairs"]) for part in values["bins"] if part["num_pairs"]]
-        panels.append((f"{benchmark}, {plain_name(scorer)}", bins))
+        panels.append((f"{benchmark}, {without_digest(scorer)}", bins))
         points += [(scorer, benchmark, *part) for part in bins]
     height, width = grid_size(min(len(panels), MAX_MODELS))
     yield draw(
@@ -270,8 +270,8 @@ def _style_blocks(records: Records) -> Iterator[Block]:
             lambda figure, panels=panels: heat_chart(figure, panels),  # type: ignore[misc]
             height=2.3,
             width=FULL_WIDTH,
-            caption=f"{plain_name(scorer)} on RM-Bench: of the comparisons of a right reply (rows: its style) with a wrong one (columns), the right "
-            "reply wins so many in a hundred. Above the diagonal a plainer right reply meets a fancier wrong one.",
+            caption=f"{without_digest(scorer)} on RM-Bench: of the comparisons of a right reply (rows: its style) with a wrong one (columns), the "
+            "right reply wins so many in a hundred. Above the diagonal a plainer right reply meets a fancier wrong one.",
         )
     if rows:
         yield Table("style_matrix", columns("scorer", "domain", "right reply", "wrong reply", ("right wins", "share")), tuple(rows), shown=False)

@@ -29,12 +29,12 @@ def training_section(records: Records) -> Section | None:
     for name in shown:
         record = records.trainings[name]
         curve = thinned(record["steps"], ("step", "loss", "accuracy"))
-        loss.append((plain_name(name), {"loss of the optimizer step": (curve["step"], curve["loss"], "line")}))
+        loss.append((without_digest(name), {"loss of the optimizer step": (curve["step"], curve["loss"], "line")}))
         points += [(name, "step", int(step), value, accuracy) for step, value, accuracy in zip(*curve.values(), strict=True)]
         found = record["evaluations"]
         if found:
             steps = [entry["step"] for entry in found]
-            gold.append((plain_name(name), {"accuracy on gold": (steps, [entry["accuracy"] for entry in found], "points")}))
+            gold.append((without_digest(name), {"accuracy on gold": (steps, [entry["accuracy"] for entry in found], "points")}))
             points += [(name, "gold", entry["step"], entry["loss"], entry["accuracy"]) for entry in found]
     blocks: list[Block] = [_grid("training-loss", "Training loss by optimizer step", loss, percent=False)]
     if gold:
@@ -58,7 +58,7 @@ def _models_in_order(records: Records) -> list[str]:
     return [*first, *(name for name in sorted(records.trainings) if name not in first)]
 
 
-def plain_name(name: str) -> str:
+def without_digest(name: str) -> str:
     """Return a model's name without the digest at its end."""
     return re.sub(r"-[0-9a-f]{8}$", "", name)
 
@@ -122,7 +122,7 @@ def benchmarks_section(records: Records) -> Section | None:
         ours = [by_key[key] for scorer in scorers if (key := (column.benchmark, scorer, column.metric)) in by_key]
         theirs = paper.paper_values(place)
         if ours:
-            ranges.append((column.title, list(theirs.values()), [(plain_name(score.scorer), score.point) for score in ours]))
+            ranges.append((column.title, list(theirs.values()), [(without_digest(score.scorer), score.point) for score in ours]))
         for score in ours:
             same = _same_backbone(records, score)
             printed = ((min(theirs.values()), max(theirs.values())), theirs[same] if same else None, "Table 1")
@@ -240,7 +240,7 @@ def best_of_n_section(records: Records) -> Section | None:
         if found:
             part = f", {found['part']}" if found["part"] else ""
             panel = curves.setdefault(f"{score.benchmark}{part}", {})
-            name = plain_name(score.scorer) if found["picker"] == "model" else {"oracle": "oracle", "random": "blind pick"}[found["picker"]]
+            name = without_digest(score.scorer) if found["picker"] == "model" else {"oracle": "oracle", "random": "blind pick"}[found["picker"]]
             panel.setdefault(name, []).append((int(found["size"]), score))
     if not curves:
         return None
