@@ -14,7 +14,10 @@ from synpref_ray.llm.engine import EngineConfig
 WIRE_VERSION = 2
 """Raise it with any change of what `wire.py` sends for a request, or of how it mends and reads replies: it is part of every fingerprint."""
 ENDPOINT_SETTINGS = frozenset(
-    {"model", "revision", "api", "guidance", "logprobs", "seed_requests", "bytes_per_token", "extra_output_tokens", "extra_body"}
+    {
+        *("model", "revision", "api", "guidance", "logprobs", "seed_requests", "bytes_per_token", "extra_output_tokens", "extra_body"),
+        "max_context_tokens",
+    }
 )
 """Of an endpoint, what changes replies, besides the tokenizer's digest. Not its address: a server that moves keeps its name and `revision`.
 
