@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, EndpointError
+from synpref_ray.llm.control_text import ControlTokens
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import REFUSED, TOO_LONG, UNANSWERED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, take
 from synpref_ray.llm.spending import Budget
@@ -85,7 +86,7 @@ class EndpointEngine:
         started = time.monotonic()
         self._config = config
         self._clock = clock
-        self._wire = Wire(config, _load_encoder(config.tokenizer) if config.tokenizer else None)
+        self._wire = Wire(config, *_load_tokenizer(config.tokenizer)) if config.tokenizer else Wire(config, None)
         self._transport = Transport(config)
         self._random = random.Random()
         # From here on the loop's thread alone changes these; others read.
@@ -104,6 +105,8 @@ class EndpointEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._thread.start()
         self._counts = replace(self._counts, start_seconds=time.monotonic() - started)
+        if config.api == "chat" and not config.tokenizer:
+            logger.warning("%s: texts that spell its control tokens are broken by their look; set tokenizer to know them (docs/llm.md)", config.model)
         logger.info("endpoint %s at %s: %s, guidance %s", config.model, config.base_url, config.api, config.guidance)
 
     def __enter__(self) -> "EndpointEngine":
@@ -371,7 +374,8 @@ def open_engine(config: EngineConfig | EndpointConfig, budget: Budget | None = N
     return VllmEngine(config)
 
 
-def _load_encoder(name: str) -> PlainEncoder:
+def _load_tokenizer(name: str) -> tuple[PlainEncoder, ControlTokens]:
     from transformers import AutoTokenizer
 
-    return PlainEncoder(AutoTokenizer.from_pretrained(resolve_model(name, weights=False)))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name, weights=False))
+    return PlainEncoder(tokenizer), ControlTokens(tokenizer.get_added_vocab())

@@ -13,6 +13,7 @@ from typing import Any
 
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.choices import Watched, log_sum, normalise_logprobs, watched_tokens
+from synpref_ray.llm.control_text import NO_TOKENS, ControlTokens, break_control_text
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import REFUSED, Reply, Request
 from synpref_ray.llm.tokens import PlainEncoder
@@ -23,32 +24,6 @@ _TOP_CHAT, _TOP_COMPLETIONS = 20, 5  # the most that the two interfaces give
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # else vLLM takes the checkpoint's own sampling defaults
 _STRICT_LACKS = frozenset({"minLength", "maxLength"})  # keywords that strict schemas of hosted providers refuse
 _MOST_TOKENS = 10**12  # ours: no request has so many
-_CONTROL_NAMES = "s|bos|eos|pad|unk|mask|cls|sep|think|sys|system|user|assistant|turn|image|video|audio|tool|pre|suf|mid|eot|eod|sop|eop"
-_BAR = "\uff5c"
-_CONTROL = re.compile(
-    rf"""([<\[]|\](?=\ *~))(\ *)(?=
-        \|[^<>|\n]+\|>                   # <|im_end|>
-        | {_BAR}[^<>{_BAR}\n]+{_BAR}>       # the same between full-width bars (DeepSeek)
-        | \|[a-z_]+>|[a-z_]+\|>           # <|turn>, <turn|>
-        | \|[^\[\]<>|\n]+\|\]             # [|endofturn|] (EXAONE)
-        | ~!?b[\[\]]|e~\[                # ]~b]ai, ]~!b[, [e~[ (MiniMax)
-        | /?(?:{_CONTROL_NAMES})>         # <bos>, </s>, <think>
-        | /?[a-z]+(?:_[a-z0-9]+)+>        # <start_of_turn>, <tool_call>
-        | unused[0-9]+>
-        | <\ */?SYS>>                     # <<SYS>>
-        | /?(?:BOS|EOS|EOT|EOD)\]
-        | /?(?:INST|g?MASK|sMASK|CLS|SEP|PAD|UNK|IMG(?:_[A-Z]+)*|SYSTEM_PROMPT|MODEL_SETTINGS|(?:AVAILABLE_)?TOOLS?(?:_[A-Z]+)*|THINK|ARGS|CALL_ID)\]
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
-def break_control_text(text: str) -> str:
-    """Return `text` with one space put after the first character of everything that looks like a control token: `< |im_end|>`.
-
-    What was broken before gets one more, so no two texts become the same one.
-    """
-    return _CONTROL.sub(r"\1 \2", text)
 
 
 @dataclass(frozen=True)
@@ -84,11 +59,13 @@ class Wire:
 
     Args:
         encoder: of the model's tokenizer; None if the endpoint has none configured (chat only).
+        control: the added tokens of that tokenizer.
     """
 
-    def __init__(self, config: EndpointConfig, encoder: PlainEncoder | None) -> None:
+    def __init__(self, config: EndpointConfig, encoder: PlainEncoder | None, control: ControlTokens = NO_TOKENS) -> None:
         self._config = config
         self._encoder = encoder
+        self._control = control
 
     def count_tokens(self, text: str) -> int:
         """Return the tokens of `text`; without a tokenizer an estimate, one per `bytes_per_token` bytes of UTF-8."""
@@ -147,7 +124,7 @@ class Wire:
     def _chat(self, request: Request) -> WireRequest:
         if not request.chat:
             raise ConfigError("a chat endpoint always wraps prompts in its chat template: set use_chat_template=true, or api=completions")
-        guidance, prompt = self._config.guidance, break_control_text(request.prompt)
+        guidance, prompt = self._config.guidance, break_control_text(request.prompt, self._control)
         max_tokens, body = request.max_new_tokens, dict[str, Any]()
         start, space = _split_start(request.reply_start)
         if guidance == "vllm":
