@@ -23,6 +23,7 @@ _CHOICE_JSON_TOKENS = 16  # of {"choice": ""}, with spaces
 _TOP_CHAT, _TOP_COMPLETIONS = 20, 5  # the most that the two interfaces give
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # else vLLM takes the checkpoint's own sampling defaults
 _STRICT_LACKS = frozenset({"minLength", "maxLength"})  # keywords that strict schemas of hosted providers refuse
+_MOST_SAID = 160  # ours: characters of a server's own words
 _MOST_TOKENS = 10**12  # ours: no request has so many
 
 
@@ -225,7 +226,11 @@ def _first_choice(answer: Any) -> Mapping[str, Any] | str:
     choices = answer.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], Mapping):
         return choices[0]
-    return f"its body has no choices{', but an error' if answer.get('error') else ''}"
+    error = answer.get("error")
+    if not error:
+        return "its body has no choices"
+    said = " ".join(str(error.get("message") or error if isinstance(error, Mapping) else error).split())
+    return f"its body has no choices, but an error: {said[:_MOST_SAID]}"
 
 
 def _text_of(choice: Mapping[str, Any], *, chat: bool) -> tuple[str, bool] | None:
