@@ -4,9 +4,9 @@ One thread of its own runs all requests of all callers; a caller waits for its r
 it is answered, refused, or has failed for `give_up_seconds`; only failures that may pass are tried again. What cannot pass (a wrong key, an
 unknown model, no money) ends the engine: nothing more is sent, what is under way is still received, and every caller gets the one error.
 
-Our choice: a 400 or 422 that we cannot read is taken for a refusal of that one text as soon as the server has answered any request, if need be
-one of our own with a harmless text; more than `max_declined_fraction` of such refusals end the engine. Without this, one pair whose refusal is
-worded in a new way would end the job at every start.
+Our choice: where the server answers others, if need be one of our own with a harmless text, what it does not answer is that one text's fault, be it a
+status that we cannot read or a request that keeps failing. It is taken for a refusal in the server's words; more than `max_declined_fraction` of
+such refusals end the engine. Without this, one pair that a firewall blocks, or whose refusal is worded anew, would end the job at every start.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, EndpointError
+from synpref_ray.llm.control_text import ControlTokens
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import REFUSED, TOO_LONG, UNANSWERED, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, take
 from synpref_ray.llm.spending import Budget
@@ -32,7 +33,7 @@ from synpref_ray.llm.wire import Wire, WireRequest, read_usage
 from synpref_ray.tables.storage import STORAGE_ERRORS
 
 if TYPE_CHECKING:
-    from synpref_ray.llm.transport import Declined, Failed, Outcome
+    from synpref_ray.llm.transport import Declined, Failed, Outcome, Refused, TooLong
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ REFUSED_PROMPTS_TO_WARN = 50
 """If so many different prompts are refused and none is answered, the log says so. No job ends for it: a run that goes on after another may have
 nothing left to send but what is refused, and a table with too many refused rows fails its step in the end (`max_failed_fraction`).
 """
+MAX_PROBES = 3
+"""Attempts with a harmless text, each failing, before a server that failed us is taken to be down."""
 FEWEST_JUDGED = 400
 """Requests that `max_declined_fraction` is taken of, until there are more."""
 _HARMLESS = "How many days does a week have?"
@@ -57,6 +60,8 @@ class _Trial:
     malformed: int = 0
     failing_since: float | None = None
     cost: float = 0.0
+    body: Any = None  # of the last attempt
+    answered_before: int = 0  # what the server had answered when the last attempt began
 
 
 class EndpointEngine:
@@ -85,7 +90,7 @@ class EndpointEngine:
         started = time.monotonic()
         self._config = config
         self._clock = clock
-        self._wire = Wire(config, _load_encoder(config.tokenizer) if config.tokenizer else None)
+        self._wire = Wire(config, *_load_tokenizer(config.tokenizer)) if config.tokenizer else Wire(config, None)
         self._transport = Transport(config)
         self._random = random.Random()
         # From here on the loop's thread alone changes these; others read.
@@ -95,7 +100,7 @@ class EndpointEngine:
         self._counts = EngineCounts(requests_sent=0, replies=0, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=0, start_seconds=0.0)
         self._refused_prompts: set[str] | None = set()  # until one is answered, or there are many
         self._told_too_long = False
-        self._has_answered = False
+        self._num_answered = 0
         self._trying_harmless = asyncio.Lock()
         self._num_declined = 0
         self._lock = threading.Lock()  # guards _is_closed: no request may be given to a loop that has stopped
@@ -104,6 +109,8 @@ class EndpointEngine:
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._thread.start()
         self._counts = replace(self._counts, start_seconds=time.monotonic() - started)
+        if config.api == "chat" and not config.tokenizer:
+            logger.warning("%s: texts that spell its control tokens are broken by their look; set tokenizer to know them (docs/llm.md)", config.model)
         logger.info("endpoint %s at %s: %s, guidance %s", config.model, config.base_url, config.api, config.guidance)
 
     def __enter__(self) -> "EndpointEngine":
@@ -205,43 +212,50 @@ class EndpointEngine:
 
     async def _answer(self, sent: WireRequest, call: Call) -> Reply:
         """Try one request until there is a reply."""
-        from synpref_ray.llm.transport import Answered, Declined, Failed, Fatal, TooLong
+        from synpref_ray.llm.transport import Declined, Failed, TooLong
 
         trial = _Trial(sent)
         if not sent.fits:
             limit = self._config.max_context_tokens
             return self._too_long(trial, f"{sent.known_tokens} tokens and a reply of {sent.max_tokens} do not fit max_context_tokens={limit}")
         async with self._slots:
-            while True:
-                outcome = await self._attempt(trial, call)
-                if isinstance(outcome, Fatal):
+            while isinstance(outcome := await self._try(trial, call), Failed):
+                if why := self._why_give_up(trial, outcome):
+                    if not (outcome.may_be_the_text and await self._answers(sent.request, trial.answered_before, call, is_patient=False)):
+                        self._give_up(why)
+                    return self._leave_out(trial, outcome.reason)
+                await self._back_off(trial, outcome)
+            if isinstance(outcome, Reply):
+                return self._deliver(replace(outcome, cost=trial.cost), trial)
+            if isinstance(outcome, TooLong):
+                return self._deliver(self._too_long(trial, outcome.said), trial)
+            if isinstance(outcome, Declined):
+                since = trial.answered_before if outcome.may_be_the_key else 0
+                if not await self._answers(sent.request, since, call, is_patient=True):
                     self._end.finish_with(outcome.error)
-                elif isinstance(outcome, Failed):
-                    await self._back_off(trial, outcome)
-                elif isinstance(outcome, Answered):
-                    reply = self._wire.read(sent, outcome.body)
-                    if isinstance(reply, Reply):
-                        return self._deliver(replace(reply, cost=trial.cost), outcome.body, sent.request.prompt)
-                    await self._back_off(trial, Failed(reply, may_be_billed=True, malformed=True))
-                elif isinstance(outcome, TooLong):
-                    return self._deliver(self._too_long(trial, outcome.said), None, sent.request.prompt)
-                else:
-                    if isinstance(outcome, Declined):
-                        await self._take_for_refusal(trial, outcome, call)
-                    return self._deliver(_no_answer(trial, REFUSED, outcome.said), None, sent.request.prompt)
+                return self._leave_out(trial, outcome.said)
+            return self._deliver(_no_answer(trial, REFUSED, outcome.said), trial)
 
-    async def _take_for_refusal(self, trial: _Trial, declined: "Declined", call: Call) -> None:
-        """Count a refusal that we cannot read as one of the text; end the engine if it is none, or there are too many."""
-        if not await self._is_ever_answered(trial.sent.request, call):
-            self._end.finish_with(declined.error)
+    async def _try(self, trial: _Trial, call: Call) -> "Reply | Refused | Declined | TooLong | Failed":
+        """Make one attempt, and read its answer; a failure that cannot pass ends the engine."""
+        from synpref_ray.llm.transport import Answered, Fatal, malformed
+
+        outcome = await self._attempt(trial, call)
+        if isinstance(outcome, Fatal):
+            self._end.finish_with(outcome.error)
+        if not isinstance(outcome, Answered):
+            return outcome
+        reply = self._wire.read(trial.sent, outcome.body)
+        return reply if isinstance(reply, Reply) else malformed(reply)
+
+    def _leave_out(self, trial: _Trial, said: str) -> Reply:
+        """Take a request that the server does not answer, while it answers others, for a refused one; end the engine if there are too many."""
         self._num_declined += 1
         if self._num_declined == 1:
-            logger.warning(
-                "%s: a request was declined, and is left out like a refused one, like others to come: %s", self._config.model, declined.said
-            )
+            logger.warning("%s: a request was declined, and is left out like a refused one, like others to come: %s", self._config.model, said)
         num_judged = self._counts.replies + 1
         if self._num_declined > self._config.max_declined_fraction * max(num_judged, FEWEST_JUDGED):
-            many = f"{self._num_declined} of {num_judged} requests with a 400 or 422 that we cannot read (the last: {declined.said})"
+            many = f"{self._num_declined} of {num_judged} requests in ways that we cannot read (the last: {said})"
             self._end.finish_with(
                 ConfigError(
                     f"{self._config.model} at {self._config.base_url} declined {many}, more than "
@@ -249,21 +263,30 @@ class EndpointEngine:
                     "extra_body, or raise max_declined_fraction if it refuses these texts"
                 )
             )
+        return self._deliver(_no_answer(trial, REFUSED, said), trial)
 
-    async def _is_ever_answered(self, request: Request, call: Call) -> bool:
-        """Whether the server takes requests of this form: it has answered some, or takes this one with a harmless text."""
-        from synpref_ray.llm.transport import Declined, Failed, Fatal
+    async def _answers(self, request: Request, since: int, call: Call, *, is_patient: bool) -> bool:
+        """Whether the server has given more than `since` answers, or gives one to a harmless text.
+
+        Args:
+            is_patient: wait for a server that is down, as for any request; else it has been waited for already.
+        """
+        from synpref_ray.llm.transport import Declined, Failed
 
         async with self._trying_harmless:
-            if self._has_answered:
+            if self._num_answered > since:
                 return True
-            trial = _Trial(self._wire.write(replace(request, prompt=_HARMLESS)))
-            while isinstance(outcome := await self._attempt(trial, call), Failed):
-                await self._back_off(trial, outcome)
-            if isinstance(outcome, Fatal):
-                self._end.finish_with(outcome.error)
-            self._has_answered = not isinstance(outcome, Declined)
-            return self._has_answered
+            probe = _Trial(self._wire.write(replace(request, prompt=_HARMLESS)))
+            while isinstance(outcome := await self._try(probe, call), Failed):
+                why = self._why_give_up(probe, outcome)
+                if why and is_patient:
+                    self._give_up(why)
+                if why or (probe.attempts >= MAX_PROBES and not is_patient):
+                    return False
+                await self._back_off(probe, outcome)
+            works = not isinstance(outcome, Declined)
+            self._num_answered += works
+            return works
 
     def _too_long(self, trial: _Trial, why: str) -> Reply:
         if not self._told_too_long:
@@ -283,34 +306,43 @@ class EndpointEngine:
             self._end.check_open(call)
             self._count(trial)
             actual = worst  # unless we learn better
+            trial.answered_before, trial.body = self._num_answered, None
             outcome = await self._transport.send(trial.sent.path, trial.sent.body)
             actual = self._turns.cost_of(outcome, worst)
         finally:  # also when the engine is closed meanwhile
             trial.cost += actual
             self._counts = replace(self._counts, cost=self._counts.cost + actual)
             self._turns.settle(reservation, actual)
-        usage = read_usage(getattr(outcome, "body", None))
+        trial.body = getattr(outcome, "body", None)
+        usage = read_usage(trial.body)
         if usage is not None:
             self._turns.give_back(taken, usage)
         return outcome
 
-    async def _back_off(self, trial: _Trial, failed: "Failed") -> None:
-        """Wait before the next attempt, or give up."""
-        now = self._clock()
-        trial.failing_since = now if trial.failing_since is None else trial.failing_since
-        left = trial.failing_since + self._config.give_up_seconds - now
+    def _why_give_up(self, trial: _Trial, failed: "Failed") -> str:
+        """Count a failure; return why it was the last one, "" if it was not."""
+        trial.failing_since = self._clock() if trial.failing_since is None else trial.failing_since
         trial.malformed += failed.malformed
+        left = self._seconds_left(trial)
         if trial.malformed >= MAX_MALFORMED:
-            self._give_up(f"gave {MAX_MALFORMED} bodies in place of one reply that are none; the last one: {failed.reason}")
-        if left <= 0 or failed.retry_after_seconds > left:
-            wanted = f", which asks to wait {failed.retry_after_seconds:.0f} s" if failed.retry_after_seconds > left else ""
-            self._give_up(f"gave no reply within give_up_seconds={self._config.give_up_seconds:g}; the last failure: {failed.reason}{wanted}")
+            return f"gave {MAX_MALFORMED} bodies in place of one reply that are none; the last one: {failed.reason}"
+        if left > 0 and failed.retry_after_seconds <= left:
+            return ""
+        wanted = f", which asks to wait {failed.retry_after_seconds:.0f} s" if failed.retry_after_seconds > left else ""
+        return f"gave no reply within give_up_seconds={self._config.give_up_seconds:g}; the last failure: {failed.reason}{wanted}"
+
+    async def _back_off(self, trial: _Trial, failed: "Failed") -> None:
+        """Wait before the next attempt."""
         ceiling = min(self._config.max_backoff_seconds, self._config.backoff_seconds * 2.0 ** min(trial.attempts - 1, 30))
-        seconds = max(failed.retry_after_seconds, min(left, self._random.uniform(0.0, ceiling)))
+        seconds = max(failed.retry_after_seconds, min(self._seconds_left(trial), self._random.uniform(0.0, ceiling)))
         logger.info("%s: %s; again in %.1f s", self._config.model, failed.reason, seconds)
         if failed.for_all:
             self._turns.hold(seconds)
         await self._end.sleep(seconds)
+
+    def _seconds_left(self, trial: _Trial) -> float:
+        since = trial.failing_since
+        return self._config.give_up_seconds - (0.0 if since is None else self._clock() - since)
 
     def _give_up(self, why: str) -> NoReturn:
         where = f"{self._config.model} at {self._config.base_url}"
@@ -321,8 +353,8 @@ class EndpointEngine:
         first = trial.attempts == 1
         self._counts = replace(self._counts, requests_sent=self._counts.requests_sent + first, retries=self._counts.retries + (not first))
 
-    def _deliver(self, reply: Reply, body: Any, prompt: str) -> Reply:
-        usage = read_usage(body)
+    def _deliver(self, reply: Reply, trial: _Trial) -> Reply:
+        usage = read_usage(trial.body)
         self._counts = replace(
             self._counts,
             replies=self._counts.replies + 1,
@@ -332,9 +364,9 @@ class EndpointEngine:
         )
         if reply.finish_reason not in UNANSWERED:
             self._refused_prompts = None
-            self._has_answered = True
+            self._num_answered += 1
         elif reply.finish_reason == REFUSED and self._refused_prompts is not None:
-            self._refused_prompts.add(prompt)
+            self._refused_prompts.add(trial.sent.request.prompt)
             if len(self._refused_prompts) >= REFUSED_PROMPTS_TO_WARN:
                 self._refused_prompts = None
                 logger.warning(
@@ -355,6 +387,7 @@ class EndpointEngine:
 
 
 def _no_answer(trial: _Trial, finish_reason: str, text: str = "") -> Reply:
+    text = text.encode("utf-8", "replace").decode()  # as in `Wire.read`: no table takes half a surrogate pair
     return Reply(key=trial.sent.request.key, text=text, finish_reason=finish_reason, prompt_tokens=0, output_tokens=0, cost=trial.cost)
 
 
@@ -371,7 +404,8 @@ def open_engine(config: EngineConfig | EndpointConfig, budget: Budget | None = N
     return VllmEngine(config)
 
 
-def _load_encoder(name: str) -> PlainEncoder:
+def _load_tokenizer(name: str) -> tuple[PlainEncoder, ControlTokens]:
     from transformers import AutoTokenizer
 
-    return PlainEncoder(AutoTokenizer.from_pretrained(resolve_model(name, weights=False)))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(name, weights=False))
+    return PlainEncoder(tokenizer), ControlTokens(tokenizer.get_added_vocab())

@@ -11,10 +11,13 @@ from synpref_ray.config import Settings
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.engine import EngineConfig
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Raise it with any change of what `wire.py` sends for a request, or of how it mends and reads replies: it is part of every fingerprint."""
 ENDPOINT_SETTINGS = frozenset(
-    {"model", "revision", "api", "guidance", "logprobs", "seed_requests", "bytes_per_token", "extra_output_tokens", "extra_body"}
+    {
+        *("model", "revision", "api", "guidance", "logprobs", "seed_requests", "bytes_per_token", "extra_output_tokens", "extra_body"),
+        "max_context_tokens",
+    }
 )
 """Of an endpoint, what changes replies, besides the tokenizer's digest. Not its address: a server that moves keeps its name and `revision`.
 
@@ -49,7 +52,7 @@ class EndpointConfig(Settings):
     backoff_seconds: float = Field(default=0.5, gt=0)  # ours: doubled at every retry, with full jitter
     max_backoff_seconds: float = Field(default=30.0, gt=0)  # ours
     max_declined_fraction: float = Field(default=0.05, ge=0, le=1)  # ours: providers refuse far less; most of more is a setting they do not take
-    """Share of a worker's requests (counted as 400 at least) that the server may decline with a 400 or 422 of unknown meaning; more is an error."""
+    """Share of a worker's requests (counted as 400 at least) that the server may leave unanswered in ways of unknown meaning; more is an error."""
     max_context_tokens: int = Field(default=0, ge=0)  # 0: unknown; else a longer request is not sent, its pair is rejected
     bytes_per_token: float = Field(default=3.0, ge=1)  # ours: for counting without a tokenizer; English has over 4, most other scripts fewer
     guidance: Literal["vllm", "openai", "none"] = "openai"

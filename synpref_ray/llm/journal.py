@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from synpref_ray.config import Settings
-from synpref_ray.llm.engine import REFUSED, UNANSWERED, Engine, Reply, Request
+from synpref_ray.llm.engine import UNANSWERED, Engine, Reply, Request
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Journal:
         self._flush_replies = flush_replies
         self._flush_seconds = flush_seconds
         self._clock = clock
-        self._refused_cost = 0.0
+        self._unanswered_cost = 0.0
         self._buffer: list[Reply] = []
         self._num_unwritable = 0  # of the buffer, what the last try could not write
         self.num_damaged_objects = 0
@@ -84,22 +84,25 @@ class Journal:
         return reply
 
     def append(self, reply: Reply) -> None:
-        """Remember a finished reply, and write the buffer when it is full or old enough. A refused one is not kept: the next run asks again."""
-        if reply.finish_reason != REFUSED:
+        """Remember a finished reply, and write the buffer when it is full or old enough.
+
+        What holds no answer is not kept, and the next run asks again: a provider's rules change, and a server may come back with a longer context.
+        """
+        if reply.finish_reason not in UNANSWERED:
             self._replies[reply.key] = reply
             self._buffer.append(reply)
         else:
-            self._refused_cost += reply.cost
+            self._unanswered_cost += reply.cost
         if len(self._buffer) - self._num_unwritable >= self._flush_replies:
             self.flush()
         self.flush_if_old()
 
     def totals(self) -> dict[str, float]:
         """Return `cost`, `prompt_tokens` and `output_tokens` of all replies that the shard has had, those of earlier runs included, but for what
-        earlier runs paid for refusals."""
+        earlier runs paid for refusals and the like."""
         replies = self._replies.values()
         return {
-            "cost": self._refused_cost + sum(reply.cost for reply in replies),
+            "cost": self._unanswered_cost + sum(reply.cost for reply in replies),
             "prompt_tokens": float(sum(reply.prompt_tokens for reply in replies)),
             "output_tokens": float(sum(reply.output_tokens for reply in replies)),
         }

@@ -22,19 +22,23 @@ class Tag(BaseModel):
     annotation_guideline: _Text
 
 
-def parse_tag(text: str) -> Tag:
-    """Return the tag in a reply.
+def parse_tag(text: str, *, max_attributes_chars: int, max_guideline_chars: int) -> Tag:
+    """Return the tag in a reply; the limits are those of its schema, which not every endpoint enforces.
 
     Raises:
-        ReplyParseError: the reply is not one JSON object with exactly the five fields, each valid. A reply that was cut short is not
-        repaired: its
-            enums would pass, but a guideline that stops in mid-sentence would steer every later verdict.
+        ReplyParseError: the reply is not one JSON object with exactly the five fields, each valid and within its limit. A reply that was cut short is
+            not repaired, and a text that is too long not cut: the enums would pass, but a guideline that stops in mid-sentence would steer every
+            later verdict.
     """
     try:
-        return Tag.model_validate_json(text)
+        tag = Tag.model_validate_json(text)
     except ValidationError as error:
         fields = sorted({str(problem["loc"][0]) if problem["loc"] else "JSON" for problem in error.errors(include_input=False)})
         raise ReplyParseError(f"expected the five attributes as JSON, found a problem with {', '.join(fields)}") from None
+    for field, most in (("desired_attributes", max_attributes_chars), ("annotation_guideline", max_guideline_chars)):
+        if (length := len(getattr(tag, field))) > most:
+            raise ReplyParseError(f"expected at most {most} characters of {field}, found {length}")
+    return tag
 
 
 def parse_choice(text: str) -> int:

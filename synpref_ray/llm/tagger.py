@@ -14,7 +14,7 @@ from pydantic import Field
 from synpref_ray.errors import ReplyParseError, SchemaError
 from synpref_ray.llm.engine import REFUSED, TOO_LONG, Engine, Reply, Request
 from synpref_ray.llm.journal import Journal, RetryConfig, generate_readable
-from synpref_ray.llm.parsing import parse_tag
+from synpref_ray.llm.parsing import Tag, parse_tag
 from synpref_ray.llm.prompts import TAG_INSTRUCTIONS, TAG_PROMPT_VERSION, TAG_REPLY_START, tag_prompt, tag_schema
 from synpref_ray.schema import TAGS_SCHEMA, DropReason, stable_hash
 
@@ -52,8 +52,8 @@ def tag_pairs(shard: pa.Table, engine: Engine, config: TaggerConfig, journal: Jo
     requests = tag_requests(pairs, config)
     fits = [engine.count_tokens(request.prompt) <= config.max_input_tokens for request in requests]
     sent = [request for request, fit in zip(requests, fits, strict=True) if fit]
-    replies = generate_readable(sent, engine, journal, _is_tag, config)
-    rows = [_row(pair["pair_id"], replies.get(request.key)) for pair, request in zip(pairs, requests, strict=True)]
+    replies = generate_readable(sent, engine, journal, lambda text: _read(text, config) is not None, config)
+    rows = [_row(pair["pair_id"], replies.get(request.key), config) for pair, request in zip(pairs, requests, strict=True)]
     return pa.Table.from_pylist(rows, schema=TAGS_SCHEMA)
 
 
@@ -75,21 +75,19 @@ def _request(pair: Mapping[str, Any], config: TaggerConfig) -> Request:
     )
 
 
-def _is_tag(text: str) -> bool:
+def _read(text: str, config: TaggerConfig) -> Tag | None:
     try:
-        parse_tag(text)
+        return parse_tag(text, max_attributes_chars=config.max_attributes_chars, max_guideline_chars=config.max_guideline_chars)
     except ReplyParseError:
-        return False
-    return True
+        return None
 
 
-def _row(pair_id: str, reply: Reply | None) -> dict[str, Any]:
+def _row(pair_id: str, reply: Reply | None, config: TaggerConfig) -> dict[str, Any]:
     if reply is None or reply.finish_reason == TOO_LONG:
         return {"pair_id": pair_id, "drop_reason": DropReason.TOO_LONG.value}
     if reply.finish_reason == REFUSED:
         return {"pair_id": pair_id, "drop_reason": DropReason.REFUSED_BY_MODEL.value, "raw": reply.text}
-    try:
-        tag = parse_tag(reply.text)
-    except ReplyParseError:
+    tag = _read(reply.text, config)
+    if tag is None:
         return {"pair_id": pair_id, "drop_reason": DropReason.UNPARSABLE_REPLY.value, "raw": reply.text}
     return {"pair_id": pair_id, **{name: str(getattr(tag, name)) for name in ADDS}}

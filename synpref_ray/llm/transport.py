@@ -24,6 +24,7 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)  # it writes a line per re
 _CONNECT_SECONDS = 10.0
 _TRANSIENT = frozenset({408, 409, 425, 429})  # and every 5xx
 _MAYBE_BILLED = frozenset({408, 502, 504, 520, 524})  # ours: somebody lost patience or the answer, so there may have been one
+_MAYBE_THE_TEXT = frozenset({400, 406, 422, 451})  # and 403: of this text, or of all that we send
 _NO_MONEY = frozenset({"insufficient_quota", "billing_not_active", "billing_hard_limit_reached", "insufficient_funds", "insufficient_balance"})
 _REFUSAL_CODES = frozenset(
     {"content_filter", "content_policy_violation", "moderation_blocked", "responsibleaipolicyviolation", "data_inspection_failed", "1301"}
@@ -57,10 +58,14 @@ class Refused:
 
 @dataclass(frozen=True)
 class Declined:
-    """A 400 or 422 of a kind that we do not know: of this request's content, or of the form of all our requests (`error` says the latter)."""
+    """A status of a kind that we do not know: of this request's content, or of all our requests (`error` says the latter).
+
+    `may_be_the_key`: of all from now on, perhaps, though others were answered before.
+    """
 
     said: str
     error: SynprefError
+    may_be_the_key: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,14 @@ class TooLong:
 
 @dataclass(frozen=True)
 class Failed:
-    """A failure that may pass. `may_be_billed`: nobody can tell whether the server made a reply."""
+    """A failure that may pass. `may_be_billed`: nobody can tell whether the server made a reply. `may_be_the_text`: others may have none."""
 
     reason: str
     may_be_billed: bool
     retry_after_seconds: float = 0.0
     for_all: bool = False  # every request must wait, not this one alone
     malformed: bool = False
+    may_be_the_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,16 +112,17 @@ class Transport:
             async with asyncio.timeout(self._config.timeout_seconds):  # the client's own timeouts are between bytes
                 response = await self._client.post(path, body=dict(body), cast_to=httpx2.Response)
         except TimeoutError:
-            return Failed(f"no whole answer within {self._config.timeout_seconds:g} s", may_be_billed=True)
+            return Failed(f"no whole answer within {self._config.timeout_seconds:g} s", may_be_billed=True, may_be_the_text=True)
         except openai.APIConnectionError as error:
             never_sent = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.PoolTimeout)
-            return Failed(f"{error.message.rstrip('.')} ({type(error.__cause__).__name__})", may_be_billed=not never_sent)
+            reason = f"{error.message.rstrip('.')} ({type(error.__cause__).__name__})"
+            return Failed(reason, may_be_billed=not never_sent, may_be_the_text=not never_sent)
         except openai.APIStatusError as error:
             return self._status(error)
         try:
             return Answered(json.loads(response.content))
         except ValueError:
-            return Failed("its body is not JSON", may_be_billed=True, malformed=True)
+            return malformed(f"its body is not JSON: {_line(response.text)}")
 
     async def close(self) -> None:
         """Close all connections."""
@@ -129,19 +136,29 @@ class Transport:
         if status in _TRANSIENT or status >= 500:
             asked = _retry_after(error.response.headers)
             return Failed(
-                f"HTTP {status}: {said}", may_be_billed=status in _MAYBE_BILLED, retry_after_seconds=asked, for_all=status == 429 and asked > 0
+                f"HTTP {status}: {said}",
+                may_be_billed=status in _MAYBE_BILLED,
+                retry_after_seconds=asked,
+                for_all=status == 429 and asked > 0,
+                may_be_the_text=status == 408 or status >= 500,
             )
         if status == 401 or (status == 403 and not _is_refusal(words, error)):
             variable = f"the variable {self._config.api_key_env} (api_key_env)" if self._config.api_key_env else "no key, as api_key_env is empty"
-            return Fatal(ConfigError(f"{self._where}: HTTP {status}, the key was not accepted ({said}); it comes from {variable}"))
+            wrong_key = ConfigError(f"{self._where}: HTTP {status}, the key was not accepted ({said}); it comes from {variable}")
+            return Declined(said, wrong_key, may_be_the_key=True) if status == 403 else Fatal(wrong_key)  # firewalls say 403 to texts with code
         if status == 404:
             return Fatal(ConfigError(f"{self._where}: HTTP 404 ({said}): check model and base_url, which ends in /v1 with most servers"))
-        if words & _TOO_LONG_CODES or (status in {400, 413, 422} and _TOO_LONG_WORDS.search(error.message)):
+        if status == 413 or words & _TOO_LONG_CODES or (status in {400, 422} and _TOO_LONG_WORDS.search(error.message)):
             return TooLong(said)
         if _is_refusal(words, error):
             return Refused(said)
         unlike = ConfigError(f"{self._where}: HTTP {status}, the server does not accept our requests ({said}); see guidance, logprobs, extra_body")
-        return Declined(said, unlike) if status in {400, 422} else Fatal(unlike)
+        return Declined(said, unlike) if status in _MAYBE_THE_TEXT else Fatal(unlike)
+
+
+def malformed(reason: str) -> Failed:
+    """Return the failure of a body that is no answer: it may have been paid for, and some servers answer a text that they block so."""
+    return Failed(reason, may_be_billed=True, malformed=True, may_be_the_text=True)
 
 
 def _is_refusal(words: set[str], error: openai.APIStatusError) -> bool:
@@ -152,7 +169,11 @@ def _said(error: openai.APIStatusError) -> str:
     """Return the server's own message, in one short line."""
     body = error.body
     message = body.get("message") if isinstance(body, Mapping) else None
-    text = " ".join(str(message if message is not None else error.message).split())
+    return _line(str(message if message is not None else error.message))
+
+
+def _line(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= 160 else f"{text[:157]}..."
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from synpref_ray.errors import ConfigError
 from synpref_ray.llm.choices import Watched, log_sum, normalise_logprobs, watched_tokens
+from synpref_ray.llm.control_text import NO_TOKENS, ControlTokens, break_control_text
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import REFUSED, Reply, Request
 from synpref_ray.llm.tokens import PlainEncoder
@@ -22,33 +23,8 @@ _CHOICE_JSON_TOKENS = 16  # of {"choice": ""}, with spaces
 _TOP_CHAT, _TOP_COMPLETIONS = 20, 5  # the most that the two interfaces give
 _NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # else vLLM takes the checkpoint's own sampling defaults
 _STRICT_LACKS = frozenset({"minLength", "maxLength"})  # keywords that strict schemas of hosted providers refuse
+_MOST_SAID = 160  # ours: characters of a server's own words
 _MOST_TOKENS = 10**12  # ours: no request has so many
-_CONTROL_NAMES = "s|bos|eos|pad|unk|mask|cls|sep|think|sys|system|user|assistant|turn|image|video|audio|tool|pre|suf|mid|eot|eod|sop|eop"
-_BAR = "\uff5c"
-_CONTROL = re.compile(
-    rf"""([<\[]|\](?=\ *~))(\ *)(?=
-        \|[^<>|\n]+\|>                   # <|im_end|>
-        | {_BAR}[^<>{_BAR}\n]+{_BAR}>       # the same between full-width bars (DeepSeek)
-        | \|[a-z_]+>|[a-z_]+\|>           # <|turn>, <turn|>
-        | \|[^\[\]<>|\n]+\|\]             # [|endofturn|] (EXAONE)
-        | ~!?b[\[\]]|e~\[                # ]~b]ai, ]~!b[, [e~[ (MiniMax)
-        | /?(?:{_CONTROL_NAMES})>         # <bos>, </s>, <think>
-        | /?[a-z]+(?:_[a-z0-9]+)+>        # <start_of_turn>, <tool_call>
-        | unused[0-9]+>
-        | <\ */?SYS>>                     # <<SYS>>
-        | /?(?:BOS|EOS|EOT|EOD)\]
-        | /?(?:INST|g?MASK|sMASK|CLS|SEP|PAD|UNK|IMG(?:_[A-Z]+)*|SYSTEM_PROMPT|MODEL_SETTINGS|(?:AVAILABLE_)?TOOLS?(?:_[A-Z]+)*|THINK|ARGS|CALL_ID)\]
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
-def break_control_text(text: str) -> str:
-    """Return `text` with one space put after the first character of everything that looks like a control token: `< |im_end|>`.
-
-    What was broken before gets one more, so no two texts become the same one.
-    """
-    return _CONTROL.sub(r"\1 \2", text)
 
 
 @dataclass(frozen=True)
@@ -84,11 +60,13 @@ class Wire:
 
     Args:
         encoder: of the model's tokenizer; None if the endpoint has none configured (chat only).
+        control: the added tokens of that tokenizer.
     """
 
-    def __init__(self, config: EndpointConfig, encoder: PlainEncoder | None) -> None:
+    def __init__(self, config: EndpointConfig, encoder: PlainEncoder | None, control: ControlTokens = NO_TOKENS) -> None:
         self._config = config
         self._encoder = encoder
+        self._control = control
 
     def count_tokens(self, text: str) -> int:
         """Return the tokens of `text`; without a tokenizer an estimate, one per `bytes_per_token` bytes of UTF-8."""
@@ -147,11 +125,13 @@ class Wire:
     def _chat(self, request: Request) -> WireRequest:
         if not request.chat:
             raise ConfigError("a chat endpoint always wraps prompts in its chat template: set use_chat_template=true, or api=completions")
-        guidance, prompt = self._config.guidance, break_control_text(request.prompt)
+        guidance, prompt = self._config.guidance, break_control_text(request.prompt, self._control)
         max_tokens, body = request.max_new_tokens, dict[str, Any]()
+        start, space = _split_start(request.reply_start)
         if guidance == "vllm":
-            body |= _NEUTRAL | _vllm_guidance(request)
-            if request.reply_start:
+            body |= _NEUTRAL | _vllm_guidance(request, space)
+            max_tokens += len(space) if request.choices is not None else 0
+            if start:
                 body |= {"add_generation_prompt": False, "continue_final_message": True}
         elif guidance == "openai" and request.choices is not None:
             schema = {
@@ -166,8 +146,8 @@ class Wire:
             body["response_format"] = _strict_format("reply", _without_lengths(request.json_schema))
         words = "" if guidance == "vllm" else _words(request, guided=guidance == "openai")
         messages = [{"role": "user", "content": f"{prompt}\n{words}" if words else prompt}]
-        if guidance == "vllm" and request.reply_start:
-            messages.append({"role": "assistant", "content": request.reply_start})
+        if guidance == "vllm" and start:
+            messages.append({"role": "assistant", "content": start})
         body["messages"] = messages
         if request.choices is not None and self._config.logprobs:
             body |= {"logprobs": True, "top_logprobs": _TOP_CHAT}
@@ -188,9 +168,9 @@ class Wire:
         return WireRequest(request, path, body, known_tokens, worst, max_tokens, watched, fits)
 
     def _mend(self, request: Request, text: str) -> str:
-        """Take away what a chat model that was only asked in words puts around its answer."""
+        """Take away what a chat model puts around its answer: the space after the forced start, or whatever one does that was only asked in words."""
         if self._config.guidance == "vllm":
-            return text
+            return text.removeprefix(_split_start(request.reply_start)[1])
         text = text.strip()
         if self._config.guidance == "openai" and request.choices is not None:
             return _unwrap_choice(text)
@@ -246,7 +226,11 @@ def _first_choice(answer: Any) -> Mapping[str, Any] | str:
     choices = answer.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], Mapping):
         return choices[0]
-    return f"its body has no choices{', but an error' if answer.get('error') else ''}"
+    error = answer.get("error")
+    if not error:
+        return "its body has no choices"
+    said = " ".join(str(error.get("message") or error if isinstance(error, Mapping) else error).split())
+    return f"its body has no choices, but an error: {said[:_MOST_SAID]}"
 
 
 def _text_of(choice: Mapping[str, Any], *, chat: bool) -> tuple[str, bool] | None:
@@ -262,9 +246,19 @@ def _text_of(choice: Mapping[str, Any], *, chat: bool) -> tuple[str, bool] | Non
     return ("" if content is None else content, refused) if content is None or isinstance(content, str) else None
 
 
-def _vllm_guidance(request: Request) -> dict[str, Any]:
+def _split_start(reply_start: str) -> tuple[str, str]:
+    """Return the start of a reply, and the white space that ends it apart.
+
+    Templates that trim messages (Llama 3, Gemma, newer Qwen) would take that space away, and a choice forced straight after "Candidate" would be one
+    between tokens that the model never writes there. So it is part of the choices, and of no message. A schema's "{" comes without it.
+    """
+    start = reply_start.rstrip()
+    return start, reply_start[len(start) :]
+
+
+def _vllm_guidance(request: Request, space: str = "") -> dict[str, Any]:
     if request.choices is not None:
-        return {"structured_outputs": {"choice": list(request.choices)}}
+        return {"structured_outputs": {"choice": [space + choice for choice in request.choices]}}
     if request.json_schema is not None:
         return {"structured_outputs": {"json": dict(request.json_schema), "disable_any_whitespace": True}}
     return {}

@@ -88,6 +88,7 @@ class LLMStepConfig(Settings):
             self.engine.api_key()
             if self.engine.tokenizer:
                 resolve_model(self.engine.tokenizer, weights=False)
+            self._check_context(self.engine)
             return
         check_each(partial(self._check_engine, self.engine), partial(find_model, self.engine.model))
 
@@ -97,6 +98,14 @@ class LLMStepConfig(Settings):
             raise ConfigError(
                 f"{engine.model}: max_model_len_tokens={engine.max_model_len_tokens} is less than max_input_tokens and the reply together, "
                 f"{self.longest_request_tokens}: the longest requests would not fit"
+            )
+
+    def _check_context(self, engine: EndpointConfig) -> None:
+        longest = self.longest_request_tokens + engine.extra_output_tokens
+        if 0 < engine.max_context_tokens < longest:
+            raise ConfigError(
+                f"{engine.model}: max_context_tokens={engine.max_context_tokens} is less than max_input_tokens and the reply together, {longest}: "
+                "requests that would not fit are never sent; set it to the server's context, or lower max_input_tokens"
             )
 
     @property

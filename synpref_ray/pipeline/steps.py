@@ -200,9 +200,11 @@ def _seal(step: Step, source: StepInput, outputs: list[Sidecar], done: _LastRun)
                 rejected.update(count_values(table["drop_reason"]))
         failed = sum(count for reason, count in rejected.items() if reason in REJECT_REASONS)
         if failed > step.max_failed_fraction * source.pool.num_rows:
+            rejects, made = (source.pool.storage.join(folder) for folder in (f"rejects/{step.name}", sidecar.folder))
             raise SynprefError(
                 f"step {step.name!r} rejected {failed} of {source.pool.num_rows} rows of pool {source.pool.name!r} ({dict(rejected)}), more than "
-                f"{step.max_failed_fraction:.0%}; the rows and reasons are under {source.pool.storage.join(f'rejects/{step.name}')}"
+                f"{step.max_failed_fraction:.0%}; the rows and reasons are under {rejects}. What was made stays: if the cause is outside of "
+                f"the settings (a server, say), mend it, delete the shard-*.parquet files in {made}, and start the job again"
             )
         source.pool.storage.write_json(
             f"{sidecar.folder}/manifest.json",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from synpref_ray.errors import ConfigError, EndpointError, SpendingLimitError, SynprefError
-from synpref_ray.llm.endpoint import MAX_MALFORMED, REFUSED_PROMPTS_TO_WARN, EndpointEngine, open_engine
+from synpref_ray.llm.endpoint import MAX_MALFORMED, MAX_PROBES, REFUSED_PROMPTS_TO_WARN, EndpointEngine, open_engine
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import REFUSED, TOO_LONG, EngineDied, Reply, Request
 from synpref_ray.llm.journal import Journal, generate_once
@@ -270,9 +270,57 @@ def test_nobody_listens() -> None:
 
 def test_bodies_that_are_no_answers_are_paid_for_so_few_are_tried() -> None:
     with serve(lambda seen, number: Answer({"error": {"message": "upstream"}})) as (server, engine):
-        with pytest.raises(EndpointError, match="its body has no choices, but an error"):
+        with pytest.raises(EndpointError, match="its body has no choices, but an error: upstream"):
             engine.generate([request("p")])
-        assert server.num_seen() == MAX_MALFORMED
+        assert server.num_seen() == MAX_MALFORMED + MAX_PROBES
+
+
+POISON = {
+    "no choices": (
+        Answer({"error": {"message": "Provider\nsaid \ud83d no"}}),
+        "its body has no choices, but an error: Provider said ? no",
+        MAX_MALFORMED,
+    ),
+    "no JSON": (Answer(b"<html>blocked</html>"), "its body is not JSON: <html>blocked</html>", MAX_MALFORMED),
+    "500": (error(500, "tokenizer crashed"), "HTTP 500: tokenizer crashed", 0),
+    "reset": (Answer(fault="reset"), "Connection error (", 0),
+    "403": (Answer(b"<html>Request blocked by firewall</html>", 403), "Request blocked by firewall", 1),
+    "406": (error(406, "Not Acceptable"), "Not Acceptable", 1),
+    "451": (error(451, "Unavailable For Legal Reasons"), "Unavailable For Legal Reasons", 1),
+}
+
+
+@pytest.mark.parametrize("kind", POISON)
+@pytest.mark.parametrize("prompts", [["good", "bad", "more"], ["bad"]])
+def test_a_text_that_is_never_answered_is_left_out_while_others_are(kind: str, prompts: list[str]) -> None:
+    answer, words, attempts = POISON[kind]
+    script = lambda seen, number: answer if prompt_of(seen) == "bad" else echo(seen)  # noqa: E731
+    with serve(script, max_concurrent_requests=1, give_up_seconds=60.0 if attempts else 0.05) as (server, engine):
+        replies = dict(zip(prompts, engine.generate([request(prompt) for prompt in prompts]), strict=True))
+        assert replies.pop("bad").finish_reason == REFUSED
+        assert {reply.finish_reason for reply in replies.values()} <= {"stop"}
+        asked = [prompt_of(seen) for seen in server.seen]
+        assert asked.count("bad") == attempts or not attempts
+        assert len(asked) - asked.count("bad") - len(replies) == (kind not in {"406", "451"} or prompts == ["bad"])  # a harmless text
+        [again] = engine.generate([request("bad", sample=1)])
+        assert (again.finish_reason, words in again.text) == (REFUSED, True)
+
+
+def test_a_key_that_is_not_accepted_any_more_ends_the_engine() -> None:
+    with serve(lambda seen, number: echo(seen) if number < 3 else error(403, "revoked"), max_concurrent_requests=1) as (server, engine):
+        with pytest.raises(ConfigError, match=r"HTTP 403, the key was not accepted \(revoked\)"):
+            engine.generate([request(f"p{number}") for number in range(9)])
+        assert server.num_seen() == 3 + 2
+
+
+def test_texts_that_are_never_answered_are_left_out_within_the_bound() -> None:
+    def script(seen: Seen, number: int) -> Answer:
+        return Answer({"error": "no"}) if prompt_of(seen).startswith("bad") else echo(seen)
+
+    with serve(script, max_concurrent_requests=1, max_declined_fraction=0.005) as (_, engine):
+        assert [reply.finish_reason for reply in engine.generate([request(f"bad{number}") for number in range(2)])] == [REFUSED] * 2
+        with pytest.raises(ConfigError, match=r"declined 3 of 3 requests .* \(the last: its body has no choices, but an error: no\)"):
+            engine.generate([request("bad2")])
 
 
 FATAL = {
@@ -297,7 +345,9 @@ def test_what_will_not_pass_ends_the_engine_at_once(case: str) -> None:
             engine.generate([request(f"p{number}") for number in range(50)])
         assert "\n" not in str(raised.value)
         sent = server.num_seen()
-        assert sent <= 2 + (case == "field")  # what was in flight already, and a harmless text in the form that the server does not take
+        assert sent <= 2 + (
+            case in {"field", "forbidden"}
+        )  # what was in flight already, and a harmless text in the form that the server does not take
         with pytest.raises(SynprefError, match=words):
             engine.generate([request("again")])
         assert server.num_seen() == sent
@@ -406,18 +456,21 @@ TOO_LONG_ANSWERS = {
     "code": error(400, "Your input exceeds the limit.", code="context_length_exceeded"),
     "llama.cpp": error(400, "the request exceeds the available context size", kind="exceed_context_size_error"),
     "size": error(413, "prompt is too long: 210000 tokens > 200000 maximum"),
+    "nginx": Answer(b"<html>413 Request Entity Too Large</html>", 413),
 }
 
 
 @pytest.mark.parametrize("kind", TOO_LONG_ANSWERS)
-def test_a_prompt_beyond_the_servers_context_is_a_reply_and_is_not_asked_again(kind: str) -> None:
+def test_a_prompt_beyond_the_servers_context_is_a_reply_that_only_the_next_run_asks_for_again(kind: str) -> None:
     storage, requests = MemoryStorage(), [request("long"), request("good")]
     with serve(lambda seen, number: TOO_LONG_ANSWERS[kind] if prompt_of(seen) == "long" else echo(seen), **PRICES) as (server, engine):
         replies = generate_once(requests, engine, Journal(storage, "journal/00000"))
         assert [(reply.text, reply.finish_reason) for reply in replies] == [("", TOO_LONG), ("GOOD", "stop")]
         assert (replies[0].cost, server.num_seen()) == (0.0, 2)
-        assert generate_once(requests, engine, Journal(storage, "journal/00000")) == replies
-        assert server.num_seen() == 2
+    with serve(echo) as (server, engine):  # started again with a longer context
+        replies = generate_once(requests, engine, Journal(storage, "journal/00000"))
+        assert [reply.text for reply in replies] == ["LONG", "GOOD"]
+        assert server.num_seen() == 1
 
 
 def test_what_cannot_fit_the_configured_context_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:

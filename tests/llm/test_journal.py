@@ -138,7 +138,8 @@ def test_the_totals_are_those_of_all_runs() -> None:
     first.flush()
     second = Journal(storage, FOLDER)
     second.append(dataclasses.replace(reply("k1"), cost=0.25))
-    second.append(dataclasses.replace(reply("k2"), cost=1.0, finish_reason="refused"))
+    second.append(dataclasses.replace(reply("k2"), cost=0.75, finish_reason="refused"))
+    second.append(dataclasses.replace(reply("k3"), cost=0.25, finish_reason="too_long"))
     assert second.totals() == {"cost": 1.75, "prompt_tokens": 6.0, "output_tokens": 2.0}
 
 

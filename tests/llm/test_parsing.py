@@ -5,13 +5,17 @@ import json
 import pytest
 
 from synpref_ray.errors import ReplyParseError
-from synpref_ray.llm.parsing import parse_choice, parse_tag
+from synpref_ray.llm.parsing import Tag, parse_choice, parse_tag
 from synpref_ray.schema import Controversiality, Objectivity, TaskCategory
 from tests.llm.fakes import GOOD_TAG
 
 
+def parse(text: str) -> Tag:
+    return parse_tag(text, max_attributes_chars=64, max_guideline_chars=96)
+
+
 def test_a_whole_tag_is_read() -> None:
-    tag = parse_tag(GOOD_TAG)
+    tag = parse(GOOD_TAG)
     assert (tag.task_category, tag.objectivity, tag.controversiality) == (TaskCategory.MATH, Objectivity.OBJECTIVE, Controversiality.LOW)
     assert (tag.desired_attributes, tag.annotation_guideline) == ("the right sum", "Prefer the right sum.")
 
@@ -33,12 +37,20 @@ def test_a_whole_tag_is_read() -> None:
 )
 def test_anything_else_is_no_tag(text: str, named: str) -> None:
     with pytest.raises(ReplyParseError, match=named):
-        parse_tag(text)
+        parse(text)
+
+
+@pytest.mark.parametrize(("field", "most"), [("desired_attributes", 64), ("annotation_guideline", 96)])
+def test_a_text_beyond_its_limit_is_no_tag(field: str, most: int) -> None:
+    values = json.loads(GOOD_TAG)
+    assert len(getattr(parse(json.dumps({**values, field: f" {'é' * most}\n"})), field)) == most  # white space around does not count
+    with pytest.raises(ReplyParseError, match=f"at most {most} characters of {field}, found {most + 1}"):
+        parse(json.dumps({**values, field: "é" * (most + 1)}))
 
 
 def test_the_error_does_not_repeat_the_reply() -> None:
     with pytest.raises(ReplyParseError) as caught:
-        parse_tag('{"task_category": "SECRET"}')
+        parse('{"task_category": "SECRET"}')
     assert "SECRET" not in str(caught.value)
 
 

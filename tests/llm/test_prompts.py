@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from synpref_ray.llm.parsing import parse_tag
 from synpref_ray.llm.prompts import JUDGE_GUIDELINES, TAG_REPLY_START, JudgedExample, judge_prompt, quote, tag_prompt, tag_schema
+from synpref_ray.llm.tagger import TaggerConfig
 from synpref_ray.schema import Controversiality, Objectivity, TaskCategory
 
 HOSTILE = [
@@ -86,7 +87,7 @@ def test_the_taggers_own_examples_are_valid_tags() -> None:
     answers = [line.removeprefix(TAG_REPLY_START) for line in tag_prompt("T\n", user("x"), []).splitlines() if line.startswith(TAG_REPLY_START)]
     assert len(answers) == 4
     for answer in answers:
-        parse_tag(answer)
+        parse_tag(answer, max_attributes_chars=TaggerConfig().max_attributes_chars, max_guideline_chars=TaggerConfig().max_guideline_chars)
 
 
 def test_the_schema_asks_for_enums_first_and_bounds_the_rest() -> None:

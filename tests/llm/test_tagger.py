@@ -98,6 +98,15 @@ def test_an_unreadable_reply_is_asked_for_again_a_bounded_number_of_times_and_ke
     assert len({request.key for request in engine.sent}) == 6
 
 
+def test_texts_beyond_the_configured_limits_are_asked_for_again_and_then_rejected_with_what_was_said() -> None:
+    short = CONFIG.model_copy(update={"max_attributes_chars": 12})  # of "the right sum", which has 13
+    engine = ScriptedEngine(lambda request: GOOD_TAG.replace("right", "sum") if request.temperature and "number 0." in request.prompt else GOOD_TAG)
+    table = tag_pairs(make_pairs(2), engine, short)
+    assert table["drop_reason"].to_pylist() == [None, "unparsable_reply"]
+    assert table["raw"].to_pylist() == [None, GOOD_TAG]
+    assert engine.counts().requests_sent == 2 + 2 + 1
+
+
 def test_retries_are_journaled_like_any_request() -> None:
     storage = MemoryStorage()
     first = tag_pairs(make_pairs(2), ScriptedEngine(lambda request: GOOD_TAG if request.temperature else "{"), CONFIG, Journal(storage, "journal/0"))

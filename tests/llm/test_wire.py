@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from synpref_ray.config import Settings, load_config
 from synpref_ray.errors import ConfigError
+from synpref_ray.llm.control_text import ControlTokens
 from synpref_ray.llm.endpoint_config import ENDPOINT_SETTINGS, WIRE_VERSION, AnyEngineConfig, EndpointConfig
 from synpref_ray.llm.engine import REFUSED, EngineConfig, Reply, Request
+from synpref_ray.llm.prompts import JUDGE_REPLY_START
 from synpref_ray.llm.tokens import PlainEncoder
-from synpref_ray.llm.wire import Usage, Wire, break_control_text, read_usage
+from synpref_ray.llm.wire import Usage, Wire, read_usage
 from synpref_ray.pipeline.settings_help import describe_settings
+from tests.llm.chat_families import TEMPLATES, family
 from tests.llm.http_server import chat, completion
 from tests.llm.test_tokens import CONTROL_IDS, TOKENIZER
 
@@ -24,7 +25,6 @@ ENCODER = PlainEncoder(TOKENIZER)
 BASE = {"base_url": "http://127.0.0.1/v1", "model": "m"}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "minLength": 1, "maxLength": 9}}}
 NEUTRAL = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-FULL_BAR = "\uff5c"
 
 
 def wire(**settings: Any) -> Wire:
@@ -84,12 +84,29 @@ def test_completions_are_guided_in_the_vllm_dialect() -> None:
 
 def test_chat_in_the_vllm_dialect_begins_the_reply() -> None:
     sent = body(request("hi <|im_end|>", choices=("1", "2"), reply_start="It is "), guidance="vllm")
-    assert sent["messages"] == [{"role": "user", "content": "hi < |im_end|>"}, {"role": "assistant", "content": "It is "}]
+    assert sent["messages"] == [{"role": "user", "content": "hi < |im_end|>"}, {"role": "assistant", "content": "It is"}]
     assert (sent["add_generation_prompt"], sent["continue_final_message"]) == (False, True)
-    assert sent["structured_outputs"] == {"choice": ["1", "2"]}
+    assert (sent["structured_outputs"], sent["max_tokens"]) == ({"choice": [" 1", " 2"]}, 5)
     assert (sent["logprobs"], sent["top_logprobs"]) == (True, 20)
     bare = body(request(), guidance="vllm")
     assert bare == {**NEUTRAL, "messages": [{"role": "user", "content": "p"}], "model": "m", "max_tokens": 4, "temperature": 0.0}
+
+
+def test_chat_texts_that_spell_added_tokens_of_a_configured_tokenizer_are_broken() -> None:
+    config = EndpointConfig(**BASE)
+    sent = Wire(config, None, ControlTokens(["<own token>"])).write(request("a<own token>b"))
+    assert sent.body["messages"][0]["content"] == "a< own token>b"
+
+
+@pytest.mark.parametrize("template", sorted(TEMPLATES))
+def test_the_server_reads_the_forced_start_and_the_choice_as_we_write_them_with_any_template(template: str) -> None:
+    sent = body(request("Which?", choices=("1", "2"), reply_start=JUDGE_REPLY_START), guidance="vllm")
+    flags = {name: sent[name] for name in ("add_generation_prompt", "continue_final_message")}
+    tokenizer = family(template).tokenizer
+    seen = tokenizer.apply_chat_template(sent["messages"], tokenize=False, **flags)
+    asked = tokenizer.apply_chat_template(sent["messages"][:1], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    forced = sent["structured_outputs"]["choice"]
+    assert [seen + choice for choice in forced] == [f"{asked}{JUDGE_REPLY_START}{choice}" for choice in "12"]
 
 
 def test_chat_in_the_openai_dialect_gets_a_strict_schema() -> None:
@@ -143,36 +160,6 @@ def test_what_cannot_be_sent_is_one_line() -> None:
         wire().write(request(chat=False))
 
 
-CONTROL_TEXT = [
-    *("<|im_end|>", "<|start_header_id|>", "<|turn>", "<turn|>", "<bos>", "</s>", "<s>", "<think>", "</think>", "<start_of_turn>", "<tool_call>"),
-    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[gMASK]", "<unused7>", "<extra_id_0>"),
-    *("[|endofturn|]", "[|assistant|]", "[EOS]", "[BOS]", "[EOT]", "<sop>", "<eop>", "]~b]ai", "]~!b[", "[e~["),
-    f"<{FULL_BAR}end\u2581of\u2581sentence{FULL_BAR}>",
-]
-
-
-@pytest.mark.parametrize("text", CONTROL_TEXT)
-def test_text_that_looks_like_a_control_token_is_broken_and_stays_readable(text: str) -> None:
-    broken = break_control_text(f"a{text}b")
-    assert text not in broken
-    assert broken.replace(" ", "") == f"a{text}b"
-    assert all(part not in broken for part in ("[|", "[E", "[B", "]~", "[e~"))
-    assert break_control_text(broken) not in {broken, f"a{text}b"}  # one more space, or it could not be told from a broken one
-
-
-@pytest.mark.parametrize(
-    "text", ["<div>", "a < b > c", "x[0]", "[1, 2]", "List<String>", "if (a<b)", "<p>text</p>", "a|b|c", "a[~mask]", "[a|b]", "a] ~ b"]
-)
-def test_other_text_is_left_alone(text: str) -> None:
-    assert break_control_text(text) == text
-
-
-@settings(deadline=None)
-@given(*[st.lists(st.sampled_from([*CONTROL_TEXT, "<", "[", "|>", "|]", " ", "a", ">", "]", "~b"]), max_size=5).map("".join)] * 2)
-def test_two_texts_never_become_one(first: str, second: str) -> None:
-    assert (break_control_text(first) == break_control_text(second)) == (first == second)
-
-
 def test_choice_log_probabilities_come_from_watched_tokens() -> None:
     one, two = (ENCODER.encode_text(text)[0] for text in "12")
     asked = request(choices=("1", "2"))
@@ -214,7 +201,12 @@ def test_replies_asked_for_in_words_are_freed_of_what_is_around_them() -> None:
     choice = request(choices=("1", "2"), reply_start="It is ")
     assert read(choice, chat(" 1\n"), guidance="none").text == "1"
     assert read(choice, chat("no JSON"), guidance="openai").text == "no JSON"
-    assert read(request(reply_start=" "), chat(" as is "), guidance="vllm").text == " as is "
+    assert read(request(reply_start="So:"), chat(" as is "), guidance="vllm").text == " as is "
+    assert read(request(reply_start="So "), chat(" as is "), guidance="vllm").text == "as is "
+    forced = request(choices=("1", "2"), reply_start="It is ")
+    spoken = chat(" 2", logprobs=chat_logprobs((" ", {" ": 0.0, "\n": -9.0}), ("2", {"1": math.log(0.2), "2": math.log(0.6)})))
+    assert read(forced, spoken, guidance="vllm").text == "2"
+    assert read(forced, spoken, guidance="vllm").choice_logprobs == pytest.approx((math.log(0.25), math.log(0.75)))
 
 
 @pytest.mark.parametrize("settings", [COMPLETIONS, {"guidance": "vllm"}, {"guidance": "openai"}, {"guidance": "none"}])
@@ -346,5 +338,6 @@ def test_what_changes_replies_is_named_and_shares_keep_the_limits() -> None:
     assert moved.settings() == config.settings()
     assert config.model_copy(update={"revision": "2"}).settings() != config.settings()
     assert config.model_copy(update={"bytes_per_token": 2.0}).settings() != config.settings()
+    assert config.model_copy(update={"max_context_tokens": 1638}).settings() != config.settings()  # what does not fit is rejected
     third = config.share(3)
     assert (third.requests_per_minute, third.tokens_per_minute, third.max_concurrent_requests) == (20.0, 300.0, 1)

@@ -6,6 +6,7 @@ import pytest
 
 from jobs import stage2
 from synpref_ray.errors import ConfigError, InputError
+from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.llm.engine import EngineConfig
 from synpref_ray.llm.judge import JudgeConfig
 from synpref_ray.llm.tagger import TaggerConfig
@@ -61,6 +62,19 @@ def test_requests_that_the_engine_cannot_hold_are_found(tmp_path: Path) -> None:
         JudgeStepConfig(engine=engine, judge=JudgeConfig(judge="a", max_input_tokens=2048)).check()
     with pytest.raises(ConfigError, match="2049"):
         TagStepConfig(engine=engine, tagger=TaggerConfig(max_input_tokens=1800, max_new_tokens=249)).check()
+
+
+def test_an_endpoints_context_that_is_shorter_than_what_steps_send_is_found() -> None:
+    tagger = TaggerConfig(max_input_tokens=14_000, max_new_tokens=224)
+
+    def check(max_context_tokens: int) -> None:
+        engine = EndpointConfig(base_url="http://localhost:1/v1", model="m", max_context_tokens=max_context_tokens, extra_output_tokens=100)
+        TagStepConfig(engine=engine, tagger=tagger).check()
+
+    check(14_324)
+    check(0)  # unknown
+    with pytest.raises(ConfigError, match=r"max_context_tokens=1638 is less than .* 14324: "):
+        check(1638)
 
 
 def test_a_dry_run_tells_every_thing_that_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,6 +165,20 @@ def test_rejects_are_written_whole_and_counted(tmp_path: Path) -> None:
         run_step(replace(step, version=2, max_failed_fraction=0.1), [StepInput(pool, ("chosen",))])
 
 
+def test_a_failed_step_names_the_shards_to_delete_once_the_cause_is_mended(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "seed", [2, 2])
+    inputs = [StepInput(pool, ("chosen",))]
+    broken, mended = (counting_step(tmp_path / "log", Resources(), fail_above=most) for most in (0, 10**9))  # one fingerprint
+    for step in (broken, mended):  # what was made stays
+        with pytest.raises(SynprefError, match="rejected 4 of 4 rows") as raised:
+            run_step(step, inputs)
+    found = re.search(r"delete the (\S+) files in (\S+), and start", str(raised.value))
+    assert found is not None
+    deleted = [path.unlink() for path in Path(found[2]).glob(found[1])]
+    assert len(deleted) == 2
+    assert run_step(mended, inputs).rejected == {}
+
+
 def test_a_worker_that_reorders_rows_is_an_error(tmp_path: Path) -> None:
     pool = make_pool(tmp_path, "seed", [4])
     step = Step("shuffle", 1, Shuffler, (Output("lengths", LENGTHS),), {})
