@@ -104,6 +104,10 @@ def test_the_sets_hold_what_they_say_and_a_leak_is_refused(tmp_path: Path) -> No
     silver, everything = sets["silver"].read(), gold.read()
     assert silver.num_rows == 2
     assert sets["gold-working"].read().num_rows + sets["gold-audit"].read().num_rows == 3
+    nobody_agreed = {*silver["pair_id"].to_pylist()}  # no judge may decide: the source label stands in
+    for name in ("original", "filtered", "corrected", "filtered-and-corrected"):
+        assert not nobody_agreed & {*sets[name].read()["pair_id"].to_pylist()}
+    assert sets["filtered-and-corrected"].count() == sets["gold-working"].count()
     check_silver(silver, everything)
     leaked = pa.concat_tables([silver, labelled.pool.read_all(["prompt_group", "pair_id"]).slice(0, 1)], promote_options="default")
     with pytest.raises(CleanGoldError):
