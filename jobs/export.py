@@ -1,7 +1,7 @@
 """Write a set of the workspace as a data set for others: Parquet and a card, filtered by licence; read by `datasets`, TRL and OpenRLHF as it is.
 
 Paper: the data statement (sources whose licences permit it, attribution).
-Inputs: a set (curated-wild-kept, curated-wild-kept-and-flipped, silver-r08 …) and, where they are there, the sidecars attributes, hygiene, pii,
+Inputs: a set (curated-wild-kept, curated-wild-silver-kept-and-flipped …) and, where they are there, the sidecars attributes, hygiene, pii,
 token_lengths and decontamination of its pools.
 Outputs: a folder with data/train-*.parquet, README.md (the card) and export.json (all counts). Nothing leaves this machine but by the verb push,
 which uploads an export that has been made to a repository of the Hugging Face Hub (the token comes from HF_TOKEN or `hf auth login`).

@@ -2,7 +2,8 @@
 
 Paper: Sec. 3.3 and App. H.4.
 Inputs: the pool wild, and the result of Stage 1 in the same workspace.
-Outputs: the sidecar `decision` with its evidence, and the sets curated-wild-kept and curated-wild-kept-and-flipped.
+Outputs: the sidecar `decision` with its evidence, the sets curated-wild-kept and curated-wild-kept-and-flipped, and both with Stage 1's judged
+silver: curated-wild-silver-kept and curated-wild-silver-kept-and-flipped.
 
 Laptop:  python jobs/stage2.py --config jobs/configs/laptop_stage2.yaml workspace=workspace
 Cluster: ray job submit --working-dir . -- python jobs/stage2.py --config jobs/configs/stage2.yaml workspace=s3://bucket/run

@@ -13,7 +13,7 @@ not blamed. Halves go to the worker like a shard of their own, so a worker must 
 of a real model may then differ by float error, as after any restart.
 
 What an earlier run of the job wrote down counts for nothing: its workers died with their driver. Every loop here ends: a shard may kill
-`MAX_CRASHES` workers, a worker may die `MAX_START_CRASHES` times while it starts, and then the job ends with the reason.
+`MAX_CRASHES` workers, a worker may die `MAX_START_CRASHES` times in a row while it starts, and then the job ends with the reason.
 """
 
 import logging
@@ -37,7 +37,7 @@ from synpref_ray.tables.storage import Storage
 MAX_SHARD_CRASHES = 2  # ours: once is chance (a node that was taken away), twice is a pattern
 MAX_PAIR_CRASHES = 3  # ours: a pair is rejected for good, so it gets one more chance than a shard
 MAX_CRASHES = 200  # ours: about ten poison pairs in one shard; more is not poison but a broken engine
-MAX_START_CRASHES = 3  # ours: a model that did not fit three times will not fit the fourth
+MAX_START_CRASHES = 3  # ours, in a row: a model that did not fit three times will not fit the fourth
 MAX_RESTARTS = 1000  # ours: of one worker over a step of days; Ray's own default is without end
 MAX_TASK_RETRIES = 20  # ours: of a stateless task whose process or node is lost; Ray Data's own default is without end
 EXIT_CODE = 70  # EX_SOFTWARE: this process ended itself, so that Ray starts another
@@ -130,24 +130,27 @@ class CrashJournal:
 
     @contextmanager
     def starting(self, worker: str) -> Iterator[None]:
-        """Have it written down that a worker is starting.
+        """Have it written down that a worker is starting; once it has started, its earlier deaths at that count for nothing.
 
         Raises:
-            SynprefError: it has died too often while it did.
+            SynprefError: it has died too often in a row while it did.
         """
         folder = f"{self.folder}/starts"
         before = [path for path in self.storage.list_files(folder, deep=False) if path.rpartition("/")[2].startswith(f"{self.run}.{worker}.")]
         if len(before) >= MAX_START_CRASHES:
             raise SynprefError(
-                f"a worker died {len(before)} times while it started, without a word: mostly the system kills it for lack of memory; give it a "
-                "smaller model or more memory (Ray's log of the node tells), then run the job again"
+                f"a worker died {len(before)} times in a row while it started, without a word: mostly the system kills it for lack of memory; give "
+                "it a smaller model or more memory (Ray's log of the node tells), then run the job again"
             )
         path = f"{folder}/{self.run}.{worker}.{uuid.uuid4().hex[:8]}"
         self.storage.write_bytes(path, _who())
+        over = [path]
         try:
             yield
+            over += before
         finally:
-            self.storage.delete(path)
+            for mark in over:
+                self.storage.delete(mark)
 
     def _folder_of(self, shard: int) -> str:
         return f"{self.folder}/{shard:05d}"

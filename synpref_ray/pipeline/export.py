@@ -70,7 +70,7 @@ class ExportConfig(JobConfig):
     """What goes out, and where to."""
 
     set: str
-    """A name under sets/, as in curated-wild-kept (the 26M kind) and curated-wild-kept-and-flipped (the 40M kind)."""
+    """A name under sets/, as in curated-wild-silver-kept (the 26M kind) and curated-wild-silver-kept-and-flipped (the 40M kind)."""
     where: dict[str, tuple[str, ...]] = Field(default={})
     """Only pairs for which a column of the set's own table (the decisions: decision_reason, judge_verdict, …) has one of these values."""
     at_least: dict[str, float] = Field(default={})

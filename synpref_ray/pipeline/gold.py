@@ -23,7 +23,7 @@ from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepIn
 from synpref_ray.reporting.metrics import judge_samples
 from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_split
 from synpref_ray.rules.judges import JudgeTrust, TrustConfig, judge_trust
-from synpref_ray.rules.labels import LABEL_SCHEMA, label_shard
+from synpref_ray.rules.labels import LABEL_SCHEMA, LabelReason, label_shard
 from synpref_ray.rules.verdicts import VERDICT_SCHEMA, MergeConfig, add_verdicts, agreement_records
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA, LabelSource
 from synpref_ray.tables.pools import Pool, content_digest, open_pool
@@ -227,6 +227,7 @@ def label_pool(labelled: LabelledPool, verdict: Sidecar, gold: GoldTables) -> Si
 
 _Where = tuple[tuple[str, tuple[str, ...]], ...]
 _SILVER: _Where = (("label_source", (LabelSource.SILVER.value,)),)
+_JUDGED: _Where = (*_SILVER, ("label_reason", (LabelReason.JUDGE.value,)))
 _WORKING: _Where = (("label_source", (LabelSource.GOLD.value,)), ("gold_split", (GoldSplit.WORKING.value,)))
 _AUDIT: _Where = (("label_source", (LabelSource.GOLD.value,)), ("gold_split", (GoldSplit.AUDIT.value,)))
 _STANDS: _Where = (("flipped", ("false",)),)
@@ -234,20 +235,22 @@ _TURNED: _Where = (("flipped", ("true",)),)
 
 
 def save_label_sets(storage: Storage, suffix: str, labels: Sequence[Sidecar]) -> dict[str, PairSet]:
-    """Write the sets of a round, over all pairs labelled so far: silver, gold-working and gold-audit, and the paper's three.
+    """Write the sets of a round, over all pairs labelled so far: silver, gold-working and gold-audit, and the paper's four.
 
     Paper: Fig. 5 and Table 20. *filtered*: gold and silver whose source label people or judges agree with. *corrected*: those that they turn round,
     with the turned label. *original*: both, with the labels that they came with; *filtered-and-corrected*: both, with the labels that they have now.
-    Our choice: audit gold is in none of the four, because they are for training and audit gold trains nothing.
+    Our choice: audit gold is in none of the four, because they are for training and audit gold trains nothing; nor is silver under its source label
+    where no judge may decide (`label_reason` source_label), with which nobody has agreed.
     """
+    decided = (_JUDGED, _WORKING)
     names = {
         "silver": [Member(label, _SILVER) for label in labels],
         "gold-working": [Member(label, _WORKING) for label in labels],
         "gold-audit": [Member(label, _AUDIT) for label in labels],
-        "original": [Member(label, where, as_ingested=True) for label in labels for where in (_SILVER, _WORKING)],
-        "filtered": [Member(label, (*where, *_STANDS)) for label in labels for where in (_SILVER, _WORKING)],
-        "corrected": [Member(label, (*where, *_TURNED)) for label in labels for where in (_SILVER, _WORKING)],
-        "filtered-and-corrected": [Member(label, where) for label in labels for where in (_SILVER, _WORKING)],
+        "original": [Member(label, where, as_ingested=True) for label in labels for where in decided],
+        "filtered": [Member(label, (*where, *_STANDS)) for label in labels for where in decided],
+        "corrected": [Member(label, (*where, *_TURNED)) for label in labels for where in decided],
+        "filtered-and-corrected": [Member(label, where) for label in labels for where in decided],
     }
     return {name: save_set(storage, f"{name}-{suffix}", members) for name, members in names.items()}
 

@@ -18,8 +18,9 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.rules.gold import GoldSplit, describe_small_gold
 from synpref_ray.rules.judges import JudgeTrust, describe_trust
+from synpref_ray.rules.labels import LabelReason
 from synpref_ray.rules.stop import StopReason
-from synpref_ray.schema import Verdict
+from synpref_ray.schema import LabelSource, Verdict
 from synpref_ray.tables.garbage import ROUND_SOURCES
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.sets import PairSet
@@ -218,6 +219,8 @@ def closing_table(
         rows.append((name, trained, *measured, str(entry["selected_pairs"] or "-"), *(str(sizes[n]) for n in shown)))
     header = ("", "RM trained on", "right, working gold", "right, audit gold", "then selected", "silver", "working gold", "audit gold")
     lines = [format_table((*header, "filtered", "corrected"), rows)]
+    if fallback := rounds[-1]["decided"]["labels"].get(f"{LabelSource.SILVER}/{LabelReason.SOURCE_LABEL}"):
+        lines.append(f"of the silver pairs {fallback} have their source label, as no judge may decide there; filtered and corrected leave them out")
     lines += [f"final {name} RM on audit gold: {_share_of(accuracy)}" for name, accuracy in final.items()]
     lines += [describe_trust(judge, report) for judge, report in sorted(rounds[-1]["judges_on_working_gold"].items())]
     lines.append("intervals are 95 %, bootstrapped over prompts (Wilson's where all are right, or none); audit gold is what nothing was tuned on")

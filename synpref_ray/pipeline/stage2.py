@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from synpref_ray.bundled import find_model
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import read_by_clusters
+from synpref_ray.pipeline.curated_sets import save_curated_sets
 from synpref_ray.pipeline.gathering import find_gathered, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecars
 from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, open_gold, report_judges
 from synpref_ray.pipeline.gold_tables import GoldTables
@@ -56,7 +57,7 @@ from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool, Shard, open_pool
 from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.selection import Piece
-from synpref_ray.tables.sets import Member, save_set
+from synpref_ray.tables.sets import load_set
 from synpref_ray.tables.sidecars import Sidecar
 
 GATE_VERSION = 2
@@ -315,10 +316,8 @@ def _finish(
     for table in read_each(lambda shard: decision.read(shard.number, names), pool.shards):
         counted = table.group_by(names).aggregate([([], "count_all")])
         reasons.update({(row["decision"], row["decision_reason"]): row["count_all"] for row in counted.to_pylist()})
-    kept = (("decision", (Decision.KEEP.value,)),)
-    both = (("decision", (Decision.KEEP.value, Decision.FLIP.value)),)
-    save_set(config.storage, f"curated-{pool.name}-kept", [Member(decision, kept)])
-    save_set(config.storage, f"curated-{pool.name}-kept-and-flipped", [Member(decision, both)])
+    silver = config.storage.read_json(STAGE1_RECORD).get("sets", {}).get("silver")
+    sets = save_curated_sets(decision, load_set(config.storage, **silver) if silver else None)
     counts = {name.value: sum(count for (what, _), count in reasons.items() if what == name) for name in Decision}
     record: dict[str, Any] = {
         "pool": pool.name,
@@ -334,7 +333,7 @@ def _finish(
         "judges_on_audit_gold": {judge: measured.report() for judge, measured in judges.audit.items()},
         "judge_report": dict(judges.report),
         "tables": table_names(judges.votes),
-        "sets": {"kept": f"curated-{pool.name}-kept", "kept_and_flipped": f"curated-{pool.name}-kept-and-flipped"},
+        "sets": sets,
         "simulated_gold": before.simulated_gold,
     }
     config.storage.write_json(STAGE2_RECORD, record)

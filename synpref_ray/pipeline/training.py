@@ -34,7 +34,7 @@ from synpref_ray.reward.training_record import TrainingRecord
 from synpref_ray.tables.leases import Lease
 from synpref_ray.tables.models import RECORD_FILE, StoredModel, model_is_stored, store_model
 from synpref_ray.tables.pools import content_digest
-from synpref_ray.tables.sets import PairSet, iter_shards
+from synpref_ray.tables.sets import AS_INGESTED, PairSet, iter_shards
 from synpref_ray.tables.sidecars import fingerprint
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import versions_of
@@ -74,6 +74,8 @@ def train_model(
     config = config.model_copy(update={"backbone": pin_model(config.backbone)})
     digest = train.digest if isinstance(train, PairSet) else train[1]
     digests = {"backbone": digest_model(config.backbone), "train": digest, "gold": gold[1] if gold else ""}
+    if isinstance(train, PairSet) and any(member.as_ingested for member in train.members):
+        digests["labels"] = AS_INGESTED  # models of earlier versions were trained on such sets with flips applied
     unused: set[str] = set() if config.evaluate_every_steps else {"evaluate_every_steps"}  # models from before this setting keep their names
     settings = config.model_dump(mode="json", exclude=RESOURCE_SETTINGS | {"backbone"} | unused)
     settings["versions"] = versions_of("torch", "transformers", "tokenizers", "deepspeed")

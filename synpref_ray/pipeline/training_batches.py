@@ -2,7 +2,7 @@
 
 1. tokenise: a sidecar of token ids beside every pool of the set, once per template; every training over the pool reads it.
 2. count: how many pairs of every shard the set holds, so that windows of the epoch can be cut by arithmetic alone.
-3. pack: for every window, read the token ids of its shards, apply the set's filter and flips, shuffle, cut into micro-batches, write.
+3. pack: for every window, read the token ids of its shards, apply the set's filter and labels, shuffle, cut into micro-batches, write.
 
 All three run on Ray Data, shard by shard and window by window, and leave out what an earlier run has finished; small sets run in this process.
 """
@@ -82,15 +82,14 @@ class SetShards:
 
 
 def read_member_tokens(member: Member, tokens: Sidecar, number: int) -> pa.Table:
-    """Return the token ids of the pairs that a member selects from one shard, flips applied: TOKENS_SCHEMA and `flipped`."""
+    """Return the token ids of the pairs that a member selects from one shard, under its labels: TOKENS_SCHEMA and `flipped`."""
     table = tokens.read(number)
-    labels = member.sidecar.read(number, ["pair_id", "flipped", *(name for name, _ in member.where)])
+    labels = member.sidecar.read(number, ["pair_id", *member.columns])
     if not labels["pair_id"].equals(table["pair_id"]):
         raise SchemaError(f"shard {number} of {tokens.pool.storage.join(tokens.folder)} does not hold the pairs of {member.sidecar.name!r} in order")
-    wanted = pa.chunked_array([pa.array([True] * table.num_rows)])
-    for name, values in member.where:
-        wanted = pc.and_(wanted, pc.is_in(labels[name], value_set=pa.array(values, pa.string())))
-    return flip_pairs(table.filter(wanted), pc.fill_null(labels["flipped"].filter(wanted), False))
+    found = {name: labels[name] for name in member.columns}
+    wanted = member.wants(found)
+    return flip_pairs(table.filter(wanted), member.flips(found).filter(wanted))
 
 
 def prepare_set(run: Run, pairs: PairSet, gold: pa.Table | None, config: TrainConfig, backbone: str, storage: Storage, folder: str) -> TrainingData:
@@ -105,8 +104,8 @@ def prepare_set(run: Run, pairs: PairSet, gold: pa.Table | None, config: TrainCo
     counts.require("train")
     spec = batch_spec(config, read_row_layout(resolve_model(backbone, weights=False), config.max_tokens_per_microbatch))
     windows = plan_windows(counts.pairs, spec)
-    planned = [repr(spec), shards.names, shards.counts, [sidecar.fingerprint for sidecar in tokens]]
-    folder = f"{folder}-{content_digest(planned)[:8]}"  # other tokens or another plan make other files
+    planned = [pairs.digest, repr(spec), shards.names, shards.counts, [sidecar.fingerprint for sidecar in tokens]]
+    folder = f"{folder}-{content_digest(planned)[:8]}"  # other pairs, labels, tokens or another plan make other files
     pack_windows(shards, windows, spec, storage, folder)
     gold_batches, gold_counts = prepare_gold(tokenizer, gold, config, spec.layout)
     return TrainingData(storage, folder, len(windows), counts, gold_batches, gold_counts, template_digest(tokenizer))

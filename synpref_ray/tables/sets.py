@@ -1,7 +1,7 @@
 """Sets: named selections of labelled pairs, kept as (pool version, verdict sidecar, filter) and never as copies."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -32,6 +32,23 @@ class Member:
     def identity(self) -> list[object]:
         """What names these rows."""
         return [self.sidecar.pool.digest, self.sidecar.fingerprint, self.where, *(["as ingested"] if self.as_ingested else [])]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the sidecar that `wants` and `flips` read."""
+        return list(dict.fromkeys(["flipped", *(name for name, _ in self.where)]))
+
+    def wants(self, labels: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
+        """Return which rows are the member's, booleans, from the sidecar's `columns` by name."""
+        wanted = pa.chunked_array([pa.repeat(pa.scalar(True), len(labels["flipped"]))])
+        for name, values in self.where:
+            wanted = pc.and_(wanted, pc.is_in(labels[name].cast(pa.string()), value_set=pa.array(values, pa.string())))
+        return wanted
+
+    def flips(self, labels: Mapping[str, pa.ChunkedArray]) -> pa.ChunkedArray:
+        """Return of which rows the replies are swapped, booleans without nulls, from the sidecar's `columns` by name."""
+        flips = pc.fill_null(labels["flipped"], False)
+        return pc.and_(flips, pa.scalar(False)) if self.as_ingested else flips
 
 
 @dataclass(frozen=True)
@@ -80,23 +97,22 @@ def iter_shards(pairs: PairSet, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield pair_id and some columns of the set's pairs, shard by shard and as ingested: flips are not applied, repeated comparisons not merged."""
     for member in pairs.members:
         for shard in member.sidecar.pool.shards:
-            yield _selected(member, shard.number, columns).select(["pair_id", *columns])
+            yield _selected(member, shard.number, columns)[0].select(["pair_id", *columns])
 
 
 def read_member(member: Member, number: int, columns: Sequence[str] = SET_COLUMNS) -> pa.Table:
     """Return the selected pairs of one shard, flips applied: pair_id, `columns` (the replies among them), flipped."""
-    table = _selected(member, number, columns)
-    flips = pc.fill_null(table["flips"], False)
-    return flip_pairs(table.drop_columns(["flips"]), pc.and_(flips, pa.scalar(False)) if member.as_ingested else flips)
+    table, flips = _selected(member, number, columns)
+    return flip_pairs(table, flips)
 
 
-def _selected(member: Member, number: int, columns: Sequence[str]) -> pa.Table:
-    """Return the selected pairs of one shard as ingested: pair_id, `columns`, and the sidecar's `flipped` as `flips`."""
-    filters = {name: f"where.{name}" for name, _ in member.where}
-    table = zip_shard(member.sidecar.pool, number, columns, [(member.sidecar, {"flipped": "flips"}), (member.sidecar, filters)])
-    for name, values in member.where:
-        table = table.filter(pc.is_in(table[f"where.{name}"].cast(pa.string()), value_set=pa.array(values, pa.string())))
-    return table.drop_columns(list(filters.values()))
+def _selected(member: Member, number: int, columns: Sequence[str]) -> tuple[pa.Table, pa.ChunkedArray]:
+    """Return the selected pairs of one shard as ingested (pair_id, `columns`), and of which of them the replies are swapped."""
+    labels = {name: f"label.{name}" for name in member.columns}
+    table = zip_shard(member.sidecar.pool, number, columns, [(member.sidecar, labels)])
+    found = {name: table[label] for name, label in labels.items()}
+    wanted = member.wants(found)
+    return table.drop_columns(list(labels.values())).filter(wanted), member.flips(found).filter(wanted)
 
 
 def save_set(storage: Storage, name: str, members: Sequence[Member]) -> PairSet:

@@ -76,7 +76,7 @@ def family_config(name: str) -> TrainJobConfig:
 def test_each_of_the_eight_models_has_its_config_with_the_paper_s_values(name: str) -> None:
     config = family_config(name)
     backbone, pairs = FAMILY[name]
-    assert (config.name, config.train.backbone, config.set) == (name, backbone, f"curated-wild-{pairs}")
+    assert (config.name, config.train.backbone, config.set) == (name, backbone, f"curated-wild-silver-{pairs}")
     assert [getattr(config.train, field) for field in APP_E] == [3e-6, "constant", 10_240, 1, 16_384, 1]
     assert config.train.use_gpu
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from synpref_ray.errors import SynprefError
+from synpref_ray.errors import InputError, SynprefError
 from synpref_ray.llm.engine import EngineDied
 from synpref_ray.pipeline import crashes, steps
 from synpref_ray.pipeline.crashes import CrashJournal, Lane, RangePlan, ShardGuard, plan_ranges
@@ -138,18 +138,35 @@ def test_a_table_without_a_place_for_the_reason_says_so(tmp_path: Path) -> None:
         ShardGuard("count", [("", bare)])(shard, 7, CrashJournal(Storage(str(tmp_path)), "t", "run"), worker)
 
 
+def die_while_starting(storage: Storage) -> None:
+    process = os.fork()
+    if not process:
+        with CrashJournal(storage, "t", "run").starting("actor"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
+
+
 def test_a_worker_that_dies_while_it_starts_is_given_up(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     for _ in range(crashes.MAX_START_CRASHES):
-        process = os.fork()
-        if not process:
-            with CrashJournal(storage, "t", "run").starting("actor"):
-                os.kill(os.getpid(), signal.SIGKILL)
-        os.waitpid(process, 0)
-    with pytest.raises(SynprefError, match="died 3 times while it started"), CrashJournal(storage, "t", "run").starting("actor"):
+        die_while_starting(storage)
+    with pytest.raises(SynprefError, match="died 3 times in a row while it started"), CrashJournal(storage, "t", "run").starting("actor"):
         pass
     with CrashJournal(storage, "t", "run").starting("another"), CrashJournal(storage, "t", "run2").starting("actor"):
         pass
+
+
+def test_deaths_at_start_count_in_a_row(tmp_path: Path) -> None:
+    storage, journal = Storage(str(tmp_path)), CrashJournal(Storage(str(tmp_path)), "t", "run")
+    for _ in range(2):
+        for _ in range(crashes.MAX_START_CRASHES - 1):
+            die_while_starting(storage)
+        with pytest.raises(InputError), journal.starting("actor"):
+            raise InputError("no such model")  # told, so no death; nor has it started
+        assert len(storage.list_files("t/starts")) == crashes.MAX_START_CRASHES - 1
+        with journal.starting("actor"):
+            pass
+    assert storage.list_files("t/starts") == []
 
 
 def test_a_suspect_runs_alone() -> None:
@@ -294,6 +311,6 @@ class DiesAtBirth(DyingCounter):
 def test_a_worker_that_never_starts_ends_the_job_with_the_reason(tmp_path: Path) -> None:
     pool = make_pool(tmp_path, "seed", [3, 4])
     step = Step("born", 1, DiesAtBirth, (Output("lengths", LENGTHS),), {}, worker_arguments=lambda _: {"log": str(tmp_path / "log")})
-    with pytest.raises(SynprefError, match="died 3 times while it started"):
+    with pytest.raises(SynprefError, match="died 3 times in a row while it started"):
         run_step(replace(step, resources=Resources(num_workers=1)), [StepInput(pool, ("chosen",))])
     assert (tmp_path / "log").read_text().split() == ["born"] * 3

@@ -1,5 +1,6 @@
 """Gold, labels and sets derived from stored verdicts and votes; and what happens when somebody lets gold leak."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,12 +10,15 @@ from synpref_ray.errors import CleanGoldError, InputError
 from synpref_ray.llm.judge import VOTES_SCHEMA
 from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
 from synpref_ray.pipeline.judge_steps import pairs_to_judge, spread_rows
+from synpref_ray.pipeline.training_batches import read_member_tokens
 from synpref_ray.retrieval.embedder import embeddings_schema
+from synpref_ray.reward.training_plan import TOKENS_SCHEMA
 from synpref_ray.rules.gold import GoldConfig, check_best_rm_training, check_silver, split_gold
 from synpref_ray.rules.judges import TrustConfig
 from synpref_ray.rules.verdicts import MergeConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA
 from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
+from synpref_ray.tables.sets import load_set, read_member
 from synpref_ray.tables.sidecars import Sidecar
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
@@ -54,12 +58,13 @@ def labelled_pool(root: Path, verdicts: list[str | None]) -> LabelledPool:
     )
 
 
-def vote_table(pool: Pool, verdict: str, name: str = "d") -> Sidecar:
-    """Return a sealed votes sidecar in which one judge says `verdict` of every pair, in both orders."""
+def vote_table(pool: Pool, verdicts: str | Sequence[str], name: str = "d") -> Sidecar:
+    """Return a sealed votes sidecar in which one judge says this of every pair, or these in turn, in both orders."""
     ids = pool.read_all(["pair_id"])["pair_id"].to_pylist()
-    origin = {"judge": "j", "model": "m", "revision": "r", "prompt_version": "v"}
-    votes = [{**origin, "order": order, "sample": 0, "raw": "1", "verdict": verdict, "logprob": -0.1} for order in (0, 1)]
-    rows = [{"pair_id": i, "votes": votes, "num_exemplars": 0} for i in ids]
+    origin = {"judge": "j", "model": "m", "revision": "r", "prompt_version": "v", "sample": 0, "raw": "1", "logprob": -0.1}
+    in_turn = [verdicts] if isinstance(verdicts, str) else verdicts
+    votes = [[{**origin, "order": order, "verdict": verdict} for order in (0, 1)] for verdict in in_turn]
+    rows = [{"pair_id": i, "votes": votes[number % len(votes)], "num_exemplars": 0} for number, i in enumerate(ids)]
     return seal(Sidecar(pool, "votes.j", name * 32), pa.Table.from_pylist(rows, schema=VOTES_SCHEMA))
 
 
@@ -99,12 +104,40 @@ def test_the_sets_hold_what_they_say_and_a_leak_is_refused(tmp_path: Path) -> No
     silver, everything = sets["silver"].read(), gold.read()
     assert silver.num_rows == 2
     assert sets["gold-working"].read().num_rows + sets["gold-audit"].read().num_rows == 3
+    nobody_agreed = {*silver["pair_id"].to_pylist()}  # no judge may decide: the source label stands in
+    for name in ("original", "filtered", "corrected", "filtered-and-corrected"):
+        assert not nobody_agreed & {*sets[name].read()["pair_id"].to_pylist()}
+    assert sets["filtered-and-corrected"].count() == sets["gold-working"].count()
     check_silver(silver, everything)
     leaked = pa.concat_tables([silver, labelled.pool.read_all(["prompt_group", "pair_id"]).slice(0, 1)], promote_options="default")
     with pytest.raises(CleanGoldError):
         check_silver(leaked, everything)
     with pytest.raises(CleanGoldError):
         check_best_rm_training(sets["gold-working"].read(), everything)
+
+
+def test_training_reads_every_set_as_it_is_read(tmp_path: Path) -> None:
+    labelled = labelled_pool(tmp_path, ["chosen", "rejected"] * 12 + [None] * 3)
+    gold = gather_gold(labelled.pool.storage, "gold-r00", [labelled], GOLD, EMBEDDINGS)
+    trust, _ = measure_judges(gold, [vote_table(gold.pool, ["chosen", "rejected"])], TrustConfig())
+    verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, "rejected")], trust, MergeConfig())
+    label = label_pool(labelled, verdict, gold)
+    pairs = labelled.pool.read_all()
+    texts = sorted({*pairs["chosen"].to_pylist(), *pairs["rejected"].to_pylist()})
+    known = {"prompt_key": "p", "shortened": False, "spelled": False}
+    rows = [{**known, "pair_id": r["pair_id"], **{n: [texts.index(r[n])] for n in ("chosen", "rejected")}} for r in pairs.to_pylist()]
+    tokens = seal(Sidecar(labelled.pool, "tokens", "e" * 32), pa.Table.from_pylist(rows, schema=TOKENS_SCHEMA))
+    counts = {}
+    for name, found in save_label_sets(labelled.pool.storage, "r00", [label]).items():
+        for saved in found, load_set(labelled.pool.storage, f"{name}-r00"):
+            read = pa.concat_tables([read_member(member, 0) for member in saved.members]).to_pylist()
+            trained = pa.concat_tables([read_member_tokens(member, tokens, 0) for member in saved.members]).to_pylist()
+            told = [(row["pair_id"], *(texts[row[name][0]] for name in ("chosen", "rejected")), row["flipped"]) for row in trained]
+            assert told == [tuple(row[name] for name in ("pair_id", "chosen", "rejected", "flipped")) for row in read]
+            counts[name] = (len(read), sum(row["flipped"] for row in read))
+    assert counts["original"] == (counts["filtered-and-corrected"][0], 0)
+    assert counts["corrected"] == (counts["filtered-and-corrected"][1],) * 2
+    assert 3 < counts["corrected"][0] < counts["original"][0]
 
 
 def test_rows_of_selected_pairs_are_spread_over_the_shard(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def test_the_loop_goes_by_clusters_where_hygiene_was_run_and_its_set_is_exported
     silver = load_set(storage, **stage1["sets"]["silver"]).read()["pair_id"].to_pylist()
     curated = load_set(storage, record["sets"]["kept_and_flipped"]).read()["pair_id"].to_pylist()
     assert not gold & {cluster[pair_id] for pair_id in [*silver, *curated]}
+    together = load_set(storage, record["sets"]["kept_and_flipped_and_silver"]).read()["pair_id"].to_pylist()
+    assert {*curated} <= {*together} <= {*curated, *silver}
     if curated:
         export = loop.run("export", workspace, f"set={record['sets']['kept_and_flipped']}", "unknown_licences=true")["export"]
         assert export["pairs"] == len(curated)

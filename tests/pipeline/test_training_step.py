@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -227,3 +228,16 @@ def test_a_set_is_packed_without_reading_it_whole_as_its_table_is(
     assert changed == {"window-00001.arrows"}
     manifest = json.loads(next((tmp_path / "ws" / "pools" / "tea" / "tokens").glob("*/manifest.json")).read_text())
     assert manifest["rejected"]["too_long"] > 0
+
+
+def test_a_set_of_source_labels_is_packed_under_them_and_apart(tmp_path: Path) -> None:
+    storage, backbone = Storage(str(tmp_path / "ws")), save_tiny_backbone(tmp_path / "backbone", head=False)
+    corrected, config, run = make_set(storage), config_for(backbone), Run(storage, "train", IngestConfig())
+    original = PairSet("original", tuple(replace(member, as_ingested=True) for member in corrected.members))
+    of_corrected, of_original = (prepare_set(run, pairs, None, config, backbone, storage, "tmp/set") for pairs in (corrected, original))
+    layout = read_row_layout(backbone, config.max_tokens_per_microbatch)
+    whole = prepare_data(load_tokenizer(backbone), original.read(), None, config, layout, storage, "tmp/table")
+    assert batches_of(of_original) == batches_of(whole)
+    assert of_original.folder != of_corrected.folder
+    turned = [name for name, found in batches_of(of_corrected).items() if found[:2] != batches_of(whole)[name][:2]]
+    assert turned

@@ -111,7 +111,8 @@ def test_a_pair_of_a_round_is_told_with_who_called_for_it_and_what_rests_on_whic
     assert "order 0 (chosen shown first), sample 0: chosen, logprob -0.100" in text
     assert "rule merge votes 1, weights equal; 2 votes" in text
     assert "1 tables of other settings or earlier runs are not shown" in text
-    assert "filtered-r01 (label as ingested)" in text
+    assert "silver-r01 (label as ingested)" in text
+    assert "filtered-r01" not in text  # no judge may decide here, so nobody has agreed with its label
     assert f"round 1: p 0.2500 in its label, k = 8, got 1: {seed[3]}" in " ".join(explain(workspace, seed[0], capsys).split())
 
 
