@@ -217,7 +217,7 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTab
     taken, and only the rest is gathered into one of its own: no model is asked twice. A pool with answers under other settings is not taken: all of
     its pairs would be asked about again, and not these alone. The decisions are those of a single run, since all that is made of a gathered pair
     follows from the pair, gold and the settings, and not from the pairs beside it (an engine's replies as far as its batches do not change them);
-    tables differ in name alone. `max_failed_fraction` holds for each pool, so for a small rest too.
+    tables differ in name alone.
     """
     started = time.monotonic()
     step = Step(
