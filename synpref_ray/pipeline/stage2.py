@@ -155,18 +155,19 @@ def plan_stage2(config: Stage2Config) -> str:
 class SelectWorker:
     """Says which pairs a judge should see."""
 
-    def __init__(self, gate: GateConfig):
+    def __init__(self, gate: GateConfig, gold_groups: pa.Array):
         self._gate = gate
+        self._gold_groups = gold_groups
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        asked = select_for_judge(shard, self._gate)
+        asked = select_for_judge(shard, self._gate, self._gold_groups)
         return pa.table([shard["pair_id"], asked], schema=SELECTED_SCHEMA), {"asked": float(asked.true_count)}
 
 
 class DecideWorker:
     """Applies the truth table; verdicts on pairs that these settings would not ask about do not count, though an earlier run may have asked."""
 
-    def __init__(self, gate: GateConfig, gold_groups: frozenset[str]):
+    def __init__(self, gate: GateConfig, gold_groups: pa.Array):
         self._gate = gate
         self._gold_groups = gold_groups
 
@@ -186,14 +187,16 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     models = {"best": before.best, "gold": before.gold_rm}
     rewards = score_pools(run, "score, both RMs", [pool], models, config.score, config.parity).sidecars[0]
     margins: list[tuple[Sidecar, Mapping[str, str]]] = [(rewards[0], {"margin": "margin_best"}), (rewards[1], {"margin": "margin_gold"})]
-    asked = _gather_mismatches(config, run, pool, before.gold, [*margins, *left_out])
+    gold_groups = pa.array(sorted(before.gold.prompt_groups()), pa.string())  # once: a worker is made anew for each shard
+    gate_arguments = {"gate": config.gate, "gold_groups": gold_groups}
+    selected = _select(config, pool, before.gold, [*margins, *left_out], gate_arguments)
+    asked = _gather_mismatches(config, run, pool, before.gold, selected)
     judges = _Judges({}, {}, {})
     if asked.pools:
         found, judges = _judge(config, run, pool, asked.pools, before.gold)
         verdicts = scatter_sidecars(pool, list(zip(asked.pools, found, strict=True)), "judge_verdict", VERDICT_SCHEMA)
     else:
         verdicts = _no_verdicts(pool)
-    gold_groups = before.gold.prompt_groups()
     step = Step(
         name="decide",
         version=GATE_VERSION,
@@ -201,7 +204,7 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
         outputs=(Output("decision", DECISION_SCHEMA),),
         settings=config.gate.model_dump(mode="json"),
         digests={"gold": before.gold.pool.digest},
-        worker_arguments=lambda _: {"gate": config.gate, "gold_groups": gold_groups},
+        worker_arguments=lambda _: gate_arguments,
     )
     beside = (*margins, (asked.flags, {"ask_judge": "ask_judge"}), (verdicts, {"judge_verdict": "judge_verdict"}), *left_out)
     result = run_step(step, [StepInput(pool, ("prompt_group",), beside)])
@@ -210,7 +213,27 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     return _finish(config, run, pool, decision, asked.num_pairs, judges, before)
 
 
-def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTables, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> _Mismatches:
+def _select(
+    config: Stage2Config, pool: Pool, gold: GoldTables, beside: Sequence[tuple[Sidecar, Mapping[str, str]]], arguments: Mapping[str, Any]
+) -> Sidecar:
+    """Return flags of the pairs that a judge is asked about.
+
+    Our choice: the gate drops a pair of a gold prompt whatever a judge says, so none is asked. Other gold gives other flags; it also gives another
+    gold RM and with it other margins, so nothing is asked again for that.
+    """
+    step = Step(
+        name="select for judge",
+        version=GATE_VERSION,
+        worker=SelectWorker,
+        outputs=(Output("selected", SELECTED_SCHEMA),),
+        settings=config.gate.model_dump(mode="json"),
+        digests={"gold": gold.pool.digest},
+        worker_arguments=lambda _: arguments,
+    )
+    return run_step(step, [StepInput(pool, ("prompt_group",), tuple(beside))]).sidecars[0][0]
+
+
+def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTables, selected: Sidecar) -> _Mismatches:
     """Return which pairs a judge is asked about, how many, and gathered pools that hold them.
 
     Our choice: where other thresholds asked about some of these pairs, and all judges have answered under the settings of today, those pools are
@@ -220,15 +243,6 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTab
     tables differ in name alone.
     """
     started = time.monotonic()
-    step = Step(
-        name="select for judge",
-        version=GATE_VERSION,
-        worker=SelectWorker,
-        outputs=(Output("selected", SELECTED_SCHEMA),),
-        settings=config.gate.model_dump(mode="json"),
-        worker_arguments=lambda _: {"gate": config.gate},
-    )
-    selected = run_step(step, [StepInput(pool, (), tuple(margins))]).sidecars[0][0]
 
     def asked_of(shard: Shard) -> list[int]:
         rows: list[int] = np.flatnonzero(np.asarray(selected.read(shard.number, ["ask_judge"])["ask_judge"])).tolist()
