@@ -236,11 +236,12 @@ def _select(
 def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTables, selected: Sidecar) -> _Mismatches:
     """Return which pairs a judge is asked about, how many, and gathered pools that hold them.
 
-    Our choice: where other thresholds asked about some of these pairs, and all judges have answered under the settings of today, those pools are
-    taken, and only the rest is gathered into one of its own: no model is asked twice. A pool with answers under other settings is not taken: all of
-    its pairs would be asked about again, and not these alone. The decisions are those of a single run, since all that is made of a gathered pair
-    follows from the pair, gold and the settings, and not from the pairs beside it (an engine's replies as far as its batches do not change them);
-    tables differ in name alone.
+    Our choice: where an earlier run, with other thresholds, other judges or cut off, asked about some of these pairs, its pools are taken as they are
+    wherever that costs fewer answers of taggers and judges than asking anew (`find_gathered`), and only the rest is gathered into one of its own: no
+    model is asked twice about a pair of a pool that is taken. One that is taken is finished, also for its pairs that nobody asks about now, so a
+    judge that joins is asked about those too. The decisions are those of a single run, since all that is made of a gathered pair follows from the
+    pair, gold and the settings, and not from the pairs beside it (an engine's replies as far as its batches do not change them); tables differ in
+    name alone.
     """
     started = time.monotonic()
 
@@ -251,29 +252,41 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTab
     found = zip(pool.shards, read_each(asked_of, pool.shards), strict=True)
     pieces = [Piece(pool, shard.number, rows) for shard, rows in found if rows]
     name = f"{pool.name}-mismatches"
+    num_models = len(config.judges) + (len(config.taggers) if config.tag_scope == "mismatches" else 0)
     gathered, missing = find_gathered(
-        config.storage, name, pieces, lambda other: all(votes.is_sealed for votes in _plan_votes(config, pool, other, gold))
+        config.storage, name, pieces, lambda other: sum(map(_num_missing, _plan_answers(config, pool, other, gold))), num_models
     )
     if missing:  # named by its rows: same pairs, same votes
         gathered.append(gather_pool(config.storage, name, missing, inputs={}, max_pairs=config.gathered_shard_pairs))
     num_asked, num_new = (sum(len(piece.rows) for piece in some) for some in (pieces, missing))
-    counts = {"selected": num_asked, "answered_before": num_asked - num_new}
+    counts = {"selected": num_asked, "gathered_before": num_asked - num_new}
     run.step("gather mismatches", rows=pool.num_rows, computed=0, rejected={}, seconds=time.monotonic() - started, **counts)
     return _Mismatches(selected, num_asked, sorted(gathered, key=lambda one: one.name))
 
 
-def _plan_votes(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTables) -> list[Sidecar]:
-    """Return the votes that `_judge` would make of a gathered pool, without making them."""
+def _num_missing(table: Sidecar) -> int:
+    """Return how many pairs of a table's pool have no answer in it yet; what a shard in flight has in its journal does not count."""
+    if table.is_sealed:
+        return 0
+    finished = table.finished()
+    return sum(shard.rows for shard in table.pool.shards if shard.number not in finished)
+
+
+def _plan_answers(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTables) -> list[Sidecar]:
+    """Return the tables of taggers and judges that `_judge` would make of a gathered pool, without making them."""
+    answers: list[Sidecar] = []
     if config.tag_scope == "all":
-        attributes = plan_gathered_sidecar("attributes", ATTRIBUTES_SCHEMA, mismatches, {pool.name: plan_tags([pool], config.taggers)[0]})
+        whole = plan_tags([pool], config.taggers).merged[0]
+        attributes = plan_gathered_sidecar("attributes", ATTRIBUTES_SCHEMA, mismatches, {pool.name: whole})
     else:
-        attributes = plan_tags([mismatches], config.taggers)[0]
+        tags = plan_tags([mismatches], config.taggers)
+        attributes = tags.merged[0]
+        answers += [tables[0] for tables in tags.by_tagger.values()]
     embeddings = plan_embeddings(mismatches, attributes, config.embed)
-    votes = []
     for judge in config.judges:
         exemplars = plan_exemplars(mismatches, embeddings, gold, judge.judge.max_exemplars, config.index)
-        votes.append(plan_votes(JudgedPool(mismatches, attributes, exemplars, None), gold, judge))
-    return votes
+        answers.append(plan_votes(JudgedPool(mismatches, attributes, exemplars, None), gold, judge))
+    return answers
 
 
 def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Sequence[Pool], gold: GoldTables) -> tuple[list[Sidecar], _Judges]:
