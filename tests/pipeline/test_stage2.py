@@ -187,3 +187,16 @@ def test_what_a_run_that_was_cut_off_asked_serves_a_wider_band(after_stage1: Pat
     assert len(mismatches(workspace)) == 2
     for name in (TAGS, "votes.j"):
         assert models.pairs(name, ids(workspace)) == Counter(dict.fromkeys(set.union(*mismatches(workspace).values()), 1))
+
+
+def test_a_grown_pool_is_scored_whole_and_judged_where_it_is_new(after_stage1: Path, tmp_path: Path, models: Stage2Models) -> None:
+    workspace = copied(after_stage1, tmp_path / "ws")
+    curate(workspace)
+    old, before = ids(workspace), mismatches(workspace)
+    add_shards(Storage(str(workspace)), "wild", [24])
+    curate(workspace)
+    pools, every = mismatches(workspace), ids(workspace)
+    assert before.items() < pools.items()
+    for name in (TAGS, "votes.j"):
+        assert models.pairs(name, every) == Counter(dict.fromkeys(set.union(*pools.values()), 1))
+    assert models.pairs("rewards.best", every) == Counter({pair: 2 if pair in old else 1 for pair in every})
