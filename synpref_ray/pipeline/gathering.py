@@ -75,37 +75,59 @@ def gathered_from(gathered: Pool, source: Pool) -> dict[int, tuple[Shard, ...]]:
     return {number: tuple(shards) for number, shards in found.items()}
 
 
-def find_gathered(storage: Storage, name: str, selected: Sequence[Piece], is_usable: Callable[[Pool], bool]) -> tuple[list[Pool], list[Piece]]:
+def find_gathered(
+    storage: Storage, name: str, selected: Sequence[Piece], lacking: Callable[[Pool], int], answers_per_pair: int = 1
+) -> tuple[list[Pool], list[Piece]]:
     """Return pools gathered as `name` from the same source pool that hold selected pairs, by name, and the selected pairs that none of them holds.
 
-    One pool that holds all of them is enough: the smallest. Otherwise pools are taken greedily, the one with the most pairs that are still missing
-    first; it may hold others too. Once the missing pairs are gathered and usable, the same pools are found, and the new one with them: it shares no
-    selected pair with the others, so it takes nothing from what each of them adds.
+    Our choice: what costs fewest answers of models. Pools that lack none cost nothing. Of the others, that with the largest saving is taken, as long
+    as there is one: finishing it must ask for fewer answers (those about pairs that are not selected too) than asking anew about its pairs that are
+    still missing; a pool without any answer is never taken. Of all these as few as will do are returned: that with the most pairs that are still
+    missing first, or the smallest that lacks nothing and holds all. Once the missing pairs are gathered and answered, the same pools are found, and
+    the new one with them: it shares no selected pair with the others, so it takes nothing from what each of them adds.
 
     Args:
-        is_usable: what else such a pool must have.
+        lacking: how many answers of models a pool lacks.
+        answers_per_pair: how many each pair needs.
     """
     if not selected:
         return [], []
     source, num_wanted = selected[0].pool, sum(len(piece.rows) for piece in selected)
     clusters = {f"clusters:{source.name}": source.clusters} if source.clusters else {}
-    found = [open_pool(storage, other) for other in list_pools(storage) if other.startswith(f"{name}-")]
-    usable = [pool for pool in found if pool.num_rows and pool.provenance().get("inputs") == clusters and is_usable(pool)]
+    opened = [open_pool(storage, other) for other in list_pools(storage) if other.startswith(f"{name}-")]
+    pools = {pool.name: pool for pool in opened if pool.num_rows and pool.provenance().get("inputs") == clusters}
+    lacks = {other: lacking(pool) for other, pool in pools.items()}
+    finished = [pool for pool in pools.values() if not lacks[pool.name]]
     rows = _SourceRows(source)
-    wanted = rows.of_pieces(selected)
+    wanted = missing = rows.of_pieces(selected)
     held: dict[str, npt.NDArray[np.uint8]] = {}
-    for pool in sorted(usable, key=lambda pool: (pool.num_rows < num_wanted, pool.num_rows, pool.name)):  # those that may hold all come first
+    for pool in sorted(finished, key=lambda pool: (pool.num_rows < num_wanted, pool.num_rows, pool.name)):  # those that may hold all come first
         held[pool.name] = rows.of_gathered(pool) & wanted
         if np.array_equal(held[pool.name], wanted):
             return [pool], []
-    missing, taken = wanted, set[str]()
-    while held:
-        best = min(held, key=lambda other: (-_count(held[other] & missing), other))
-        if not _count(held[best] & missing):
+        missing = missing & ~held[pool.name]
+    begun = [pool for pool in pools.values() if 0 < lacks[pool.name] < answers_per_pair * pool.num_rows and missing.any()]
+    partly = {pool.name: rows.of_gathered(pool) & wanted for pool in begun}
+    while partly:
+        saves = {other: answers_per_pair * _count(bits & missing) - lacks[other] for other, bits in partly.items()}
+        best = min(saves, key=lambda other: (-saves[other], other))
+        if saves[best] <= 0:
             break
-        missing = missing & ~held.pop(best)
-        taken.add(best)
-    return sorted((pool for pool in usable if pool.name in taken), key=lambda pool: pool.name), rows.among(selected, missing)
+        held[best] = partly.pop(best)
+        missing = missing & ~held[best]
+    return [pools[other] for other in sorted(_fewest(held, wanted))], rows.among(selected, missing)
+
+
+def _fewest(held: Mapping[str, npt.NDArray[np.uint8]], wanted: npt.NDArray[np.uint8]) -> list[str]:
+    """Return names of sets that hold together what all of them hold of the wanted rows, greedily: that with the most rows still missing first."""
+    left, missing, taken = dict(held), wanted, list[str]()
+    while left:
+        best = min(left, key=lambda name: (-_count(left[name] & missing), name))
+        if not _count(left[best] & missing):
+            break
+        missing = missing & ~left.pop(best)
+        taken.append(best)
+    return taken
 
 
 def _count(bits: npt.NDArray[np.uint8]) -> int:

@@ -158,18 +158,19 @@ def plan_stage2(config: Stage2Config) -> str:
 class SelectWorker:
     """Says which pairs a judge should see."""
 
-    def __init__(self, gate: GateConfig):
+    def __init__(self, gate: GateConfig, gold_groups: pa.Array):
         self._gate = gate
+        self._gold_groups = gold_groups
 
     def __call__(self, shard: pa.Table, key: ShardKey) -> tuple[pa.Table, Mapping[str, float]]:
-        asked = select_for_judge(shard, self._gate)
+        asked = select_for_judge(shard, self._gate, self._gold_groups)
         return pa.table([shard["pair_id"], asked], schema=SELECTED_SCHEMA), {"asked": float(asked.true_count)}
 
 
 class DecideWorker:
     """Applies the truth table; verdicts on pairs that these settings would not ask about do not count, though an earlier run may have asked."""
 
-    def __init__(self, gate: GateConfig, gold_groups: frozenset[str]):
+    def __init__(self, gate: GateConfig, gold_groups: pa.Array):
         self._gate = gate
         self._gold_groups = gold_groups
 
@@ -189,14 +190,16 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     models = {"best": before.best, "gold": before.gold_rm}
     rewards = score_pools(run, "score, both RMs", [pool], models, config.score, config.parity).sidecars[0]
     margins: list[tuple[Sidecar, Mapping[str, str]]] = [(rewards[0], {"margin": "margin_best"}), (rewards[1], {"margin": "margin_gold"})]
-    asked = _gather_mismatches(config, run, pool, before.gold, [*margins, *left_out])
+    gold_groups = pa.array(sorted(before.gold.prompt_groups()), pa.string())  # once: a worker is made anew for each shard
+    gate_arguments = {"gate": config.gate, "gold_groups": gold_groups}
+    selected = _select(config, pool, before.gold, [*margins, *left_out], gate_arguments)
+    asked = _gather_mismatches(config, run, pool, before.gold, selected)
     judges = _Judges({}, {}, {})
     if asked.pools:
         found, judges = _judge(config, run, pool, asked.pools, before.gold)
         verdicts = scatter_sidecars(pool, list(zip(asked.pools, found, strict=True)), "judge_verdict", VERDICT_SCHEMA)
     else:
         verdicts = _no_verdicts(pool)
-    gold_groups = before.gold.prompt_groups()
     step = Step(
         name="decide",
         version=GATE_VERSION,
@@ -204,7 +207,7 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
         outputs=(Output("decision", DECISION_SCHEMA),),
         settings=config.gate.model_dump(mode="json"),
         digests={"gold": before.gold.pool.digest},
-        worker_arguments=lambda _: {"gate": config.gate, "gold_groups": gold_groups},
+        worker_arguments=lambda _: gate_arguments,
     )
     beside = (*margins, (asked.flags, {"ask_judge": "ask_judge"}), (verdicts, {"judge_verdict": "judge_verdict"}), *left_out)
     result = run_step(step, [StepInput(pool, ("prompt_group",), beside)])
@@ -213,25 +216,37 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     return _finish(config, run, pool, decision, asked.num_pairs, judges, before)
 
 
-def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTables, margins: list[tuple[Sidecar, Mapping[str, str]]]) -> _Mismatches:
-    """Return which pairs a judge is asked about, how many, and gathered pools that hold them.
+def _select(
+    config: Stage2Config, pool: Pool, gold: GoldTables, beside: Sequence[tuple[Sidecar, Mapping[str, str]]], arguments: Mapping[str, Any]
+) -> Sidecar:
+    """Return flags of the pairs that a judge is asked about.
 
-    Our choice: where other thresholds asked about some of these pairs, and all judges have answered under the settings of today, those pools are
-    taken, and only the rest is gathered into one of its own: no model is asked twice. A pool with answers under other settings is not taken: all of
-    its pairs would be asked about again, and not these alone. The decisions are those of a single run, since all that is made of a gathered pair
-    follows from the pair, gold and the settings, and not from the pairs beside it (an engine's replies as far as its batches do not change them);
-    tables differ in name alone. `max_failed_fraction` holds for each pool, so for a small rest too.
+    Our choice: the gate drops a pair of a gold prompt whatever a judge says, so none is asked. Other gold gives other flags; it also gives another
+    gold RM and with it other margins, so nothing is asked again for that.
     """
-    started = time.monotonic()
     step = Step(
         name="select for judge",
         version=GATE_VERSION,
         worker=SelectWorker,
         outputs=(Output("selected", SELECTED_SCHEMA),),
         settings=config.gate.model_dump(mode="json"),
-        worker_arguments=lambda _: {"gate": config.gate},
+        digests={"gold": gold.pool.digest},
+        worker_arguments=lambda _: arguments,
     )
-    selected = run_step(step, [StepInput(pool, (), tuple(margins))]).sidecars[0][0]
+    return run_step(step, [StepInput(pool, ("prompt_group",), tuple(beside))]).sidecars[0][0]
+
+
+def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTables, selected: Sidecar) -> _Mismatches:
+    """Return which pairs a judge is asked about, how many, and gathered pools that hold them.
+
+    Our choice: where an earlier run, with other thresholds, other judges or cut off, asked about some of these pairs, its pools are taken as they are
+    wherever that costs fewer answers of taggers and judges than asking anew (`find_gathered`), and only the rest is gathered into one of its own: no
+    model is asked twice about a pair of a pool that is taken. One that is taken is finished, also for its pairs that nobody asks about now, so a
+    judge that joins is asked about those too. The decisions are those of a single run, since all that is made of a gathered pair follows from the
+    pair, gold and the settings, and not from the pairs beside it (an engine's replies as far as its batches do not change them); tables differ in
+    name alone.
+    """
+    started = time.monotonic()
 
     def asked_of(shard: Shard) -> list[int]:
         rows: list[int] = np.flatnonzero(np.asarray(selected.read(shard.number, ["ask_judge"])["ask_judge"])).tolist()
@@ -240,29 +255,41 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTab
     found = zip(pool.shards, read_each(asked_of, pool.shards), strict=True)
     pieces = [Piece(pool, shard.number, rows) for shard, rows in found if rows]
     name = f"{pool.name}-mismatches"
+    num_models = len(config.judges) + (len(config.taggers) if config.tag_scope == "mismatches" else 0)
     gathered, missing = find_gathered(
-        config.storage, name, pieces, lambda other: all(votes.is_sealed for votes in _plan_votes(config, pool, other, gold))
+        config.storage, name, pieces, lambda other: sum(map(_num_missing, _plan_answers(config, pool, other, gold))), num_models
     )
     if missing:  # named by its rows: same pairs, same votes
         gathered.append(gather_pool(config.storage, name, missing, inputs={}, max_pairs=config.gathered_shard_pairs))
     num_asked, num_new = (sum(len(piece.rows) for piece in some) for some in (pieces, missing))
-    counts = {"selected": num_asked, "answered_before": num_asked - num_new}
+    counts = {"selected": num_asked, "gathered_before": num_asked - num_new}
     run.step("gather mismatches", rows=pool.num_rows, computed=0, rejected={}, seconds=time.monotonic() - started, **counts)
     return _Mismatches(selected, num_asked, sorted(gathered, key=lambda one: one.name))
 
 
-def _plan_votes(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTables) -> list[Sidecar]:
-    """Return the votes that `_judge` would make of a gathered pool, without making them."""
+def _num_missing(table: Sidecar) -> int:
+    """Return how many pairs of a table's pool have no answer in it yet; what a shard in flight has in its journal does not count."""
+    if table.is_sealed:
+        return 0
+    finished = table.finished()
+    return sum(shard.rows for shard in table.pool.shards if shard.number not in finished)
+
+
+def _plan_answers(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTables) -> list[Sidecar]:
+    """Return the tables of taggers and judges that `_judge` would make of a gathered pool, without making them."""
+    answers: list[Sidecar] = []
     if config.tag_scope == "all":
-        attributes = plan_gathered_sidecar("attributes", ATTRIBUTES_SCHEMA, mismatches, {pool.name: plan_tags([pool], config.taggers)[0]})
+        whole = plan_tags([pool], config.taggers).merged[0]
+        attributes = plan_gathered_sidecar("attributes", ATTRIBUTES_SCHEMA, mismatches, {pool.name: whole})
     else:
-        attributes = plan_tags([mismatches], config.taggers)[0]
+        tags = plan_tags([mismatches], config.taggers)
+        attributes = tags.merged[0]
+        answers += [tables[0] for tables in tags.by_tagger.values()]
     embeddings = plan_embeddings(mismatches, attributes, config.embed)
-    votes = []
     for judge in config.judges:
         exemplars = plan_exemplars(mismatches, embeddings, gold, judge.judge.max_exemplars, config.index)
-        votes.append(plan_votes(JudgedPool(mismatches, attributes, exemplars, None), gold, judge))
-    return votes
+        answers.append(plan_votes(JudgedPool(mismatches, attributes, exemplars, None), gold, judge))
+    return answers
 
 
 def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Sequence[Pool], gold: GoldTables) -> tuple[list[Sidecar], _Judges]:

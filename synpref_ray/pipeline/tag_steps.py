@@ -76,11 +76,12 @@ def tag_pools(run: Run, name: str, pools: Sequence[Pool], taggers: Sequence[TagS
     return TaggedPools([sidecars[0] for sidecars in result.sidecars], tags)
 
 
-def plan_tags(pools: Sequence[Pool], taggers: Sequence[TagStepConfig]) -> list[Sidecar]:
-    """Return the merged attributes that `tag_pools` would make, without making them."""
+def plan_tags(pools: Sequence[Pool], taggers: Sequence[TagStepConfig]) -> TaggedPools:
+    """Return the attributes that `tag_pools` would make, without making them."""
     sources = [StepInput(pool, PAIR_COLUMNS) for pool in pools]
-    tags = [[sidecars[0] for sidecars in plan_sidecars(_tag_step("", config), sources)] for config in taggers]
-    return [sidecars[0] for sidecars in plan_sidecars(_merge_tags_step("", taggers), _tags_to_merge(pools, tags))]
+    tags = {config.tagger.name: [sidecars[0] for sidecars in plan_sidecars(_tag_step("", config), sources)] for config in taggers}
+    merged = plan_sidecars(_merge_tags_step("", taggers), _tags_to_merge(pools, list(tags.values())))
+    return TaggedPools([sidecars[0] for sidecars in merged], tags)
 
 
 def _merge_tags_step(title: str, taggers: Sequence[TagStepConfig]) -> Step:

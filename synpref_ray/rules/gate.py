@@ -182,10 +182,12 @@ def needs_judge(best: bool | None, gold: bool | None) -> bool:
     return best is not True and len({_CELLS[best, gold, verdict].decision for verdict in Verdict}) > 1
 
 
-def select_for_judge(shard: pa.Table, config: GateConfig) -> pa.Array:
-    """Return one boolean per row: whether a judge should be asked about it. An unscored pair is never asked about.
+def select_for_judge(shard: pa.Table, config: GateConfig, gold_groups: Set[str] | pa.Array = frozenset()) -> pa.Array:
+    """Return one boolean per row: whether a judge should be asked about it. Never about a pair that is dropped whatever a judge says: an unscored
+    one, one of a gold prompt, one that gives a benchmark item away.
 
     Args:
+        gold_groups: as for `decide_shard`.
         shard: with `margin_best` and `margin_gold`, and `leak_decision` where judges of benchmark overlaps have decided.
     """
     require_columns(shard, ("margin_best", "margin_gold"), rule="select_for_judge")
@@ -194,10 +196,11 @@ def select_for_judge(shard: pa.Table, config: GateConfig) -> pa.Array:
     gold_code = _opinion_codes(gold, 0.0)
     asked = asks[_opinion_codes(best, _band_margin(config.band)), gold_code] | asks[_opinion_codes(best, 0.0), gold_code]
     doomed = (best < 0) & (gold < 0) & ~_is_sure_flip(best, gold, config)  # no flip whatever a judge says
-    return pa.array(asked & ~doomed & ~_is_leaked(shard) & np.isfinite(best) & np.isfinite(gold))
+    left_out = _is_leaked(shard) | _shares_gold_prompt(shard, gold_groups, rule="select_for_judge")
+    return pa.array(asked & ~doomed & ~left_out & np.isfinite(best) & np.isfinite(gold))
 
 
-def decide_shard(shard: pa.Table, config: GateConfig, gold_groups: Set[str] = frozenset()) -> pa.Table:
+def decide_shard(shard: pa.Table, config: GateConfig, gold_groups: Set[str] | pa.Array = frozenset()) -> pa.Table:
     """Decide every pair of a shard by the truth table; before it, pairs of a gold prompt and pairs that an RM could not score are dropped.
 
     Our choice: a pair whose prompt is in gold is left out of curated data, so that gold can pick checkpoints of, and audit, what trains on it.
@@ -207,7 +210,8 @@ def decide_shard(shard: pa.Table, config: GateConfig, gold_groups: Set[str] = fr
     judge's say from pairs that both reward models reject.
 
     Args:
-        gold_groups: prompt groups of all gold, working and audit; if there are any, the shard needs `prompt_group`.
+        gold_groups: prompt groups of all gold, working and audit; if there are any, the shard needs `prompt_group`. Who decides many shards gives
+            an array of strings, made once.
         shard: with `DECISION_REQUIRES`; `judge_verdict` is null unless a judge that may decide was asked and answered. Where there is a
             `leak_decision` (`rules/leaks.py`), pairs that it drops are dropped.
 
@@ -224,10 +228,7 @@ def decide_shard(shard: pa.Table, config: GateConfig, gold_groups: Set[str] = fr
     cells = (best_code * len(_OPINIONS) + gold_code) * len(_VERDICTS) + judge
     cells = np.where(np.isin(cells, _FLIPS_IN_TABLE) & ~_is_sure_flip(best, gold, config), _FLIP_UNSURE, cells)
     cells = np.where(np.isfinite(best) & np.isfinite(gold), cells, _UNSCORED)
-    if gold_groups:
-        require_columns(shard, ("prompt_group",), rule="decide_shard")
-        in_gold = pc.is_in(shard.column("prompt_group"), value_set=pa.array(sorted(gold_groups), pa.string()))
-        cells = np.where(np.asarray(in_gold), _GOLD_PROMPT, cells)
+    cells = np.where(_shares_gold_prompt(shard, gold_groups, rule="decide_shard"), _GOLD_PROMPT, cells)
     cells = np.where(_is_leaked(shard), _CONTAMINATED, cells)
     decisions = pa.array(_DECISIONS).take(pa.array(cells))
     columns = [
@@ -279,7 +280,8 @@ After the table: a pair to flip is dropped as `flip_unsure` unless both reward m
 `min_flip_confidence` (default 0.5, the paper's: every rejection will do).
 Before the table: a pair that one of the reward models could not score (too long, not finite) is dropped as `unscored`; a pair that shares
 its prompt with gold is dropped as `gold_prompt`, so that gold stays clean for whatever trains on the curated pairs; and one that judges say
-gives a benchmark item away (`jobs/decontaminate.py`) is dropped as `contaminated`.
+gives a benchmark item away (`jobs/decontaminate.py`) is dropped as `contaminated`. No judge is asked about these, so whom a judge is asked about
+changes with gold.
 
 *Paper* marks a decision that the paper's text gives; *Our choice* one that it leaves open in whole or in part.
 """
@@ -290,6 +292,14 @@ def _is_leaked(shard: pa.Table) -> npt.NDArray[np.bool_]:
     if "leak_decision" not in shard.column_names:
         return np.zeros(shard.num_rows, np.bool_)
     return np.asarray(pc.fill_null(pc.equal(shard.column("leak_decision"), Decision.DROP.value), False))
+
+
+def _shares_gold_prompt(shard: pa.Table, gold_groups: Set[str] | pa.Array, *, rule: str) -> npt.NDArray[np.bool_]:
+    if not len(gold_groups):
+        return np.zeros(shard.num_rows, np.bool_)
+    require_columns(shard, ("prompt_group",), rule=rule)
+    groups = gold_groups if isinstance(gold_groups, pa.Array) else pa.array(sorted(gold_groups), pa.string())
+    return np.asarray(pc.is_in(shard.column("prompt_group"), value_set=groups))
 
 
 def _is_sure_flip(best: npt.NDArray[np.float64], gold: npt.NDArray[np.float64], config: GateConfig) -> npt.NDArray[np.bool_]:

@@ -67,10 +67,12 @@ class Models:
             monkeypatch.setattr(stage1, name, getattr(self, name))
 
     def _run(self, name: str, answer: Answer, outputs: Sequence[Output], inputs: Sequence[StepInput], digests: Mapping[str, str]) -> StepResult:
+        return run_step(self._step(name, answer, outputs, digests), inputs)
+
+    def _step(self, name: str, answer: Answer, outputs: Sequence[Output], digests: Mapping[str, str]) -> Step:
         schemas = [(output.prefix, output.schema) for output in outputs]
         arguments = {"answer": answer, "schemas": schemas, "models": self}
-        step = Step(name, 1, StandIn, tuple(outputs), {}, digests=digests, worker_arguments=lambda _: arguments, max_failed_fraction=1.0)
-        return run_step(step, inputs)
+        return Step(name, 1, StandIn, tuple(outputs), {}, digests=digests, worker_arguments=lambda _: arguments, max_failed_fraction=1.0)
 
     def tag_pools(self, run: Run, name: str, pools: Sequence[Pool], taggers: Any) -> TaggedPools:
         tags = {"task_category": "math", "objectivity": "objective", "controversiality": "low", "desired_attributes": "short"}

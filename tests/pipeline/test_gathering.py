@@ -75,7 +75,8 @@ def test_a_pool_that_holds_more_serves_who_needs_less(tmp_path: Path) -> None:
     some = gather_pool(storage, "few", pieces(pool, {0: (1, 3), 3: (0,)}), inputs={}, max_pairs=2)
 
     def find(rows: dict[int, tuple[int, ...]], usable: tuple[Pool, ...] = (all_rows, some)) -> list[str]:
-        found, missing = find_gathered(storage, "few", pieces(pool, rows), lambda other: other.name in {one.name for one in usable})
+        names = {one.name for one in usable}
+        found, missing = find_gathered(storage, "few", pieces(pool, rows), lambda other: 0 if other.name in names else other.num_rows)
         assert not missing
         return [one.name for one in found]
 
@@ -93,7 +94,7 @@ def test_what_no_pool_holds_is_left_to_gather(tmp_path: Path) -> None:
     wide = {0: (0, 1, 3), 1: (0, 1), 3: (0, 1, 4)}
 
     def find(source: Pool = pool, name: str = "few") -> tuple[list[str], list[Piece]]:
-        found, missing = find_gathered(storage, name, pieces(source, wide), lambda _: True)
+        found, missing = find_gathered(storage, name, pieces(source, wide), lambda _: 0)
         return [one.name for one in found], missing
 
     assert find() == ([], pieces(pool, wide))
@@ -105,13 +106,35 @@ def test_what_no_pool_holds_is_left_to_gather(tmp_path: Path) -> None:
     taken, rest = sorted([first.name, across.name]), pieces(pool, {0: (0,), 1: (1,), 3: (0, 4)})
     assert find() == (taken, rest)
     earlier = replace(pool, shards=pool.shards[:2])  # the version before has no shard 3: what a pool holds of that is passed over
-    assert find_gathered(storage, "few", pieces(earlier, {0: (2,)}), lambda _: True) == ([across], [])
+    assert find_gathered(storage, "few", pieces(earlier, {0: (2,)}), lambda _: 0) == ([across], [])
     new = gather_pool(storage, "few", rest, inputs={}, max_pairs=2)
     assert find() == (sorted([*taken, new.name]), [])  # the same again, and the new one
     other_groups = replace(pool, clusters="c" * 32)  # prompts are grouped otherwise there
     assert find(other_groups) == ([], pieces(other_groups, wide))
     assert find(name="others") == ([], pieces(pool, wide))
     assert within.num_rows == 1
+
+
+def test_a_pool_is_finished_where_that_asks_less_than_asking_anew(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, "wild", [4, 2, 3, 5])
+    storage = pool.storage
+    many = gather_pool(storage, "few", pieces(pool, {0: (0, 1, 2, 3), 1: (0, 1)}), inputs={}, max_pairs=2)  # 6 pairs
+    more = gather_pool(storage, "few", pieces(pool, {2: (0, 1, 2)}), inputs={}, max_pairs=2)  # 3 others
+    over = gather_pool(storage, "few", pieces(pool, {1: (0, 1), 2: (0, 1)}), inputs={}, max_pairs=2)  # 4, of both
+
+    def find(rows: dict[int, tuple[int, ...]], lacks: dict[str, int]) -> tuple[list[str], list[Piece]]:
+        found, missing = find_gathered(storage, "few", pieces(pool, rows), lambda other: lacks[other.name], 3)
+        return [one.name for one in found], missing
+
+    wanted = {0: (0, 1, 2, 3), 1: (0, 1), 2: (0, 1, 2), 3: (0,)}
+    rest = pieces(pool, {3: (0,)})
+    one_new = {many.name: 6, more.name: 3, over.name: 12}  # of three models one is new; nobody answered about the third pool
+    assert find(wanted, one_new) == (sorted([many.name, more.name]), rest)
+    assert find(wanted, {**one_new, over.name: 0}) == (sorted([many.name, over.name]), pieces(pool, {2: (2,), 3: (0,)}))  # the finished one first
+    assert find({0: (0, 1)}, one_new) == ([], pieces(pool, {0: (0, 1)}))  # asking anew costs 6 answers, finishing 6
+    assert find({0: (0, 1, 2)}, one_new) == ([many.name], [])  # 9 and 6
+    assert find({0: (0, 1, 2)}, {**one_new, many.name: 18}) == ([], pieces(pool, {0: (0, 1, 2)}))
+    assert find({1: (0, 1)}, {**one_new, over.name: 4}) == ([over.name], [])  # saves 2 answers, the other none
 
 
 def test_results_of_several_pools_go_back_together(tmp_path: Path) -> None:
@@ -139,4 +162,4 @@ def test_a_pool_is_looked_through_many_shards_at_once(tmp_path: Path, monkeypatc
         return read_one(self, number, columns)
 
     monkeypatch.setattr(Pool, "read", read)
-    assert find_gathered(pool.storage, "few", pieces(pool, {3: (4,)}), lambda _: True) == ([gathered], [])
+    assert find_gathered(pool.storage, "few", pieces(pool, {3: (4,)}), lambda _: 0) == ([gathered], [])

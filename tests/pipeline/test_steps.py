@@ -17,6 +17,7 @@ from ray.data._internal.logical.optimizers import get_execution_plan
 
 from synpref_ray.errors import InputError, RunConflictError, SchemaError, SynprefError
 from synpref_ray.llm.endpoint_config import EndpointConfig
+from synpref_ray.pipeline import steps
 from synpref_ray.pipeline.cluster import configure_ray_data, data_context
 from synpref_ray.pipeline.llm_steps import LLMStepConfig, prepare_workers
 from synpref_ray.pipeline.shard_io import COUNTERS, ShardSource, ShardWriter, read_shard
@@ -177,6 +178,23 @@ def test_a_failed_step_names_the_shards_to_delete_once_the_cause_is_mended(tmp_p
     deleted = [path.unlink() for path in Path(found[2]).glob(found[1])]
     assert len(deleted) == 2
     assert run_step(mended, inputs).rejected == {}
+
+
+def test_a_small_pool_with_many_rejects_is_taken_beside_a_large_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = make_pool(tmp_path, "large", [4, 4, 4]), make_pool(tmp_path, "small", [3])
+    step = counting_step(tmp_path / "log", Resources(), fail_above=0)  # every row of a table that it makes is rejected
+    run_step(counting_step(tmp_path / "log", Resources()), [StepInput(large, ("chosen",))])
+    both = [StepInput(large, ("chosen",)), StepInput(small, ("chosen",))]
+    with pytest.raises(SynprefError, match=r"rejected 3 of 3 rows of pool 'small'.*more than 50%.*raise the step's max_failed_fraction"):
+        run_step(step, both[1:])  # alone it is all that the step has to show
+    monkeypatch.setattr(steps, "TELLING_REJECTS", 3)
+    with pytest.raises(SynprefError, match="rejected 3 of 3 rows of pool 'small'"):
+        run_step(step, both)  # as many rejects as tell something
+    monkeypatch.setattr(steps, "TELLING_REJECTS", 4)
+    with pytest.raises(SynprefError, match="rejected 3 of 3 rows of pool 'small'"):
+        run_step(replace(step, max_failed_fraction=0.1), both)  # 3 of 15 are too many by that measure
+    assert run_step(step, both).rejected == {"too_long": 3}
+    assert read_log(tmp_path / "log") == ["0:0", "0:0", "0:1", "0:2"]  # a refused table's shards stay
 
 
 def test_a_worker_that_reorders_rows_is_an_error(tmp_path: Path) -> None:

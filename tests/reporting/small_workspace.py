@@ -163,7 +163,7 @@ def stage2(storage: Storage, pool: Pool, random: Random) -> pa.Table:
                 shard = shard.append_column(name, values)
             return super().__call__(shard, key)
 
-    arguments = {"gate": GateConfig(), "gold_groups": frozenset[str]()}
+    arguments = {"gate": GateConfig(), "gold_groups": pa.array([], pa.string())}
     step = Step("decide", 1, Decide, (Output("decision", DECISION_SCHEMA),), {}, worker_arguments=lambda _: arguments)
     sidecar = run_step(step, [StepInput(pool, ("prompt_group",))]).sidecars[0][0]
     table = sidecar.read_all()

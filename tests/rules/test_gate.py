@@ -200,8 +200,18 @@ def test_pairs_of_gold_prompts_stay_out_of_curated_data():
     assert decided["decision"].to_pylist() == ["drop", "drop", "keep"]
     assert decided["decision_reason"].to_pylist() == ["gold_prompt", "gold_prompt", "both_rms_agree"]
     assert decided["flipped"].to_pylist() == [False, False, False]
+    assert decide_shard(rows, GateConfig(), pa.array(["a", "b"])).equals(decided)
     with pytest.raises(SchemaError, match="prompt_group"):
         decide_shard(shard([(1.0, 1.0, None)]), GateConfig(), {"a"})
+
+
+def test_no_judge_is_asked_about_a_pair_of_a_gold_prompt():
+    rows = shard([(-2.0, 1.0, None), (-2.0, -1.0, None), (-2.0, 1.0, None)]).append_column("prompt_group", pa.array(["a", "b", "c"]))
+    assert select_for_judge(rows, GateConfig(), {"a", "b"}).to_pylist() == [False, False, True]
+    assert select_for_judge(rows, GateConfig(), pa.array(["a", "b"])).to_pylist() == [False, False, True]
+    assert select_for_judge(rows, GateConfig()).to_pylist() == [True, True, True]
+    with pytest.raises(SchemaError, match="prompt_group"):
+        select_for_judge(shard([(1.0, 1.0, None)]), GateConfig(), {"a"})
 
 
 def test_a_band_asks_about_more_and_drops_nothing_without_a_judge():
