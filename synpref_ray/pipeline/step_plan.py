@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pydantic import Field, NonNegativeInt
 
 from synpref_ray.config import Settings
+from synpref_ray.ingest.source import Route
 from synpref_ray.pipeline.llm_steps import JudgeStepConfig, LLMStepConfig, TagStepConfig
 from synpref_ray.pipeline.retrieval import EmbedStepConfig
 from synpref_ray.pipeline.scoring import ScoreConfig
@@ -18,6 +19,7 @@ from synpref_ray.planning.cost import Throughputs
 from synpref_ray.reporting.table import format_table
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.tables.pools import MAX_PAIRS_PER_SHARD, open_pool, pool_exists
+from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
 from synpref_ray.tables.storage import Storage
 
 
@@ -71,12 +73,13 @@ class PlannedWork:
 
 
 def pool_size(storage: Storage, name: str, plan: StagePlan) -> PoolSize:
-    """Return the size of a pool: of its latest version, or as stated (0 where nothing is)."""
+    """Return the size of a pool: of its latest version, or as stated (0 where nothing is), in shards as ingest cuts them by default."""
     if pool_exists(storage, name):
         pool = open_pool(storage, name)
         return PoolSize(pool.num_rows, len(pool.shards))
     pairs = plan.pool_pairs.get(name, 0)
-    return PoolSize(pairs, math.ceil(pairs / MAX_PAIRS_PER_SHARD), is_stated=True)
+    per_shard = GATHERED_SHARD_PAIRS if name in (Route.SEED, Route.UNVERIFIED) else MAX_PAIRS_PER_SHARD
+    return PoolSize(pairs, math.ceil(pairs / per_shard), is_stated=True)
 
 
 def gathered(pairs: int, shard_pairs: int) -> PoolSize:

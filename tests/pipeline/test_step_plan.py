@@ -37,7 +37,7 @@ def test_hours_follow_from_pairs_workers_and_paces() -> None:
 def test_stage_1_at_the_paper_s_scale(tmp_path: Path) -> None:
     config = load_config(Stage1Config, str(CONFIGS / "stage1.yaml"), [f"workspace={tmp_path / 'none'}"])
     rows = rows_of(plan_stage1(config))
-    assert rows["tag (tagger)"] == ["1,000,000", "123", "2", "8", "10.7", "85"]  # 80K and 920K in shards of 8,192; 11,700 an hour on each of 8 GPUs
+    assert rows["tag (tagger)"] == ["1,000,000", "1,954", "2", "8", "10.7", "85"]  # 80K and 920K in shards of 512; 11,700 an hour on each of 8 GPUs
     gold = [round(100_000 * (number + 1) / 9) for number in range(9)]
     selected = [80_000, 250_000, 250_000, 250_000, 170_000, 0, 0, 0, 0]
     judged = sum(gold) + sum(max(0, pairs - people) for pairs, people in zip(selected, np.diff([0, *gold]).tolist(), strict=True))
