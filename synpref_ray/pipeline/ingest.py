@@ -209,8 +209,15 @@ def _ingest(
     ]
     layout = Layout.of([*held, *found])
     comparison = Comparison.of(storage, f"{staging}/compared-{layout.digest[:8]}", layout)
-    limits = {"max_pairs_per_shard": config.pairs_per_shard, "max_bytes_per_shard": config.max_bytes_per_shard}
-    plan, pools = make_pools(comparison, name, hold, phases, grown=base, **limits)
+    plan, pools = make_pools(
+        comparison,
+        name,
+        hold,
+        phases,
+        grown=base,
+        max_pairs_per_shard=config.pairs_per_shard,
+        max_bytes_per_shard=config.max_bytes_per_shard,
+    )
     summary = account(sources, staged, plan, {route: made.num_written for route, made in pools.items()})
     if base:
         summary["added_to"] = {route.value: pool.version for route, pool in base.items()}
