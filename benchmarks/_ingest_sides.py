@@ -209,7 +209,7 @@ def profile(data: Path, work: Path, cpus: int, *, candidates: bool) -> dict[str,
     from synpref_ray.ingest.plan import chunk_marks, make_plan, pairs_path, take_part
     from synpref_ray.ingest.source import Route
     from synpref_ray.ingest.structure import StructuredPair, structure_pair
-    from synpref_ray.tables.pools import write_pool_shard
+    from synpref_ray.tables.pools import MAX_PAIRS_PER_SHARD, write_pool_shard
     from synpref_ray.tables.storage import Storage
 
     file = str(min((data / "pairs").iterdir()))
@@ -251,7 +251,7 @@ def profile(data: Path, work: Path, cpus: int, *, candidates: bool) -> dict[str,
     for number in range(comparison.num_parts):
         timed("compare ids", lambda number=number: comparison.decide_part(number))
     gathered = timed("gather decisions", lambda: [comparison.gather_piece(piece) for piece in range(len(comparison.layout.pieces))])
-    plan = timed("cut shards", lambda: make_plan(comparison, gathered))
+    plan = timed("cut shards", lambda: make_plan(comparison, gathered, max_pairs_per_shard=dict.fromkeys(Route, MAX_PAIRS_PER_SHARD)))
     for task in plan.tasks:
         for part in task.parts:
             staged = timed("read staged chunks", lambda part=part: read_staged(storage, part.chunk.path))

@@ -11,7 +11,7 @@ marked `contradicted` in both.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,6 @@ from synpref_ray.ingest.partition import Comparison, Gathered, Layout, PairFile
 from synpref_ray.ingest.source import Route
 from synpref_ray.schema import POOL_SCHEMA, DropReason
 
-MAX_PAIRS_PER_SHARD = 8192  # ours: the design's default
 MAX_BYTES_PER_SHARD = 64 * 2**20  # ours: the design's default
 SHARDS_PER_TASK = 4  # ours: a chunk that several shards share is read once a task
 
@@ -94,7 +93,7 @@ def make_plan(
     comparison: Comparison,
     gathered: Sequence[Gathered],
     *,
-    max_pairs_per_shard: int = MAX_PAIRS_PER_SHARD,
+    max_pairs_per_shard: Mapping[Route, int],
     max_bytes_per_shard: int = MAX_BYTES_PER_SHARD,
 ) -> IngestPlan:
     """Cut the pairs that are kept into shards, reading one piece's sizes after the other.
@@ -102,7 +101,7 @@ def make_plan(
     Args:
         comparison: all its parts decided.
         gathered: by piece.
-        max_pairs_per_shard: ceiling of pairs in a shard.
+        max_pairs_per_shard: ceiling of pairs in a shard of each pool.
         max_bytes_per_shard: ceiling of a shard's bytes; a single larger pair gets a shard of its own.
     """
     layout = comparison.layout
@@ -120,7 +119,7 @@ def make_plan(
     num_duplicates = 0
     for route in Route:
         pieces = [number for number, piece in enumerate(layout.pieces) if _feeds(layout.files[piece.file], route)]
-        sizes = cut_shards((comparison.kept_sizes(number) for number in pieces), max_pairs_per_shard, max_bytes_per_shard)
+        sizes = cut_shards((comparison.kept_sizes(number) for number in pieces), max_pairs_per_shard[route], max_bytes_per_shard)
         chunks, repeated = [], []
         for number in pieces:
             for place, (total, left) in enumerate(zip(layout.pieces[number].chunks, gathered[number].kept, strict=True)):

@@ -88,6 +88,9 @@ def run_ingest(config: IngestConfig, run: Run) -> str:
     digests = run_tasks(_digest, None, [(sources[number], file) for number, file in files], inline=inline, title="digests")
     phases = {"digest": time.monotonic() - started}
     settings = config.model_dump(mode="json", include={"max_pairs_per_shard", "max_bytes_per_shard"})
+    for_llms = any(source.route is not Route.WILD for source in sources)
+    if for_llms and config.max_pairs_per_llm_shard < config.max_pairs_per_shard:  # else shards, and so names, are those of earlier versions
+        settings["max_pairs_per_llm_shard"] = config.max_pairs_per_llm_shard
     settings["sources"] = [_result_settings(source) for source in sources]
     if config.add:
         settings["add"] = True
@@ -206,8 +209,15 @@ def _ingest(
     ]
     layout = Layout.of([*held, *found])
     comparison = Comparison.of(storage, f"{staging}/compared-{layout.digest[:8]}", layout)
-    limits = {"max_pairs_per_shard": config.max_pairs_per_shard, "max_bytes_per_shard": config.max_bytes_per_shard}
-    plan, pools = make_pools(comparison, name, hold, phases, grown=base, **limits)
+    plan, pools = make_pools(
+        comparison,
+        name,
+        hold,
+        phases,
+        grown=base,
+        max_pairs_per_shard=config.pairs_per_shard,
+        max_bytes_per_shard=config.max_bytes_per_shard,
+    )
     summary = account(sources, staged, plan, {route: made.num_written for route, made in pools.items()})
     if base:
         summary["added_to"] = {route.value: pool.version for route, pool in base.items()}

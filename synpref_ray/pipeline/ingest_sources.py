@@ -2,6 +2,7 @@
 
 import glob
 import posixpath
+from collections.abc import Mapping
 
 from pydantic import Field
 
@@ -12,6 +13,7 @@ from synpref_ray.ingest.source import PairColumns, Route, SourceConfig, check_so
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.tables.files import filesystem_of, find_files, is_file, is_folder
 from synpref_ray.tables.pools import MAX_BYTES_PER_SHARD, MAX_PAIRS_PER_SHARD
+from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
 
 _MAX_NAMED_FILES = 5  # ours: enough to see which kind is meant
 
@@ -35,10 +37,18 @@ class IngestConfig(JobConfig):
     """Which benchmarks' prompts no pair may hold."""
     max_pairs_per_shard: int = Field(default=MAX_PAIRS_PER_SHARD, ge=1)
     """The most pairs in a file of a pool."""
+    max_pairs_per_llm_shard: int = Field(default=GATHERED_SHARD_PAIRS, ge=1)  # ours: as of gathered pools; one file is one engine's work
+    """The same of the pools seed and unverified, which language models read as they lie (where it is more than `max_pairs_per_shard`, that holds)."""
     max_bytes_per_shard: int = Field(default=MAX_BYTES_PER_SHARD, ge=1)
     """About the most bytes of pairs in a file of a pool."""
     max_rejected_fraction: float = Field(default=0.5, ge=0.0, le=1.0)  # ours: duplicates aside, most rows refused means a wrong format
     """A file of which more rows are refused ends the job."""
+
+    @property
+    def pairs_per_shard(self) -> Mapping[Route, int]:
+        """The most pairs in a shard of each pool."""
+        for_llms = min(self.max_pairs_per_llm_shard, self.max_pairs_per_shard)
+        return {Route.SEED: for_llms, Route.UNVERIFIED: for_llms, Route.WILD: self.max_pairs_per_shard}
 
 
 def resolve_sources(config: IngestConfig) -> tuple[SourceConfig, ...]:

@@ -29,6 +29,7 @@ from synpref_ray.pipeline.steps import Resources, ShardKey, Step, StepInput, Ste
 from synpref_ray.reporting.run import Run
 from synpref_ray.schema import DropReason
 from synpref_ray.tables.leases import Lease
+from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
 from synpref_ray.tables.sidecars import Sidecar
 from synpref_ray.versions import engine_version
 
@@ -47,7 +48,8 @@ class LLMStepConfig(Settings):
     num_gpus_per_worker: float = 0.0
     """GPUs that Ray sets aside for each engine."""
     max_shard_seconds: float = Field(default=6 * 3600.0, ge=0)  # ours: what takes longer hangs; its finished requests are in the journal
-    """Seconds after which a worker that is still at one shard is ended and the shard run again; 0: never (docs/faults.md)."""
+    """Seconds after which a worker that is still at one shard of up to 512 pairs is ended and the shard run again; larger shards get in
+    proportion more. 0: never (docs/faults.md)."""
     concurrent_shards: int = 2  # ours: while one shard's last replies come in, the next one keeps the engine full
     max_failed_fraction: float = 0.5  # ours: more failures than replies means a wrong model or prompt
 
@@ -203,7 +205,7 @@ def run_llm_step(run: Run, name: str, step: Step, inputs: Sequence[StepInput], c
     engine = config.engine
     unfinished = not all(sidecar.is_sealed for sidecars in plan_sidecars(step, inputs) for sidecar in sidecars)
     if unfinished:
-        step = prepare_workers(step)
+        step = with_time_for_shards(prepare_workers(step), inputs)
     if not (isinstance(engine, EndpointConfig) and engine.spending_limit and unfinished):
         return _report(run, run_step(step, inputs), name).sidecars
     storage, folder = inputs[0].pool.storage, f"spending/{step.outputs[0].name}"
@@ -224,6 +226,17 @@ def prepare_workers(step: Step) -> Step:
         return {**values, "config": values["config"].pinned().model_copy(update=shared)}
 
     return replace(step, worker_arguments=prepared, resources=replace(step.resources, num_workers=workers))
+
+
+def with_time_for_shards(step: Step, inputs: Sequence[StepInput]) -> Step:
+    """Return a step whose workers have `max_shard_seconds` for 512 pairs, and where its largest shard has more, in proportion more.
+
+    Our choice: pools cut for other work (`wild` under `tag_scope: all`, pools of earlier versions) hold shards of 16 times as many pairs, and a
+    worker that is 16 times as long at one is not hanging.
+    """
+    largest = max((shard.rows for source in inputs for shard in source.pool.shards), default=0)
+    seconds = step.resources.max_shard_seconds * max(1.0, largest / GATHERED_SHARD_PAIRS)
+    return replace(step, resources=replace(step.resources, max_shard_seconds=seconds))
 
 
 def _report(run: Run, result: StepResult, name: str) -> StepResult:

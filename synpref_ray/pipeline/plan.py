@@ -20,7 +20,7 @@ from synpref_ray.planning.cost import Assumptions, Cost, CostModel, Prices, Size
 from synpref_ray.planning.derived import Compute
 from synpref_ray.planning.scaling import Curve, CurvePoint, Interval, StopRule, fit_curve, pairs_for_target, stop_size, stop_verdict
 from synpref_ray.planning.split import Policy, Split, check_sizes, sizes_for_stage2, split_budget
-from synpref_ray.planning.stages import StagesConfig
+from synpref_ray.planning.stages import StagesConfig, derived_throughputs
 from synpref_ray.planning.timing import fit_paces
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
@@ -131,7 +131,7 @@ def run_plan(config: PlanConfig, run: Run) -> str:
 def _cost_model(config: PlanConfig) -> CostModel:
     """Return the prices with throughputs: given ones, for others measured ones, and with a table by stages derived ones for the rest."""
     given = {name: rate for name, rate in config.throughputs.model_dump().items() if rate}
-    derived = config.compute.throughputs().model_dump() if config.stages.gpus else {}
+    derived = derived_throughputs(config.compute, config.stages).model_dump() if config.stages.gpus else {}
     measured = _measured_throughputs(config) if config.measured.gpus and config.prices.gpu_hour else {}
     return CostModel(config.prices, Throughputs(**{**derived, **measured, **given}), config.assumptions)
 
@@ -140,8 +140,10 @@ def _measured_throughputs(config: PlanConfig) -> dict[str, float]:
     """Return pairs per GPU hour of the kinds of steps that finished runs have."""
     steps = [step for storage in config.measured_storages for step in read_runs(storage)[0].steps]
     found: dict[str, float] = {}
+    about = {"tag": config.stages.taggers, "judge": config.stages.judges}
+    on_endpoints = {f"{kind} ({model.name})" for kind, models in about.items() for model in models if not model.billions}
     for kind, pace in fit_paces(steps).items():
-        name = _throughput_of(kind)
+        name = "" if kind in on_endpoints else _throughput_of(kind)
         if name and pace.per_unit > 0:
             rate = SECONDS_PER_HOUR / (pace.per_unit * config.measured.gpus)
             found[name] = 1 / (1 / found[name] + 1 / rate) if name in found else rate  # several taggers or judges go one after another

@@ -29,15 +29,20 @@ def describe_stages(sizes: Sizes, about: Assumptions, paces: Throughputs, prices
     people, kept = sizes.gold * prices.gold_pair, gigabytes * config.gigabyte_month * config.months
     total = people + kept + sum(stage.cost for stage in stages)
     gpu_hours = sum(stage.device_hours for stage in stages if stage.on_gpus)
+    endpoints = sum(stage.cost for stage in stages if stage.device == "endpoint")
     run.metrics["stages"] = {
         "stages": [asdict(stage) | {"device_hours": stage.device_hours, "hours": stage.hours, "cost": stage.cost} for stage in stages],
         "tables": [asdict(table) | {"gigabytes": table.gigabytes} for table in tables],
         "gpu_hours": gpu_hours,
         "gigabytes": gigabytes,
+        "endpoints": endpoints,
         "total": total,
     }
     hours = sum(stage.hours for stage in stages)
     rows = [_stage_row(stage) for stage in stages]
+    if endpoints:
+        rows.append(("GPUs and cores", "", "", "", "", "", f"{sum(stage.cost for stage in stages) - endpoints:,.0f}"))
+        rows.append(("endpoints", "", "", "", "", "", f"{endpoints:,.0f}"))
     rows.append(("people", f"{sizes.gold:,} pairs", "", "", "", "", f"{people:,.0f}"))
     rows.append((f"storage, {config.months:g} months", f"{gigabytes:,.0f} GB", "", "", "", "", f"{kept:,.0f}"))
     rows.append(("all", "", "", "", f"{gpu_hours:,.0f} GPU", f"{hours:,.0f}", f"{total:,.0f}"))
@@ -48,13 +53,13 @@ def describe_stages(sizes: Sizes, about: Assumptions, paces: Throughputs, prices
 
 
 def _stage_row(stage: StageLine) -> tuple[str, ...]:
-    unit = "GPU" if stage.on_gpus else "core"
+    on_endpoint = stage.device == "endpoint"
     return (
         stage.name,
         f"{stage.work:,.0f} pairs",
         f"{stage.per_hour:,.0f}",
-        f"{stage.at_once} {unit}s",
-        f"{stage.device_hours:,.0f} {unit}",
+        "endpoint" if on_endpoint else f"{stage.at_once} {stage.device}s",
+        "" if on_endpoint else f"{stage.device_hours:,.0f} {stage.device}",
         f"{stage.hours:,.1f}",
         f"{stage.cost:,.0f}",
     )
@@ -72,15 +77,16 @@ def table_lines(sizes: Sizes, about: Assumptions, compute: Compute, config: Stag
     votes = {"votes": VOTES_A_PAIR * row_bytes(VOTE, {})}
     tagged = sizes.stage2 if about.tag_scope == "all" else work.mismatches
     asked_or_verified = work.judged_in_stage1 + sizes.gold + work.mismatches  # a verified pair has its rows too, without votes
+    num_taggers, num_judges = len(config.taggers) or 1, len(config.judges) or 1
     longest = max((work.curated if model.with_flipped else work.kept for model in config.models), default=0.0)
     lines = [
         TableLine("pools", work.all_pairs, row_bytes(POOL_SCHEMA, pair_texts)),
         TableLine("hygiene", work.all_pairs, row_bytes(HYGIENE_SCHEMA, {})),
         TableLine("gathered pools", stage1 + work.mismatches, row_bytes(GATHERED_SCHEMA, pair_texts)),
-        TableLine("tags and attributes", stage1 + tagged, row_bytes(TAGS_SCHEMA, tags) + row_bytes(ATTRIBUTES_SCHEMA, tags)),
+        TableLine("tags and attributes", stage1 + tagged, num_taggers * row_bytes(TAGS_SCHEMA, tags) + row_bytes(ATTRIBUTES_SCHEMA, tags)),
         TableLine("embeddings", stage1 + work.mismatches, row_bytes(embeddings_schema(config.embedding_dimension), {})),
         TableLine("exemplars", asked_or_verified, row_bytes(EXEMPLARS_SCHEMA, shown)),
-        TableLine("votes and verdicts", asked_or_verified, row_bytes(VOTES_SCHEMA, votes) + row_bytes(VERDICT_SCHEMA, {})),
+        TableLine("votes and verdicts", asked_or_verified, num_judges * row_bytes(VOTES_SCHEMA, votes) + row_bytes(VERDICT_SCHEMA, {})),
         TableLine("rewards, both RMs", 2.0 * sizes.stage2, row_bytes(REWARDS_SCHEMA, {})),
         TableLine("decisions, verdicts scattered back", sizes.stage2, row_bytes(DECISION_SCHEMA, {}) + row_bytes(VERDICT_SCHEMA, {})),
         TableLine("token ids, by tokenizer", config.tokenizers * work.all_pairs, row_bytes(TOKENS_SCHEMA, {"chosen": ids, "rejected": ids})),

@@ -36,7 +36,7 @@ def make_pools(
     phases: dict[str, float],
     *,
     grown: Mapping[Route, Pool],
-    max_pairs_per_shard: int,
+    max_pairs_per_shard: Mapping[Route, int],
     max_bytes_per_shard: int,
 ) -> tuple[IngestPlan, dict[Route, MadePool]]:
     """Write the pools seed, unverified and wild (none without pairs) and the rejects of duplicates; what was done before is not done again.
@@ -47,7 +47,7 @@ def make_pools(
         hold: the lease under which they are made, checked before each shard and each pool that comes into being.
         phases: gets the seconds of each pass.
         grown: the versions of pools that new shards join; the others are made.
-        max_pairs_per_shard: ceiling of pairs in a shard.
+        max_pairs_per_shard: ceiling of pairs in a shard of each pool.
         max_bytes_per_shard: ceiling of a shard's bytes; a single larger pair gets a shard of its own.
 
     Raises:

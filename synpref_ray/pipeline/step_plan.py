@@ -6,20 +6,24 @@ pairs the best RM disagrees with) is counted at its ceiling, or by a stated shar
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from synpref_ray.config import Settings
+from synpref_ray.ingest.source import Route
+from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.pipeline.judge_steps import JudgeStepConfig
 from synpref_ray.pipeline.llm_steps import LLMStepConfig
 from synpref_ray.pipeline.retrieval import EmbedStepConfig
 from synpref_ray.pipeline.scoring import ScoreConfig
 from synpref_ray.pipeline.tag_steps import TagStepConfig
 from synpref_ray.planning.cost import Throughputs
+from synpref_ray.planning.derived import PairTokens
 from synpref_ray.reporting.table import format_table
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.tables.pools import MAX_PAIRS_PER_SHARD, open_pool, pool_exists
+from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
 from synpref_ray.tables.storage import Storage
 
 
@@ -30,8 +34,16 @@ class StagePlan(Settings):
     """Sizes of pools that are not in the workspace yet."""
     throughputs: Throughputs = Throughputs()
     """Pairs per GPU hour (per worker hour where workers have no GPU); without one, a step has no hours."""
+    taggers: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Pairs per GPU hour of taggers on GPUs by name; of others it is `throughputs.tag`."""
+    judges: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """The same of judges; of others it is `throughputs.judge`."""
+    tag_tokens: PairTokens = PairTokens()
+    """What tagging a pair takes of an endpoint; hours and costs follow from the endpoint's own limits and prices."""
+    judge_tokens: PairTokens = PairTokens()
+    """What judging a pair takes of an endpoint."""
     embed: float = Field(default=0.0, ge=0.0)
-    """The same of the embedder."""
+    """The same as `throughputs` of the embedder."""
     gold_pairs: NonNegativeInt = 0
     """Gold at the end of Stage 1, where people's verdicts come from a file or a queue."""
     mismatch_fraction: float = Field(default=0.35, ge=0.0, le=1.0)  # ours: the paper does not say; the 14M of 40M that it discards
@@ -57,6 +69,10 @@ class PlannedWork:
     gpus_per_worker: float
     pairs_per_hour: float = 0.0
     passes: int = 1
+    cost: float = 0.0
+    """What an endpoint asks for it."""
+    spending_limit: float = 0.0
+    """Of the endpoint; 0: none."""
 
     @property
     def gpus(self) -> float:
@@ -73,12 +89,13 @@ class PlannedWork:
 
 
 def pool_size(storage: Storage, name: str, plan: StagePlan) -> PoolSize:
-    """Return the size of a pool: of its latest version, or as stated (0 where nothing is)."""
+    """Return the size of a pool: of its latest version, or as stated (0 where nothing is), in shards as ingest cuts them by default."""
     if pool_exists(storage, name):
         pool = open_pool(storage, name)
         return PoolSize(pool.num_rows, len(pool.shards))
     pairs = plan.pool_pairs.get(name, 0)
-    return PoolSize(pairs, math.ceil(pairs / MAX_PAIRS_PER_SHARD), is_stated=True)
+    per_shard = GATHERED_SHARD_PAIRS if name in (Route.SEED, Route.UNVERIFIED) else MAX_PAIRS_PER_SHARD
+    return PoolSize(pairs, math.ceil(pairs / per_shard), is_stated=True)
 
 
 def gathered(pairs: int, shard_pairs: int) -> PoolSize:
@@ -86,19 +103,28 @@ def gathered(pairs: int, shard_pairs: int) -> PoolSize:
     return PoolSize(pairs, math.ceil(pairs / shard_pairs))
 
 
-def llm_work(step: LLMStepConfig, title: str, size: PoolSize, pairs_per_hour: float) -> PlannedWork:
-    """Return the work of a tagger or judge."""
+def llm_work(step: LLMStepConfig, title: str, size: PoolSize, pairs_per_hour: float, tokens: PairTokens) -> PlannedWork:
+    """Return the work of a tagger or judge: at a pace on GPUs, or as fast as an endpoint's limits let it."""
+    engine = step.engine
+    if isinstance(engine, EndpointConfig):
+        limits = [(engine.requests_per_minute, tokens.requests), (engine.tokens_per_minute, tokens.prompt + tokens.output)]
+        an_hour = min((60 * limit / each for limit, each in limits if limit and each), default=0.0)
+        cost = size.pairs * engine.cost(tokens.prompt, tokens.output)
+        work = PlannedWork(title, size.pairs, size.shards, step.num_workers, 0.0, an_hour / step.num_workers)
+        return replace(work, cost=cost, spending_limit=engine.spending_limit)
     return PlannedWork(title, size.pairs, size.shards, step.num_workers, step.num_gpus_per_worker, pairs_per_hour)
 
 
 def tag_work(taggers: Sequence[TagStepConfig], size: PoolSize, plan: StagePlan) -> list[PlannedWork]:
     """Return the work of every tagger on a pool."""
-    return [llm_work(step, f"tag ({step.tagger.name})", size, plan.throughputs.tag) for step in taggers]
+    paces = ((step, step.tagger.name, plan.taggers.get(step.tagger.name, plan.throughputs.tag)) for step in taggers)
+    return [llm_work(step, f"tag ({name})", size, pace, plan.tag_tokens) for step, name, pace in paces]
 
 
 def judge_work(judges: Sequence[JudgeStepConfig], size: PoolSize, plan: StagePlan) -> list[PlannedWork]:
     """Return the work of every judge on a pool."""
-    return [llm_work(step, f"judge ({step.judge.judge})", size, plan.throughputs.judge) for step in judges]
+    paces = ((step, step.judge.judge, plan.judges.get(step.judge.judge, plan.throughputs.judge)) for step in judges)
+    return [llm_work(step, f"judge ({name})", size, pace, plan.judge_tokens) for step, name, pace in paces]
 
 
 def embed_work(config: EmbedStepConfig, size: PoolSize, plan: StagePlan) -> PlannedWork:
@@ -122,22 +148,27 @@ def train_work(config: TrainConfig, title: str, pairs: int, plan: StagePlan) -> 
 
 def total(works: Sequence[PlannedWork], title: str) -> PlannedWork:
     """Return the same step done several times (rounds) as one line."""
-    first = works[0]
-    return PlannedWork(
-        title, sum(w.pairs for w in works), sum(w.shards for w in works), first.workers, first.gpus_per_worker, first.pairs_per_hour, first.passes
-    )
+    pairs, shards, cost = sum(w.pairs for w in works), sum(w.shards for w in works), sum(w.cost for w in works)
+    return replace(works[0], step=title, pairs=pairs, shards=shards, cost=cost)
 
 
 def describe_plan(works: Sequence[PlannedWork], sizes: Mapping[str, PoolSize], notes: Sequence[str] = ()) -> str:
     """Return the plan as a table, what it supposes, and its sums."""
-    rows = []
+    rows, paid = [], sum(work.cost for work in works)
     for work in works:
         hours = work.hours
         cells = (f"{work.pairs:,}", f"{work.shards:,}", str(work.workers or "-"), f"{work.gpus:g}" if work.gpus else "-")
         rows.append(
-            (work.step, *cells, "-" if hours is None else f"{hours:,.1f}", "-" if hours is None or not work.gpus else f"{hours * work.gpus:,.0f}")
+            (
+                work.step,
+                *cells,
+                "-" if hours is None else f"{hours:,.1f}",
+                "-" if hours is None or not work.gpus else f"{hours * work.gpus:,.0f}",
+                *((f"{work.cost:,.0f}" if work.cost else "-",) if paid else ()),
+            )
         )
-    lines = [format_table(("step", "pairs, at most", "shards", "workers", "GPUs", "hours", "GPU hours"), rows)]
+    header = ("step", "pairs, at most", "shards", "workers", "GPUs", "hours", "GPU hours", *(("endpoint",) if paid else ()))
+    lines = [format_table(header, rows)]
     known = [work for work in works if work.hours is not None]
     if known:
         hours, gpu_hours = sum(work.hours or 0.0 for work in known), sum((work.hours or 0.0) * work.gpus for work in known)
@@ -148,6 +179,11 @@ def describe_plan(works: Sequence[PlannedWork], sizes: Mapping[str, PoolSize], n
     else:
         lines.append("no hours: `plan.throughputs` states no pace")
     lines.append(f"workers are processes of Ray (actors), each with its part of the GPUs; at most {max(work.gpus for work in works):g} GPUs at once")
+    if paid:
+        lines.append(f"endpoints: {paid:,.0f} by their prices and `plan`'s tokens a pair, nothing cached and nothing asked twice")
+    for work in works:
+        if work.spending_limit and work.cost > work.spending_limit:
+            lines.append(f"{work.step}: {work.cost:,.0f} is more than its spending_limit of {work.spending_limit:,.0f}, where the job would end")
     stated = [f"{name} {size.pairs:,}" for name, size in sizes.items() if size.is_stated]
     if stated:
         lines.append(f"not in the workspace, so sizes are those of `plan.pool_pairs`: {', '.join(stated)}")

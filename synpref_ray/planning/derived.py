@@ -12,6 +12,17 @@ from synpref_ray.planning.cost import Throughputs
 SECONDS_PER_HOUR = 3600.0
 
 
+class PairTokens(Settings):
+    """What one pair takes of a model behind an endpoint."""
+
+    requests: NonNegativeInt = 0
+    """Requests for a pair; 0: not known."""
+    prompt: NonNegativeInt = 0
+    """Their prompt tokens together, none of them cached."""
+    output: NonNegativeInt = 0
+    """Tokens of their replies together."""
+
+
 class Compute(Settings):
     """Lengths of pairs, sizes of models and the speed of a GPU, from which throughputs follow where none is measured."""
 
@@ -21,13 +32,15 @@ class Compute(Settings):
     max_exemplars: NonNegativeInt = 8  # Sec. 3.2, Step 3
     judge_input_tokens: PositiveInt = 14_000  # ours: as max_input_tokens of stage1.yaml and stage2.yaml; exemplars that do not fit are left out
     guideline_tokens: PositiveInt = 600  # ours: about what the judge's full guideline takes
+    tagger_instruction_tokens: PositiveInt = 500  # ours: about what the tagger's instructions and examples take
+    choice_tokens: PositiveInt = 10  # ours: what an endpoint writes to name a judge's choice
     gpu_tflops: PositiveFloat = 989.0  # an H100's dense bfloat16, by its data sheet
     score_mfu: PositiveFloat = Field(default=0.4, le=1.0)  # ours: assumed
     train_mfu: PositiveFloat = Field(default=0.35, le=1.0)  # ours: assumed
     embed_mfu: PositiveFloat = Field(default=0.2, le=1.0)  # ours: assumed; small models reach less
     llm_prompt_mfu: PositiveFloat = Field(default=0.4, le=1.0)  # ours: assumed, of reading prompts with tensor parallelism over 4 GPUs
     llm_output_tokens_per_second: PositiveFloat = 500.0  # ours: assumed, a GPU's share of an engine that is kept full
-    llm_billions: PositiveFloat = 72.7  # Qwen2.5-72B, the tagger and judge of stage1.yaml and stage2.yaml
+    llm_billions: PositiveFloat = 72.7  # Qwen2.5-72B; where `stages` lists taggers and judges, these count
     embedder_billions: PositiveFloat = 0.6  # Qwen3-Embedding-0.6B
     reward_billions: PositiveFloat = 8.03  # Llama-3.1-8B, the best and the gold RM
 
@@ -59,14 +72,32 @@ class Compute(Settings):
         """Return pairs per GPU hour of the embedder, which reads prompt and attributes."""
         return self._rate(2 * self.embedder_billions * (self.prompt_tokens + self.attribute_tokens), self.embed_mfu)
 
+    def tag_rate(self, billions: float) -> float:
+        """Return pairs per GPU hour of a tagger; its instructions are computed once, not for every pair."""
+        hours = 1 / self._rate(2 * billions * self.prompt_tokens, self.llm_prompt_mfu)
+        return 1 / (hours + self.attribute_tokens / (self.llm_output_tokens_per_second * SECONDS_PER_HOUR))
+
+    def judge_rate(self, billions: float) -> float:
+        """Return pairs per GPU hour of a judge; its guideline is computed once, not for every pair."""
+        return self._rate(2 * billions * self.judge_tokens, self.llm_prompt_mfu)
+
+    @property
+    def tag_request(self) -> PairTokens:
+        """What tagging a pair takes of an endpoint, nothing cached."""
+        return PairTokens(requests=1, prompt=self.tagger_instruction_tokens + self.prompt_tokens, output=self.attribute_tokens)
+
+    @property
+    def judge_request(self) -> PairTokens:
+        """What judging a pair takes of an endpoint: both orders, each with all exemplars, nothing cached."""
+        prompt = self.guideline_tokens + (self.exemplars + 1) * (self.unique_tokens + self.attribute_tokens)
+        return PairTokens(requests=2, prompt=2 * prompt, output=2 * self.choice_tokens)
+
     def throughputs(self) -> Throughputs:
-        """Return the four throughputs of a cost model; the instructions of taggers and judges are computed once, not for every pair."""
-        tag = 1 / self._rate(2 * self.llm_billions * self.prompt_tokens, self.llm_prompt_mfu)
-        tag += self.attribute_tokens / (self.llm_output_tokens_per_second * SECONDS_PER_HOUR)
+        """Return the four throughputs of a cost model."""
         return Throughputs(
-            tag=1 / tag,
+            tag=self.tag_rate(self.llm_billions),
             score=self.score_rate(self.reward_billions),
-            judge=self._rate(2 * self.llm_billions * self.judge_tokens, self.llm_prompt_mfu),
+            judge=self.judge_rate(self.llm_billions),
             train=self.train_rate(self.reward_billions, recompute=True),
         )
 

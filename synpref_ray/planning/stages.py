@@ -4,15 +4,16 @@ Paper: Sec. 3 and 4 (the stages), App. F (people). Our choice: everything else; 
 while here every stage, every model of the family and every table has a line of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, Self
 
 import pyarrow as pa
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from synpref_ray.config import Settings
 from synpref_ray.planning.cost import Assumptions, Prices, Sizes, Throughputs
-from synpref_ray.planning.derived import Compute
+from synpref_ray.planning.derived import SECONDS_PER_HOUR, Compute, PairTokens
 
 BYTES_PER_GB = 1e9
 ID_BYTES = 17.0  # of 32 hex digits of a hash in a Parquet file with zstd: 16 are the least
@@ -32,6 +33,39 @@ class FamilyModel(Settings):
     """Whether it trains on flipped pairs as well (the 40M kind)."""
     recompute: bool = True
     """Whether activations are computed again in its training."""
+
+
+class LanguageModel(Settings):
+    """One tagger or judge: on GPUs, or behind an endpoint."""
+
+    name: str
+    """As in the configs of the stages."""
+    billions: NonNegativeFloat = 0.0
+    """On GPUs: parameters that a token passes (of a mixture of experts the active ones), 10^9; 0: it is behind an endpoint."""
+    speed: PositiveFloat = 1.0
+    """Share of the assumed FLOPs and tokens a second that it reaches. Ours: assumed."""
+    stages: tuple[Literal[1, 2], ...] = (1, 2)
+    """The stages that ask it."""
+    price_per_million_prompt_tokens: NonNegativeFloat = 0.0
+    """Of an endpoint."""
+    price_per_million_output_tokens: NonNegativeFloat = 0.0
+    """Of an endpoint."""
+    tokens_per_minute: NonNegativeFloat = 0.0
+    """Of an endpoint: the account's limit, prompt and reply together."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.billions) == bool(self.tokens_per_minute):
+            raise ValueError(f"{self.name}: give billions of a model on GPUs, or tokens_per_minute of one behind an endpoint")
+        return self
+
+    def cost_per_pair(self, tokens: PairTokens) -> float:
+        """Return an endpoint's price of a pair."""
+        return (tokens.prompt * self.price_per_million_prompt_tokens + tokens.output * self.price_per_million_output_tokens) / 1e6
+
+    def pairs_per_hour(self, tokens: PairTokens) -> float:
+        """Return how many pairs an endpoint's limit lets through in an hour."""
+        return 60 * self.tokens_per_minute / (tokens.prompt + tokens.output)
 
 
 class StagesConfig(Settings):
@@ -61,6 +95,14 @@ class StagesConfig(Settings):
     """How many tables of token ids there are: one for each tokenizer of the family."""
     embedding_dimension: PositiveInt = 1024
     """Of an embedding, stored in float32."""
+    search_gflops_per_core: PositiveFloat = 25.0
+    """What a core does of exact search for exemplars, 10^9 FLOPs a second. Ours: assumed, float32 products of FAISS."""
+    working_gold_fraction: float = Field(default=0.7, gt=0.0, le=1.0)
+    """Of gold, what exemplars are taken from. Ours: all but `gold.audit_fraction` of Stage 1."""
+    taggers: tuple[LanguageModel, ...] = ()
+    """The taggers; empty: one of `compute.llm_billions` on GPUs."""
+    judges: tuple[LanguageModel, ...] = ()
+    """The judges; empty: one of `compute.llm_billions` on GPUs."""
     benchmark_replies: NonNegativeInt = 175_000
     """Replies that each final model scores. Ours: about what the seven benchmarks of Sec. 4 have together."""
     models: tuple[FamilyModel, ...] = ()
@@ -69,18 +111,23 @@ class StagesConfig(Settings):
 
 @dataclass(frozen=True)
 class StageLine:
-    """One stage: so many units of work at a pace per GPU hour (per core hour where `on_gpus` is false)."""
+    """One stage: so many units of work at a pace per hour of a GPU, of a core, or of all that an endpoint lets through."""
 
     name: str
     work: float
     per_hour: float
     price: float
     at_once: int
-    on_gpus: bool = True
+    device: Literal["GPU", "core", "endpoint"] = "GPU"
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether its hours are those of GPUs."""
+        return self.device == "GPU"
 
     @property
     def device_hours(self) -> float:
-        """GPU hours, or core hours."""
+        """Hours of one device."""
         return self.work / self.per_hour if self.work else 0.0
 
     @property
@@ -117,6 +164,8 @@ class StageWork:
     kept: float
     curated: float
     judged_in_stage1: float
+    exemplar_products: float
+    """Of pairs with gold, that Stage 1's searches for exemplars compute."""
     scored_gold: float
     trained_in_stage1: float
 
@@ -130,46 +179,87 @@ def stage_work(sizes: Sizes, about: Assumptions) -> StageWork:
     votes on gold, its judges being the same. The 40M kind is all of Stage 2, kept and flipped.
     """
     rounds = about.rounds
+    parts = rounds + 1
+    products = sum((sizes.silver + part * sizes.gold) * part * sizes.gold for part in range(1, parts + 1)) / parts**2
     return StageWork(
         all_pairs=sizes.gold + sizes.silver + sizes.stage2,
         mismatches=about.mismatch_fraction * sizes.stage2,
         kept=about.curated_fraction * sizes.stage2,
         curated=sizes.stage2,
         judged_in_stage1=sizes.silver + sizes.gold * (rounds + 2) / 2,
+        exemplar_products=products,
         scored_gold=sizes.gold * (rounds / 2 + 2),
         trained_in_stage1=sizes.silver * (rounds + 2) / 2 + sizes.gold,
     )
+
+
+def derived_throughputs(compute: Compute, config: StagesConfig) -> Throughputs:
+    """Return the four throughputs by arithmetic; of several taggers or judges those on GPUs one after another (those of all stages)."""
+
+    def together(models: Sequence[LanguageModel], rate: Callable[[float], float]) -> float:
+        hours = sum(1 / (model.speed * rate(model.billions)) for model in models if model.billions)
+        return 1 / hours if hours else rate(compute.llm_billions)
+
+    found = compute.throughputs()
+    tag, judge = together(config.taggers, compute.tag_rate), together(config.judges, compute.judge_rate)
+    return found.model_copy(update={"tag": tag, "judge": judge})
 
 
 def stage_lines(sizes: Sizes, about: Assumptions, paces: Throughputs, prices: Prices, compute: Compute, config: StagesConfig) -> list[StageLine]:
     """Return the stages in the order of a run.
 
     Args:
-        paces: pairs per GPU hour, all four above 0.
+        paces: pairs per GPU hour, all four above 0; of several taggers or judges all those on GPUs together.
     """
     work = stage_work(sizes, about)
     stage1 = sizes.gold + sizes.silver
+    derived = derived_throughputs(compute, config)
     text = compute.unique_tokens * config.bytes_per_token / 1e6
     tagged = sizes.stage2 if about.tag_scope == "all" else work.mismatches
 
     def on_cores(name: str, megabytes: float) -> StageLine:
-        return StageLine(name, work.all_pairs, megabytes * 3600 / text, config.cpu_core_hour, config.cpu_cores, on_gpus=False)
+        return StageLine(name, work.all_pairs, megabytes * 3600 / text, config.cpu_core_hour, config.cpu_cores, "core")
 
     def on_gpus(name: str, pairs: float, per_hour: float) -> StageLine:
         return StageLine(name, pairs, per_hour, prices.gpu_hour, config.gpus)
 
+    def search(name: str, pairs: float, products: float) -> list[StageLine]:
+        gold = products * config.working_gold_fraction / pairs if pairs else 0.0
+        flops = 2 * config.embedding_dimension * gold
+        per_hour = config.search_gflops_per_core * 1e9 * SECONDS_PER_HOUR / flops if flops else 0.0
+        return [StageLine(name, pairs, per_hour, config.cpu_core_hour, config.cpu_cores, "core")] if per_hour else []
+
+    def ask(name: str, kind: Literal["tag", "judge"], stage: Literal[1, 2], pairs: float) -> list[StageLine]:
+        models, tokens = (config.taggers, compute.tag_request) if kind == "tag" else (config.judges, compute.judge_request)
+        pace = paces.tag if kind == "tag" else paces.judge
+        if not models:
+            return [on_gpus(name, pairs, pace)]
+        speed_up = pace / (derived.tag if kind == "tag" else derived.judge)
+        rate = compute.tag_rate if kind == "tag" else compute.judge_rate
+        found = []
+        for model in models:
+            title = f"{name}: {model.name}"
+            if stage in model.stages and model.billions:
+                found.append(on_gpus(title, pairs, speed_up * model.speed * rate(model.billions)))
+            elif stage in model.stages:
+                an_hour = model.pairs_per_hour(tokens)
+                found.append(StageLine(title, pairs, an_hour, an_hour * model.cost_per_pair(tokens), 1, "endpoint"))
+        return found
+
     lines = [
         on_cores("ingest, decontamination", config.ingest_megabytes_per_core_second),
         on_cores("hygiene", config.hygiene_megabytes_per_core_second),
-        on_gpus("tag, Stage 1", stage1, paces.tag),
+        *ask("tag, Stage 1", "tag", 1, stage1),
         on_gpus("embed, Stage 1", stage1, compute.embed_rate()),
-        on_gpus("judge, Stage 1", work.judged_in_stage1, paces.judge),
+        *search("exemplars, Stage 1", work.judged_in_stage1, work.exemplar_products),
+        *ask("judge, Stage 1", "judge", 1, work.judged_in_stage1),
         on_gpus("train, Stage 1", work.trained_in_stage1, paces.train),
         on_gpus("score gold, Stage 1", work.scored_gold, paces.score),
         on_gpus("score, both RMs", 2 * sizes.stage2, paces.score),
-        on_gpus("tag mismatches" if about.tag_scope == "mismatches" else "tag, Stage 2", tagged, paces.tag),
+        *ask("tag mismatches" if about.tag_scope == "mismatches" else "tag, Stage 2", "tag", 2, tagged),
         on_gpus("embed mismatches", work.mismatches, compute.embed_rate()),
-        on_gpus("judge mismatches", work.mismatches, paces.judge),
+        *search("exemplars of mismatches", work.mismatches, work.mismatches * sizes.gold),
+        *ask("judge mismatches", "judge", 2, work.mismatches),
     ]
     speed_up = paces.train / compute.train_rate(compute.reward_billions, recompute=True)  # of a measured pace over the derived one: all sizes alike
     for model in config.models:

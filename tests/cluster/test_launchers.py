@@ -108,9 +108,11 @@ def test_every_model_of_the_family_fits(name: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_the_judges_of_stage_2_fit_on_one_node(name: str) -> None:
-    judge = load_config(Stage2Config, str(CONFIGS / "stage2.yaml"), []).judges[0]
-    assert launched(name, [{"GPU": judge.num_gpus_per_worker, "CPU": 1.0}] * judge.num_workers) == {"gpu.spot": 1}
+def test_the_judges_of_stage_2_begin_on_one_node_and_fit_on_eight(name: str) -> None:
+    for judge in (judge for judge in load_config(Stage2Config, str(CONFIGS / "stage2.yaml"), []).judges if judge.num_gpus_per_worker):
+        one = {"GPU": judge.num_gpus_per_worker, "CPU": 1.0}
+        assert launched(name, [one] * judge.min_workers) == {"gpu.spot": 1}
+        assert launched(name, [one] * judge.num_workers) == {"gpu.spot": 8}
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])

@@ -56,7 +56,7 @@ class Staged:
 
     def plan(self, max_pairs: int = 100, max_bytes: int = 10**9) -> "Made":
         comparison, gathered = self.compare()
-        return Made(comparison, make_plan(comparison, gathered, max_pairs_per_shard=max_pairs, max_bytes_per_shard=max_bytes))
+        return Made(comparison, make_plan(comparison, gathered, max_pairs_per_shard=dict.fromkeys(Route, max_pairs), max_bytes_per_shard=max_bytes))
 
 
 class Made:

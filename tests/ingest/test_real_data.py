@@ -58,7 +58,8 @@ def test_two_sources_make_two_pools(shared_data: Path, tmp_path: Path) -> None:
     comparison = Comparison.of(storage, "compared", Layout.of(files), pairs_per_part=1000)
     for part in range(comparison.num_parts):
         comparison.decide_part(part)
-    plan = make_plan(comparison, [comparison.gather_piece(piece) for piece in range(len(comparison.layout.pieces))], max_pairs_per_shard=500)
+    gathered = [comparison.gather_piece(piece) for piece in range(len(comparison.layout.pieces))]
+    plan = make_plan(comparison, gathered, max_pairs_per_shard=dict.fromkeys(Route, 500))
     assert plan.kept == {"seed": 1456, "unverified": 3376, "wild": 269}
     assert plan.duplicates == {"seed": 0, "unverified": 0, "wild": 1456}
     assert plan.contradicted == dict.fromkeys(Route, 0)

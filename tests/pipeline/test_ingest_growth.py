@@ -94,6 +94,27 @@ def test_new_pairs_join_as_shards_and_copies_of_held_ones_do_not(data: Path, mon
     assert licences == {name: f"licence of {name}" for name in (*FIRST, *NEW)}
 
 
+def shard_rows(storage: Storage) -> dict[str, list[int]]:
+    return {name: [shard.rows for shard in open_pool(storage, name).shards] for name in ("seed", "unverified", "wild")}
+
+
+def test_pools_that_language_models_read_as_they_lie_are_cut_smaller(data: Path) -> None:
+    for name, limit in {"small": 1, "large": 5, "default": 512}.items():
+        ingest(config_of(data, FIRST, data / name, max_pairs_per_llm_shard=limit))
+    storages = {name: Storage(str(data / name)) for name in ("small", "large", "default")}
+    assert shard_rows(storages["small"]) == {"seed": [1, 1, 1], "unverified": [1, 1], "wild": [4, 4, 4, 4, 4]}
+    assert shard_rows(storages["large"]) == {"seed": [3], "unverified": [2], "wild": [4, 4, 4, 4, 4]}
+    names = {name: open_pool(storage, "seed").fingerprint for name, storage in storages.items()}
+    assert names["large"] == names["default"] != names["small"]  # where the limit says nothing new, earlier versions' pools stay valid
+    assert IngestConfig().pairs_per_shard == {"seed": 512, "unverified": 512, "wild": 8192}
+
+
+def test_where_nothing_feeds_them_a_limit_of_theirs_names_no_other_pool(data: Path) -> None:
+    for limit in (1, 512):
+        ingest(config_of(data, ["web"], data / f"{limit}", max_pairs_per_llm_shard=limit))
+    assert open_pool(Storage(str(data / "1")), "wild").fingerprint == open_pool(Storage(str(data / "512")), "wild").fingerprint
+
+
 def test_a_rerun_of_either_ingest_has_nothing_to_do(data: Path) -> None:
     workspace = data / "ws"
     first, addition = config_of(data, FIRST, workspace), config_of(data, NEW, workspace, add=True)

@@ -37,11 +37,22 @@ def test_hours_follow_from_pairs_workers_and_paces() -> None:
 def test_stage_1_at_the_paper_s_scale(tmp_path: Path) -> None:
     config = load_config(Stage1Config, str(CONFIGS / "stage1.yaml"), [f"workspace={tmp_path / 'none'}"])
     rows = rows_of(plan_stage1(config))
-    assert rows["tag (tagger)"] == ["1,000,000", "123", "2", "8", "10.7", "85"]  # 80K and 920K in shards of 8,192; 11,700 an hour on each of 8 GPUs
+    assert rows["tag (qwen2.5-72b)"] == ["1,000,000", "1,954", "16", "64", "1.3", "85", "-"]  # 80K and 920K in shards of 512; 11,700 an hour and GPU
+    assert rows["tag (gpt-4o)"] == [
+        "1,000,000",
+        "1,954",
+        "4",
+        "-",
+        "1.7",
+        "-",
+        "3,050",
+    ]  # 10,000 requests a minute; 900 x 2.5 + 80 x 10 dollars a million
     gold = [round(100_000 * (number + 1) / 9) for number in range(9)]
     selected = [80_000, 250_000, 250_000, 250_000, 170_000, 0, 0, 0, 0]
     judged = sum(gold) + sum(max(0, pairs - people) for pairs, people in zip(selected, np.diff([0, *gold]).tolist(), strict=True))
-    assert rows["judge (qwen2.5-72b), seed and 8 rounds"][0] == f"{judged:,}"
+    judges = ["qwen2.5-72b", "qwen3-235b-a22b", "gpt-4.1"]
+    assert [rows[f"judge ({name}), seed and 8 rounds"][0] for name in judges] == [f"{judged:,}"] * 3
+    assert rows["judge (gpt-4.1), seed and 8 rounds"][-1] == f"{judged * (24_720 * 2 + 20 * 8) / 1e6:,.0f}"
     assert rows["train gold RM"][:2] == ["100,000", "391"]  # batches of 256
     silver = [80_000 + min(250_000 * number, 920_000) - round(100_000 * (number + 1) / 9) for number in range(9)]
     assert rows["train best RM, 8 rounds and the last"][0] == f"{sum(silver):,}"
@@ -51,12 +62,33 @@ def test_stage_2_at_the_paper_s_scale(tmp_path: Path) -> None:
     config = load_config(Stage2Config, str(CONFIGS / "stage2.yaml"), [f"workspace={tmp_path / 'none'}"])
     text = plan_stage2(config)
     rows = rows_of(text)
-    assert rows["score, both RMs"] == ["39,000,000", "4,761", "8", "8", "176.0", "1,408"]  # 2 x 39M at 55,400 an hour on 8 GPUs
-    assert rows["tag (tagger)"][:2] == ["13,650,000", "26,661"]  # 35 %, in shards of 512
+    assert rows["score, both RMs"] == ["39,000,000", "4,761", "64", "64", "22.0", "1,408", "-"]  # 2 x 39M at 55,400 an hour on 64 GPUs
+    assert rows["tag (qwen2.5-72b)"][:2] == ["13,650,000", "26,661"]  # 35 %, in shards of 512
     assert "wild 39,000,000" in text
     assert rows["decide"][2] == "-"  # no workers of its own, no pace
     assert "without decide (no pace is stated)" in text
-    assert "at most 8 GPUs at once" in text
+    assert "at most 64 GPUs at once" in text
+    assert rows["judge (gpt-4.1-mini)"][4] == f"{13_750_000 * 24_740 / 150e6 / 60:.1f}"  # tokens a minute bound it
+
+
+def test_a_cost_above_its_limit_is_told(tmp_path: Path) -> None:
+    words = [f"workspace={tmp_path / 'none'}", "judges.2.engine.spending_limit=70000"]
+    text = plan_stage1(load_config(Stage1Config, str(CONFIGS / "stage1.yaml"), words))
+    assert "judge (gpt-4.1), seed and 8 rounds: 71,644 is more than its spending_limit of 70,000, where the job would end" in text
+    text = plan_stage1(load_config(Stage1Config, str(CONFIGS / "stage1.yaml"), words[:1]))
+    assert "spending_limit" not in text
+    assert "endpoints: 74,694" in text
+
+
+def test_an_endpoint_without_limits_and_prices_has_no_hours_and_no_costs(tmp_path: Path) -> None:
+    words = [
+        f"workspace={tmp_path / 'none'}",
+        'judges.2.engine={"base_url": "http://h/v1", "model": "m"}',
+        'taggers.2.engine={"base_url": "http://h/v1", "model": "m"}',
+    ]
+    text = plan_stage1(load_config(Stage1Config, str(CONFIGS / "stage1.yaml"), words))
+    assert rows_of(text)["tag (gpt-4o)"][2:] == ["4", "-", "-", "-"]
+    assert "endpoints:" not in text
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-8b-40m"])
@@ -82,12 +114,16 @@ def test_a_laptop_s_plan_counts_the_pools_that_are_there(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("job", "main"), [("stage1", stage1.main), ("stage2", stage2.main)])
-def test_a_dry_run_prints_the_plan_and_then_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str], job: str, main: object) -> None:
+def test_a_dry_run_prints_the_plan_and_then_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, job: str, main: object
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert callable(main)
     assert main(["--config", str(CONFIGS / f"{job}.yaml"), f"workspace={tmp_path / 'none'}", "--dry-run"]) == 2
     said = capsys.readouterr()
     assert "GPU hours" in said.out
     assert "does not exist" in said.err
+    assert "OPENAI_API_KEY (api_key_env) is not set" in said.err
     assert len(said.err.strip().splitlines()) == 1
     assert not (tmp_path / "none").exists()
 

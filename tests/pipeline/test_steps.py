@@ -19,7 +19,7 @@ from synpref_ray.errors import InputError, RunConflictError, SchemaError, Synpre
 from synpref_ray.llm.endpoint_config import EndpointConfig
 from synpref_ray.pipeline import steps
 from synpref_ray.pipeline.cluster import configure_ray_data, data_context
-from synpref_ray.pipeline.llm_steps import LLMStepConfig, prepare_workers
+from synpref_ray.pipeline.llm_steps import LLMStepConfig, prepare_workers, with_time_for_shards
 from synpref_ray.pipeline.shard_io import COUNTERS, ShardSource, ShardWriter, read_shard
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, num_workers, plan_dataset, plan_sidecars, run_step
 from synpref_ray.schema import POOL_SCHEMA, DropReason
@@ -345,6 +345,16 @@ def test_endpoint_workers_share_its_limits_by_how_many_may_work() -> None:
         configure_ray_data()
     with prepared.worker_arguments([])["config"].open_engine(None) as opened:  # as in a worker, where no bound is known
         assert (opened._config.requests_per_minute, opened._config.tokens_per_minute, opened._config.max_concurrent_requests) == (20, 300, 2)
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [([], 60.0), ([1, 512], 60.0), ([513, 3], 60.0 * 513 / 512), ([100, 8192], 960.0)])
+def test_a_worker_of_engines_has_time_in_proportion_for_shards_of_more_than_512_pairs(tmp_path: Path, rows: list[int], seconds: float) -> None:
+    shards = tuple(Shard(number, count, 1, "") for number, count in enumerate(rows))
+    pool = Pool(Storage(str(tmp_path)), "wild", 0, "", shards)
+    step = with_time_for_shards(counting_step(tmp_path / "log", Resources(1, max_shard_seconds=60.0)), [StepInput(pool, ("chosen",))])
+    assert step.resources.max_shard_seconds == pytest.approx(seconds)
+    never = with_time_for_shards(counting_step(tmp_path / "log", Resources(1)), [StepInput(pool, ("chosen",))])
+    assert never.resources.max_shard_seconds == 0
 
 
 def test_pool_schema_is_what_the_builder_makes() -> None:

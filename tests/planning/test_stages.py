@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 
 from synpref_ray.llm.judge import VOTE, VOTES_SCHEMA
 from synpref_ray.planning.cost import Assumptions, Prices, Sizes, Throughputs
 from synpref_ray.planning.derived import Compute
-from synpref_ray.planning.stages import FamilyModel, StagesConfig, model_lines, row_bytes, stage_lines, stage_work
+from synpref_ray.planning.stages import FamilyModel, LanguageModel, StagesConfig, derived_throughputs, model_lines, row_bytes, stage_lines, stage_work
 from synpref_ray.retrieval.embedder import embeddings_schema
 from synpref_ray.rules.gate import DECISION_SCHEMA
 from synpref_ray.schema import POOL_SCHEMA, REWARDS_SCHEMA
@@ -61,6 +62,41 @@ def test_stages_cost_their_hours() -> None:
     assert not ingest.on_gpus
     assert ingest.device_hours * 3600 == pytest.approx(2000 * 500 * 2 / 1e6)  # 2 MB at 1 MB a second
     assert found["score gold, Stage 1"].cost == 0
+
+
+def test_several_judges_have_a_line_each_and_endpoints_a_price() -> None:
+    judges = (
+        LanguageModel(name="large", billions=20),
+        LanguageModel(name="experts", billions=10, speed=0.5, stages=(2,)),
+        LanguageModel(name="paid", price_per_million_prompt_tokens=2, price_per_million_output_tokens=10, tokens_per_minute=1000),
+    )
+    config = StagesConfig(gpus=4, judges=judges, embedding_dimension=50, search_gflops_per_core=0.001, working_gold_fraction=0.5)
+    sizes, about = Sizes(gold=100, silver=900, stage2=1000), Assumptions(rounds=1, mismatch_fraction=0.5)
+    derived = derived_throughputs(ROUND, config)
+    assert derived.judge == pytest.approx(1 / (2 / ROUND.judge_rate(20)))  # half the size at half the share of the peak: as long as the first
+    paces = derived.model_copy(update={"judge": 2 * derived.judge})
+    found = {line.name: line for line in stage_lines(sizes, about, paces, Prices(gpu_hour=3), ROUND, config)}
+    for name in ("judge mismatches: large", "judge mismatches: experts"):
+        assert found[name].device_hours == pytest.approx(500 / (2 * ROUND.judge_rate(20)))
+    assert "judge, Stage 1: experts" not in found
+    tokens = ROUND.judge_request
+    assert (tokens.requests, tokens.output) == (2, 2 * ROUND.choice_tokens)
+    assert tokens.prompt == 2 * (ROUND.guideline_tokens + 4 * 550)  # three exemplars and the pair, in each order
+    paid = found["judge mismatches: paid"]
+    assert not paid.on_gpus
+    assert paid.cost == pytest.approx(500 * (2 * tokens.prompt + 10 * tokens.output) / 1e6)
+    assert paid.hours == pytest.approx(500 * (tokens.prompt + tokens.output) / 1000 / 60)
+    search = found["exemplars of mismatches"]
+    assert search.device_hours == pytest.approx(500 * 50 * 2 * 50 / 1e6 / 3600)  # 500 pairs with 50 of gold, 50 numbers each, 10^6 FLOPs a second
+    assert found["exemplars, Stage 1"].device_hours == pytest.approx(
+        (500 * 25 + 550 * 50) * 100 / 1e6 / 3600
+    )  # two rounds: silver 450, gold 50 and 100
+
+
+def test_a_model_is_on_gpus_or_behind_an_endpoint() -> None:
+    for values in ({"name": "x"}, {"name": "x", "billions": 1, "tokens_per_minute": 1}):
+        with pytest.raises(ValidationError, match="give billions of a model on GPUs"):
+            LanguageModel.model_validate(values)
 
 
 def test_models_and_checkpoints() -> None:
