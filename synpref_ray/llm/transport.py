@@ -166,10 +166,11 @@ def _is_refusal(words: set[str], error: openai.APIStatusError) -> bool:
 
 
 def _said(error: openai.APIStatusError) -> str:
-    """Return the server's own message, in one short line."""
-    body = error.body
-    message = body.get("message") if isinstance(body, Mapping) else None
-    return _line(str(message if message is not None else error.message))
+    """Return the server's own message, in one short line; of a page that is no JSON its beginning, which the client leaves out."""
+    if isinstance(error.body, Mapping):
+        message = error.body.get("message")
+        return _line(str(message if message is not None else error.message))
+    return _line(error.response.text or error.message)
 
 
 def _line(text: str) -> str:
