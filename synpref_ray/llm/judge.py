@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from synpref_ray.errors import SchemaError
@@ -85,7 +86,7 @@ def judge_pairs(shard: pa.Table, exemplars: pa.Table, engine: Engine, config: Ju
         EngineDied: the engine ended; what it finished is in the journal.
     """
     _require(shard, exemplars, config)
-    named = {row["pair_id"]: row for row in exemplars.to_pylist()}
+    named = _named_exemplars(shard, exemplars, config)
     pairs = shard.to_pylist()
     plans = [_plan(pair, _exemplars_of(pair, named, config), engine, config) for pair in pairs]
     together = sorted(range(len(pairs)), key=lambda row: (_specific_guideline(pairs[row], config) or "", row))  # a prefix cache computes each once
@@ -106,6 +107,15 @@ def _require(shard: pa.Table, exemplars: pa.Table, config: JudgeConfig) -> None:
         missing = [column for column in columns if column not in table.column_names]
         if missing:
             raise SchemaError(f"judge: {name} lacks {', '.join(missing)}; found {', '.join(table.column_names)}")
+
+
+def _named_exemplars(shard: pa.Table, exemplars: pa.Table, config: JudgeConfig) -> dict[str, dict[str, Any]]:
+    """Return the exemplars that the shard's pairs name, by `pair_id`: all of gold as Python values would be seconds of every shard."""
+    if not config.max_exemplars:
+        return {}
+    named = pc.list_flatten(shard["exemplar_ids"]).unique()
+    rows = exemplars.select([*REQUIRES, *config.attributes, "human_verdict"]).filter(pc.is_in(exemplars["pair_id"], value_set=named))
+    return {row["pair_id"]: row for row in rows.to_pylist()}
 
 
 def _exemplars_of(pair: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]], config: JudgeConfig) -> list[JudgedExample]:

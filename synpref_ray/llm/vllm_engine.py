@@ -14,26 +14,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from synpref_ray.bundled import digest_model, plain_name, resolve_model
 from synpref_ray.errors import ConfigError
-from synpref_ray.llm.choices import Watched, normalise_logprobs, watched_tokens
-from synpref_ray.llm.engine import EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment, take
+from synpref_ray.llm.choices import Watched, normalise_logprobs
+from synpref_ray.llm.engine import TOO_LONG, EngineConfig, EngineCounts, EngineDied, ModelIdentity, Reply, Request, engine_environment, take
+from synpref_ray.llm.engine_queue import Backlog, Job, Outbox, make_jobs
 from synpref_ray.llm.orphans import end_orphans, mark_children
 from synpref_ray.llm.tokens import PlainEncoder
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Job:
-    request: Request
-    tokens: list[int]
-    outbox: "queue.SimpleQueue[Reply | str]"  # the reply, or why there will be none
-    max_tokens: int
-    watched: Watched | None  # where the choices first differ
+_HELD_TOKENS = 1 << 22  # ours: 150 MB of Python ints, and minutes of work for any engine
 
 
 class VllmEngine:
@@ -49,8 +44,10 @@ class VllmEngine:
         self._config = config
         self._model_dir = str(resolve_model(config.model))
         _set_environment(config)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._waiting: dict[str, _Job] = {}
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._backlog = Backlog(num_requests=2 * config.max_num_seqs, num_tokens=_HELD_TOKENS)  # of the engine's thread
+        self._waiting: dict[str, Job] = {}  # what vLLM holds
+        self._told_too_long = False
         self._next_id = 0
         self._end: str | None = None  # why the engine ended
         self._lock = threading.Lock()  # guards _waiting, _next_id, _end, _counts
@@ -78,17 +75,20 @@ class VllmEngine:
     def generate(
         self, requests: Sequence[Request], on_finished: Callable[[Reply], None] | None = None, on_idle: Callable[[], None] | None = None
     ) -> list[Reply]:
-        """See `Engine.generate`; may be called by several threads at once.
+        """See `Engine.generate`; may be called by several threads at once. A prompt that does not fit `max_model_len_tokens` with its reply gets a
+        reply with the finish reason `TOO_LONG`.
 
         Raises:
-            ConfigError: a prompt and its reply do not fit `max_model_len_tokens`; nothing is sent then.
             EngineDied: the engine ended, now or earlier.
         """
-        outbox: queue.SimpleQueue[Reply | str] = queue.SimpleQueue()
-        jobs = [self._job(request, outbox) for request in requests]
         if len({request.key for request in requests}) != len(requests):
             raise ValueError("two requests of one call have the same key")
-        self._submit(jobs)
+        outbox: Outbox = queue.SimpleQueue()
+        jobs = make_jobs(requests, self._encoder, outbox)
+        self._submit([job for job in jobs if job.num_tokens <= self._config.max_model_len_tokens])
+        for job in jobs:
+            if job.num_tokens > self._config.max_model_len_tokens:
+                self._leave_out(job)
         replies: dict[str, Reply] = {}
         for _ in jobs:
             reply = take(outbox, on_idle)
@@ -117,20 +117,18 @@ class VllmEngine:
         self._jobs.put(None)
         self._thread.join()
 
-    def _job(self, request: Request, outbox: "queue.SimpleQueue[Reply | str]") -> _Job:
-        tokens = self._encoder.encode_request(request)
-        if len(tokens) + request.max_new_tokens > self._config.max_model_len_tokens:
-            raise ConfigError(
-                f"a prompt of {len(tokens)} tokens and a reply of {request.max_new_tokens} do not fit the engine's max_model_len_tokens="
-                f"{self._config.max_model_len_tokens}: lower the step's max_input_tokens or raise max_model_len_tokens"
+    def _leave_out(self, job: Job) -> None:
+        """Answer a prompt that does not fit."""
+        if not self._told_too_long:
+            self._told_too_long = True
+            logger.warning(
+                "%s: a prompt of %s tokens and a reply of %s do not fit max_model_len_tokens=%s; it is left out, like others to come: lower the "
+                "step's max_input_tokens or raise max_model_len_tokens",
+                *(self._config.model, len(job.tokens), job.max_tokens, self._config.max_model_len_tokens),
             )
-        if request.choices is None:
-            return _Job(request, tokens, outbox, request.max_new_tokens, None)
-        choices = [self._encoder.encode_text(choice) for choice in request.choices]
-        # The last token of the longest choice ends the reply; waiting for an end-of-text token would cost every vote one more forward pass.
-        return _Job(request, tokens, outbox, min(request.max_new_tokens, max(map(len, choices))), watched_tokens(choices))
+        job.outbox.put(Reply(key=job.request.key, text="", finish_reason=TOO_LONG, prompt_tokens=0, output_tokens=0))
 
-    def _submit(self, jobs: list[_Job]) -> None:
+    def _submit(self, jobs: list[Job]) -> None:
         with self._lock:
             if self._end is not None:
                 raise EngineDied(self._end)
@@ -158,25 +156,27 @@ class VllmEngine:
 
     def _serve(self, engine: Any) -> None:
         while True:
-            idle = not engine.has_unfinished_requests()
+            idle = not self._backlog and not engine.has_unfinished_requests()
             while idle or not self._jobs.empty():
                 job = self._jobs.get()
                 if job is None:
                     return
-                self._admit(engine, job)
+                self._backlog.add(job)
                 idle = False
+            while (next_job := self._backlog.next()) is not None:
+                self._admit(engine, next_job)
             for output in engine.step():
                 if output.finished:
                     self._deliver(output)
 
-    def _admit(self, engine: Any, job: _Job) -> None:
+    def _admit(self, engine: Any, job: Job) -> None:
         from vllm.inputs.engine import tokens_input
 
         with self._lock:
             self._next_id += 1
             name = f"{self._next_id}"
             self._waiting[name] = job
-        engine.add_request(name, tokens_input(job.tokens), _sampling(job, self._config))
+        engine.add_request(name, tokens_input(job.tokens.tolist()), _sampling(job, self._config))
 
     def _deliver(self, output: Any) -> None:
         completion = output.outputs[0]
@@ -189,6 +189,7 @@ class VllmEngine:
                 cached_prompt_tokens=self._counts.cached_prompt_tokens + (output.num_cached_tokens or 0),
                 output_tokens=self._counts.output_tokens + len(completion.token_ids),
             )
+        self._backlog.finished(job)
         reply = Reply(
             key=job.request.key,
             text=completion.text,
@@ -202,7 +203,7 @@ class VllmEngine:
     def _announce_end(self, reason: str) -> None:
         with self._lock:
             self._end = reason
-            waiting = list(self._waiting.values())
+            waiting = [*self._waiting.values(), *self._backlog.clear()]
             self._waiting.clear()
             while not self._jobs.empty():
                 job = self._jobs.get()
@@ -274,7 +275,7 @@ def _stop(engine: Any) -> None:
     engine.engine_core.shutdown()
 
 
-def _sampling(job: _Job, config: EngineConfig) -> Any:
+def _sampling(job: Job, config: EngineConfig) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 

@@ -3,7 +3,7 @@
 Paper: Sec. 3.2, Step 3 (preference-aware labelling).
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -52,14 +52,14 @@ class JudgedPool:
     human: Sidecar | None
 
 
-def pairs_to_judge(shard: pa.Table, gold_groups: Set[str]) -> pa.Array | pa.ChunkedArray:
+def pairs_to_judge(shard: pa.Table, gold_groups: pa.Array) -> pa.Array | pa.ChunkedArray:
     """Return which pairs of a shard a judge is asked about, a boolean each: where people verify, those that no person has judged (one that they
     could not decide was judged: it is discarded, never passed to an LLM) and that share no prompt with gold.
     """
     if "human_drop_reason" not in shard.column_names:
         return pa.array([True] * shard.num_rows)
     free = pc.fill_null(pc.equal(shard["human_drop_reason"], DropReason.NOT_SELECTED.value), False)
-    return pc.and_(free, pc.invert(pc.is_in(shard["prompt_group"], value_set=pa.array(sorted(gold_groups), pa.string()))))
+    return pc.and_(free, pc.invert(pc.is_in(shard["prompt_group"], value_set=gold_groups)))
 
 
 class JudgeWorker(LLMWorker[JudgeStepConfig]):
@@ -67,7 +67,7 @@ class JudgeWorker(LLMWorker[JudgeStepConfig]):
 
     def __init__(self, config: JudgeStepConfig, gold: GoldTables, tables: list[Sidecar], budget: Budget | None = None):
         self._gold = gold.read()
-        self._groups = frozenset(self._gold["prompt_group"].to_pylist())
+        self._groups = self._gold["prompt_group"].unique()
         super().__init__(config, tables, budget)
 
     def ask(self, shard: pa.Table, journal: Journal) -> tuple[pa.Table, Mapping[str, float]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 
+from synpref_ray.llm import vllm_engine
 from synpref_ray.llm.engine import EngineConfig, EngineDied, Reply, Request
 from synpref_ray.llm.journal import Journal
 from synpref_ray.llm.judge import JudgeConfig, judge_pairs
@@ -102,11 +103,21 @@ def die(engine: VllmEngine, in_process: bool) -> str:
     return "nothing"
 
 
+def fits_or_not(engine: VllmEngine) -> list[object]:
+    """Ask with the longest prompt that fits with one token of a reply, and with one token more, in one call; return the finish reasons in order."""
+    start = greet(engine, " tea", max_new_tokens=1).prompt_tokens - 1  # what the tokenizer puts before a prompt
+    prompts = [" tea" * (2047 - start + more) for more in (1, 0)]
+    before = engine.counts().requests_sent
+    replies = engine.generate([Request.of(prompt, prompt_version="test", max_new_tokens=1) for prompt in prompts])
+    return [[reply.finish_reason for reply in replies], [reply.prompt_tokens for reply in replies], engine.counts().requests_sent - before]
+
+
 def main(mode: str) -> None:
     """Start, work, die, close."""
     in_process = mode == "in_process"
     seen: dict[str, object] = {}
-    engine = VllmEngine(EngineConfig(model=MODEL, in_process=in_process, kv_cache_bytes=1 << 28))
+    vllm_engine._HELD_TOKENS = 0  # so that requests wait, as they do behind millions of tokens
+    engine = VllmEngine(EngineConfig(model=MODEL, in_process=in_process, kv_cache_bytes=1 << 28, max_num_seqs=8))
     seen["children_while_up"] = len(engine_children())
     if in_process:
         with tempfile.TemporaryDirectory() as folder:
@@ -115,6 +126,9 @@ def main(mode: str) -> None:
     seen["hostile_tokens"] = [plain, hostile]
     choice = greet(engine, "Is water wet? 1: yes, 2: no. Answer: ", choices=("1", "2"))
     seen["choice"] = [choice.text, choice.output_tokens, choice.choice_logprobs]
+    seen["too_long"] = fits_or_not(engine)
+    many = [Request.of("Tea?", prompt_version="test", max_new_tokens=1, sample=sample) for sample in range(40)]
+    seen["many"] = len({reply.text for reply in engine.generate(many)})
     seen["told"] = die(engine, in_process)
     try:
         greet(engine, "again")

@@ -1,6 +1,7 @@
 """Judging a shard: both orders, exemplars, what a vote says."""
 
 import math
+import tracemalloc
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -111,6 +112,17 @@ def test_an_exemplar_whose_label_people_reversed_shows_the_other_reply_as_better
     lines = engine.sent[0].prompt.splitlines()
     answer = next(line[-1] for line in lines if line.startswith("The better candidate is"))
     assert next(line for line in lines if line.startswith(f"Candidate {answer}: ")) == f'Candidate {answer}: "no gold"'
+
+
+def test_gold_that_no_pair_names_costs_no_memory() -> None:
+    exemplars = gold(5000)
+    shard = naming(tagged(1), exemplars["pair_id"].to_pylist()[2500:2502])
+    tracemalloc.start()
+    table = judge_pairs(shard, exemplars, ScriptedEngine(lambda request: "1"), config(max_exemplars=8))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert table["num_exemplars"].to_pylist() == [2]
+    assert peak < 1 << 20  # 21 MiB with all of gold as Python values
 
 
 def test_exemplars_are_dropped_from_the_end_until_the_prompt_fits_then_the_pair() -> None:

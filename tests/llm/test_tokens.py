@@ -1,5 +1,7 @@
 """No text of a pair becomes a control token. The tokenizer is a byte-level one of 256 tokens plus added ones, made here."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from synpref_ray.errors import InputError
 from synpref_ray.llm.engine import Request
-from synpref_ray.llm.tokens import PlainEncoder
+from synpref_ray.llm.tokens import PlainEncoder, first_letters
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>"]
 CONTROL = [*SPECIAL, "<think>"]
@@ -60,3 +62,21 @@ def test_a_plain_prompt_is_continued_by_the_start_of_the_reply() -> None:
 def test_a_template_that_cannot_carry_the_prompt_is_one_line(template: str | None) -> None:
     with pytest.raises(InputError, match="use_chat_template=false"):
         PlainEncoder(make_tokenizer(template)).encode_request(request("a", chat=True))
+
+
+@given(
+    st.lists(st.text("<>[a|.", min_size=2, max_size=5), max_size=8),
+    st.lists(st.one_of(st.text("<>[a|.b\n", max_size=6), st.sampled_from(["<a>", "<<a", "[|", "aa"])), max_size=6).map("".join),
+)
+def test_control_strings_are_found_wherever_they_stand(strings: list[str], text: str) -> None:
+    expected = [place for place in range(len(text)) if any(text.startswith(string, place) for string in strings)]
+    assert [match.start() for match in first_letters(strings).finditer(text)] == expected
+    assert all(len(match.group()) == 1 for match in first_letters(strings).finditer(text))
+    flat = re.compile(f"(?=({'|'.join(map(re.escape, sorted(strings, key=len, reverse=True)))}))" if strings else r"(?!)")  # how it used to be
+    assert [match.start() for match in flat.finditer(text)] == expected
+
+
+def test_thousands_of_control_strings_share_their_beginnings() -> None:
+    many = first_letters([f"<unused{number}>" for number in range(6200)])
+    assert many.pattern.count("unused") == 1  # a letter of the text is compared with it once, not 6,200 times
+    assert [match.start() for match in many.finditer("<unused> <unused61> <unused6200> <unused6199>")] == [9, 33]

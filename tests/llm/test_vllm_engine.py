@@ -26,6 +26,8 @@ def check_end(seen: dict) -> None:
     assert output_tokens == 1
     assert sum(math.exp(value) for value in logprobs) == pytest.approx(1.0)
     assert min(seen["hostile_tokens"]) > 2  # ordinary text, not one control token each
+    assert seen["too_long"] == [["too_long", "length"], [0, 2047], 1]  # it is left out, and the others of the call are answered
+    assert seen["many"] == 1  # 40 greedy samples of one prompt, more than the engine holds at once
     assert "Replace this worker process" in seen["told"]
     assert seen["stays_dead"] is True
     assert seen["children_after"] == 0
