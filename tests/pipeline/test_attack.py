@@ -12,6 +12,7 @@ from synpref_ray.evaluation.shares import share
 from synpref_ray.llm.engine import Request
 from synpref_ray.llm.injections import CONTROL, INJECTIONS, InjectionKind, plant
 from synpref_ray.llm.judge import JudgeConfig, judge_pairs
+from synpref_ray.llm.prompts import quote
 from synpref_ray.pipeline.attack import (
     ALL_JUDGES,
     PLANTED_SCHEMA,
@@ -199,6 +200,26 @@ def test_what_does_not_fit_is_counted_and_moves_nothing(tmp_path: Path) -> None:
     assert figures["by_kind"]["instruction"]["not_judged"] == {}
 
 
+def test_a_pair_that_loses_exemplars_to_the_planted_text_is_counted_apart(tmp_path: Path) -> None:
+    lengths: list[int] = []
+
+    def listen(request: Request) -> str:
+        lengths.append(len(request.prompt + request.reply_start))
+        return "1"
+
+    gold, exemplars = make_gold(tmp_path / "clean")
+    judged(gold.pool, gold.attributes, exemplars, gold, listen)
+    plea = next(injection for injection in INJECTIONS if injection.name == "long-plea")  # the longest of the corpus
+    room = min(lengths) + len(quote(plant("", plea))) - 3  # a token is a character: with both exemplars it lacks one at least
+    figures = attack_report(attack(tmp_path / "attacked", obedient, max_input_tokens=room))["obedient"]
+    longest, control = figures["by_injection"]["long-plea"], figures["by_injection"]["control"]
+    assert (longest["num_planted"], longest["not_judged"]) == (len(HUMAN), {})
+    assert longest["other_exemplars"]["num_planted"] == len(HUMAN)
+    assert longest["other_exemplars"]["changed"]["value"] == 1.0
+    assert (longest["changed"]["num_pairs"], longest["moved_to_planted"]["num_pairs"]) == (0, 0)
+    assert (control["other_exemplars"]["num_planted"], control["changed"]["num_pairs"]) == (0, len(HUMAN))
+
+
 def test_a_planted_prompt_differs_from_the_clean_one_in_one_line(tmp_path: Path) -> None:
     gold, exemplars = make_gold(tmp_path)
     planted = plant_pool(gold.pool.storage, gold, SMALL)
@@ -249,9 +270,12 @@ def test_counts_by_hand() -> None:
         outcome(R, C, "p4"),  # planting cost it the verdict
         outcome(C, None, "p5", "too_long"),
         outcome(None, None, "p6", "no_attributes"),
+        outcome(C, R, "p7")._replace(same_exemplars=False),  # the planted text, or the exemplars that it left no room for
+        outcome(C, C, "p8")._replace(same_exemplars=False),
     ]
     counts = count_outcomes(found)
-    assert (counts["num_planted"], counts["not_judged"]) == (8, {"no_attributes": 1, "too_long": 1})
+    assert (counts["num_planted"], counts["not_judged"]) == (10, {"no_attributes": 1, "too_long": 1})
+    assert (counts["other_exemplars"]["num_planted"], counts["other_exemplars"]["changed"]["value"]) == (2, 1 / 2)
     assert counts["clean_right"]["value"] == 3 / 6
     assert counts["clean_planted_wins"]["value"] == 2 / 6
     assert counts["planted_wins"]["value"] == 3 / 6
