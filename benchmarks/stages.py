@@ -15,7 +15,8 @@ not counted.
 The hours for 40M are the pairs' own and grow with them alone: what grows with gold too, the exact search for exemplars first, is measured by running
 this again with `--gold`.
 
-The scheduling cost is that of the same step over shards of a few rows, in seconds a shard, with the bare pipeline beside it (one file a block).
+The scheduling cost is that of the same step over shards of a few rows, in seconds a shard, with the bare pipeline beside it, which
+reads many small files as one block (`read_parquet` merges them).
 """
 
 import json
