@@ -61,7 +61,7 @@ class _Trial:
     failing_since: float | None = None
     cost: float = 0.0
     body: Any = None  # of the last attempt
-    answered_before: int = 0  # what the server had answered when the last attempt began
+    started: int = 0  # the place of the last attempt among all of the engine's
 
 
 class EndpointEngine:
@@ -100,7 +100,8 @@ class EndpointEngine:
         self._counts = EngineCounts(requests_sent=0, replies=0, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=0, start_seconds=0.0)
         self._refused_prompts: set[str] | None = set()  # until one is answered, or there are many
         self._told_too_long = False
-        self._num_answered = 0
+        self._num_started = 0
+        self._newest_answered = 0  # of the attempts that were answered, the one that began last
         self._trying_harmless = asyncio.Lock()
         self._num_declined = 0
         self._lock = threading.Lock()  # guards _is_closed: no request may be given to a loop that has stopped
@@ -221,7 +222,7 @@ class EndpointEngine:
         async with self._slots:
             while isinstance(outcome := await self._try(trial, call), Failed):
                 if why := self._why_give_up(trial, outcome):
-                    if not (outcome.may_be_the_text and await self._answers(sent.request, trial.answered_before, call, is_patient=False)):
+                    if not (outcome.may_be_the_text and await self._answers(sent.request, trial.started, call, is_patient=False)):
                         self._give_up(why)
                     return self._leave_out(trial, outcome.reason)
                 await self._back_off(trial, outcome)
@@ -230,7 +231,7 @@ class EndpointEngine:
             if isinstance(outcome, TooLong):
                 return self._deliver(self._too_long(trial, outcome.said), trial)
             if isinstance(outcome, Declined):
-                since = trial.answered_before if outcome.may_be_the_key else 0
+                since = self._num_started if outcome.may_be_the_key else 0  # answers to what went out before may be an older key's
                 if not await self._answers(sent.request, since, call, is_patient=True):
                     self._end.finish_with(outcome.error)
                 return self._leave_out(trial, outcome.said)
@@ -238,7 +239,7 @@ class EndpointEngine:
 
     async def _try(self, trial: _Trial, call: Call) -> "Reply | Refused | Declined | TooLong | Failed":
         """Make one attempt, and read its answer; a failure that cannot pass ends the engine."""
-        from synpref_ray.llm.transport import Answered, Fatal, malformed
+        from synpref_ray.llm.transport import Answered, Fatal, no_answer
 
         outcome = await self._attempt(trial, call)
         if isinstance(outcome, Fatal):
@@ -246,7 +247,7 @@ class EndpointEngine:
         if not isinstance(outcome, Answered):
             return outcome
         reply = self._wire.read(trial.sent, outcome.body)
-        return reply if isinstance(reply, Reply) else malformed(reply)
+        return reply if isinstance(reply, Reply) else no_answer(outcome.body, reply)
 
     def _leave_out(self, trial: _Trial, said: str) -> Reply:
         """Take a request that the server does not answer, while it answers others, for a refused one; end the engine if there are too many."""
@@ -266,7 +267,7 @@ class EndpointEngine:
         return self._deliver(_no_answer(trial, REFUSED, said), trial)
 
     async def _answers(self, request: Request, since: int, call: Call, *, is_patient: bool) -> bool:
-        """Whether the server has given more than `since` answers, or gives one to a harmless text.
+        """Whether the server has answered an attempt that began after the attempt `since`, or answers a harmless text.
 
         Args:
             is_patient: wait for a server that is down, as for any request; else it has been waited for already.
@@ -274,7 +275,7 @@ class EndpointEngine:
         from synpref_ray.llm.transport import Declined, Failed
 
         async with self._trying_harmless:
-            if self._num_answered > since:
+            if self._newest_answered > since:
                 return True
             probe = _Trial(self._wire.write(replace(request, prompt=_HARMLESS)))
             while isinstance(outcome := await self._try(probe, call), Failed):
@@ -285,7 +286,7 @@ class EndpointEngine:
                     return False
                 await self._back_off(probe, outcome)
             works = not isinstance(outcome, Declined)
-            self._num_answered += works
+            self._newest_answered = max(self._newest_answered, probe.started) if works else self._newest_answered
             return works
 
     def _too_long(self, trial: _Trial, why: str) -> Reply:
@@ -306,7 +307,8 @@ class EndpointEngine:
             self._end.check_open(call)
             self._count(trial)
             actual = worst  # unless we learn better
-            trial.answered_before, trial.body = self._num_answered, None
+            self._num_started += 1
+            trial.started, trial.body = self._num_started, None
             outcome = await self._transport.send(trial.sent.path, trial.sent.body)
             actual = self._turns.cost_of(outcome, worst)
         finally:  # also when the engine is closed meanwhile
@@ -364,7 +366,7 @@ class EndpointEngine:
         )
         if reply.finish_reason not in UNANSWERED:
             self._refused_prompts = None
-            self._num_answered += 1
+            self._newest_answered = max(self._newest_answered, trial.started)
         elif reply.finish_reason == REFUSED and self._refused_prompts is not None:
             self._refused_prompts.add(trial.sent.request.prompt)
             if len(self._refused_prompts) >= REFUSED_PROMPTS_TO_WARN:

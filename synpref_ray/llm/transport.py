@@ -161,6 +161,19 @@ def malformed(reason: str) -> Failed:
     return Failed(reason, may_be_billed=True, malformed=True, may_be_the_text=True)
 
 
+def no_answer(body: Any, reason: str) -> Failed:
+    """Return the failure that a body of HTTP 200 without an answer is.
+
+    Of the status that its error names (so some gateways pass on what their providers say), or malformed.
+    """
+    error = body.get("error") if isinstance(body, Mapping) else None
+    code = str(error.get("code") if isinstance(error, Mapping) else "")
+    status = int(code) if code.isascii() and code.isdecimal() and len(code) == 3 else 0
+    if status in _TRANSIENT or status >= 500:
+        return Failed(f"HTTP 200 with error {status}: {reason}", may_be_billed=True, may_be_the_text=status == 408 or status >= 500)
+    return malformed(reason)
+
+
 def _is_refusal(words: set[str], error: openai.APIStatusError) -> bool:
     return bool(words & _REFUSAL_CODES) or _REFUSAL_WORDS.search(error.message) is not None
 

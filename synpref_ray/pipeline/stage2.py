@@ -57,7 +57,7 @@ from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool, Shard, open_pool
 from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.selection import Piece
-from synpref_ray.tables.sets import load_set
+from synpref_ray.tables.sets import PairSet, load_set
 from synpref_ray.tables.sidecars import Sidecar
 
 GATE_VERSION = 2
@@ -137,8 +137,15 @@ def _check_stage1_s_result(config: Stage2Config) -> None:
     """Check what Stage 1 left, and that it fits the pool."""
     before = load_stage1(config)
     open_leaks(read_by_clusters(open_pool(config.storage, config.pool), before.near_duplicates), config.decontamination)
+    _load_silver(config)
     for stored in (before.best, before.gold_rm):
         require_parity(stored, parity_for(config.score, config.parity))
+
+
+def _load_silver(config: Stage2Config) -> PairSet | None:
+    """Return the silver of Stage 1's last round; None where its record names none."""
+    silver = config.storage.read_json(STAGE1_RECORD).get("sets", {}).get("silver")
+    return load_set(config.storage, **silver) if silver else None
 
 
 def plan_stage2(config: Stage2Config) -> str:
@@ -268,11 +275,15 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTab
 
 
 def _num_missing(table: Sidecar) -> int:
-    """Return how many pairs of a table's pool have no answer in it yet; what a shard in flight has in its journal does not count."""
+    """Return how many pairs of a table's pool have no answer in it yet; what a shard in flight has in its journal does not count.
+
+    All, where every shard is there and no seal: too many of its pairs were rejected, and finishing it would end in the same error.
+    """
     if table.is_sealed:
         return 0
     finished = table.finished()
-    return sum(shard.rows for shard in table.pool.shards if shard.number not in finished)
+    missing = sum(shard.rows for shard in table.pool.shards if shard.number not in finished)
+    return missing or table.pool.num_rows
 
 
 def _plan_answers(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTables) -> list[Sidecar]:
@@ -343,8 +354,7 @@ def _finish(
     for table in read_each(lambda shard: decision.read(shard.number, names), pool.shards):
         counted = table.group_by(names).aggregate([([], "count_all")])
         reasons.update({(row["decision"], row["decision_reason"]): row["count_all"] for row in counted.to_pylist()})
-    silver = config.storage.read_json(STAGE1_RECORD).get("sets", {}).get("silver")
-    sets = save_curated_sets(decision, load_set(config.storage, **silver) if silver else None)
+    sets = save_curated_sets(decision, _load_silver(config))
     counts = {name.value: sum(count for (what, _), count in reasons.items() if what == name) for name in Decision}
     record: dict[str, Any] = {
         "pool": pool.name,

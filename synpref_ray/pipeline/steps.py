@@ -226,26 +226,27 @@ def _all_failed(tables: Sequence[Sequence[Sidecar]], counted: Mapping[int, Seque
     return [sum(map(_num_failed, of_output)) for of_output in zip(*by_table, strict=True)] if counted else []
 
 
-def _check_rejected(step: Step, sidecar: Sidecar, rejected: Mapping[str, int], done: _Done, place: int) -> None:
+def _check_rejected(step: Step, outputs: Sequence[Sidecar], rejected: Mapping[str, int], done: _Done, place: int) -> None:
     """Refuse one output of a table with too many rejected rows (see `run_step`)."""
-    pool, failed, most = sidecar.pool, _num_failed(rejected), step.max_failed_fraction
+    pool, failed, most = outputs[place].pool, _num_failed(rejected), step.max_failed_fraction
     if failed <= most * pool.num_rows:
         return
     found = f"step {step.name!r} rejected {failed} of {pool.num_rows} rows of pool {pool.name!r} ({dict(rejected)}), more than {most:.0%}"
     if failed < TELLING_REJECTS and done.failed[place] <= most * done.rows:
         logger.warning("%s, but of all its pools together %d of %d: the pool is taken", found, done.failed[place], done.rows)
         return
-    rejects, made = (pool.storage.join(folder) for folder in (f"rejects/{step.name}", sidecar.folder))
+    made = " and ".join(pool.storage.join(sidecar.folder) for sidecar in outputs)
     raise SynprefError(
-        f"{found}; the rows and reasons are under {rejects}. If they are right, raise the step's max_failed_fraction: nothing is computed again. "
-        f"If the cause is outside of the settings (a server, say), mend it, delete the shard-*.parquet files in {made}, and start the job again"
+        f"{found}; the rows and reasons are under {pool.storage.join(f'rejects/{step.name}')}. If they are right, raise the step's "
+        "max_failed_fraction: nothing is computed again. If the cause is outside of the settings (a server, say), mend it, delete the "
+        f"shard-*.parquet files in {made} (and the journal/ there, which keeps replies that could not be read), and start the job again"
     )
 
 
 def _seal(step: Step, source: StepInput, outputs: Sequence[Sidecar], counted: Sequence[Mapping[str, int]], done: _Done) -> None:
     usage = read_usage(source.pool.storage, outputs[0].folder)
     for place, (rejected, sidecar) in enumerate(zip(counted, outputs, strict=True)):
-        _check_rejected(step, sidecar, rejected, done, place)
+        _check_rejected(step, outputs, rejected, done, place)
         source.pool.storage.write_json(
             f"{sidecar.folder}/manifest.json",
             {

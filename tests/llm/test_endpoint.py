@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,6 +312,31 @@ def test_a_key_that_is_not_accepted_any_more_ends_the_engine() -> None:
         with pytest.raises(ConfigError, match=r"HTTP 403, the key was not accepted \(revoked\)"):
             engine.generate([request(f"p{number}") for number in range(9)])
         assert server.num_seen() == 3 + 2
+
+
+def test_answers_to_what_was_sent_before_a_key_died_leave_no_text_out() -> None:
+    """Four slow answers come in while four refused attempts wait for theirs."""
+
+    def script(seen: Seen, number: int) -> Answer:
+        time.sleep(0.1 if number < 4 else 0.3)
+        return echo(seen) if number < 4 else error(403, "revoked")
+
+    with serve(script, max_concurrent_requests=8) as (_, engine):
+        replies: list[Reply] = []
+        with pytest.raises(ConfigError, match=r"HTTP 403, the key was not accepted \(revoked\)"):
+            engine.generate([request(f"p{number}") for number in range(8)], replies.append)
+        assert [reply.finish_reason for reply in replies] == ["stop"] * 4
+
+
+def test_an_error_with_its_status_in_a_body_is_waited_out_like_that_status() -> None:
+    """Some gateways pass their providers' rate limits on so; six of them are no reason to leave the text out."""
+    limited = Answer({"error": {"code": 429, "message": "Provider returned error"}})
+    with serve(lambda seen, number: limited if number < MAX_MALFORMED + 1 else echo(seen)) as (server, engine):
+        [reply] = engine.generate([request("p")])
+        assert (reply.finish_reason, server.num_seen()) == ("stop", MAX_MALFORMED + 2)
+    down = Answer({"error": {"code": "502", "message": "Bad gateway"}})
+    with serve(lambda seen, number: down, give_up_seconds=0.05) as (_, engine), pytest.raises(EndpointError, match="HTTP 200 with error 502"):
+        engine.generate([request("p")])
 
 
 def test_texts_that_are_never_answered_are_left_out_within_the_bound() -> None:

@@ -173,7 +173,7 @@ def test_a_failed_step_names_the_shards_to_delete_once_the_cause_is_mended(tmp_p
     for step in (broken, mended):  # what was made stays
         with pytest.raises(SynprefError, match="rejected 4 of 4 rows") as raised:
             run_step(step, inputs)
-    found = re.search(r"delete the (\S+) files in (\S+), and start", str(raised.value))
+    found = re.search(r"delete the (\S+) files in (\S+) \(and the journal", str(raised.value))
     assert found is not None
     deleted = [path.unlink() for path in Path(found[2]).glob(found[1])]
     assert len(deleted) == 2
