@@ -161,10 +161,10 @@ def _one_line(error: ValidationError, cls: type[BaseModel], file: str | None, ov
         problems.append(f"{where}: {what}{value}")
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     given = {override.partition("=")[0] for override in overrides}
-    lines = {".".join(str(part) for part in problem["loc"]) for problem in found}
-    by_line = bool(given) and all(any(f"{line}.".startswith(f"{one}.") for one in given) for line in lines)
-    where = " on the command line" if by_line and file else f" in {file}" if file else ""
-    return f"bad settings{where}: {'; '.join(problems)}{more}"
+    places = {".".join(str(part) for part in problem["loc"]) for problem in found}
+    by_line = bool(given) and all(any(f"{place}.".startswith(f"{one}.") for one in given) for place in places)
+    source = " on the command line" if by_line and file else f" in {file}" if file else ""
+    return f"bad settings{source}: {'; '.join(problems)}{more}"
 
 
 def _follows_from_items(problem: Any, error: ValidationError) -> bool:
