@@ -30,6 +30,15 @@ def read_report(*arguments: str) -> Any:
     return json.loads(_run("report", *arguments, "format=json"))
 
 
+def write_page(workspace: str, truth: Path, out: Path) -> None:
+    """Write the report of a workspace (`workspace=DIR`) as a page, with labels and flips by source.
+
+    Raises:
+        SynprefError: the job did not end with exit code 0.
+    """
+    _run("report", "html", workspace, f"truth={truth}", f"out={out}")
+
+
 def _run(job: str, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *arguments]

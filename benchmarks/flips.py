@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks._common import machine
-from benchmarks._jobs import ROOT, read_report, run_job, simulated
+from benchmarks._jobs import ROOT, read_report, run_job, simulated, write_page
 from examples.make_flipped_slice import main as make_slice
 from synpref_ray.errors import SynprefError
 
@@ -50,13 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stage1["summary"])
         stage2 = run_job("stage2", *configs["stage2"])
         print(stage2["summary"])
-        evidence = read_report("labels", workspace, f"truth={data.resolve() / 'truth.parquet'}")
+        truth, page = data.resolve() / "truth.parquet", arguments.workspace / "report.html"
+        evidence = read_report("labels", workspace, f"truth={truth}")
+        write_page(workspace, truth, page)
     except SynprefError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(_table(evidence))
     seconds = time.monotonic() - started
-    print(f"\n{seconds / 60:.1f} minutes (what an earlier run had computed was not computed again)")
+    print(f"\n{seconds / 60:.1f} minutes (what an earlier run had computed was not computed again); report: {page}")
     if arguments.out:
         found = {"machine": machine(), "arguments": {k: str(v) for k, v in vars(arguments).items()}, "seconds": seconds, "labels": evidence}
         arguments.out.write_text(json.dumps({**found, "stage1": stage1["stage1"], "stage2": stage2["stage2"]}, indent=2) + "\n")

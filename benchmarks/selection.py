@@ -3,7 +3,7 @@
 Paper: Sec. 3.2, Step 2 has the first; App. F.4 names a choice by uncertainty as future work. Every rule runs Stage 1 over the same pools with the
 same seeds, rounds, verified pairs and (unless `--num-pairs` is given) as many selected pairs as the errors on gold call for; that number depends on
 the RM, so after the first round it may differ, and `--num-pairs` makes it equal. Then every rule's best RM is measured on held-out pairs, paired with
-chance's.
+chance's. The comparison is left in the workspace as a run, so `python jobs/report.py html` shows it.
 
     python -m benchmarks.selection --workspace DIR --num-pairs 60                       # the demo's pool
     python -m benchmarks.selection --workspace DIR --data SLICE --num-pairs 40          # a slice made by examples/make_flipped_slice.py
@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,28 @@ import pyarrow.parquet as pq
 
 from benchmarks._common import machine
 from benchmarks._jobs import ROOT, run_job, simulated
+from synpref_ray.config import Settings
 from synpref_ray.errors import SynprefError
 from synpref_ray.evaluation.accuracy import Accuracy, Difference, bootstrap_accuracy, paired_bootstrap
+from synpref_ray.reporting.run import Run
 from synpref_ray.rules.query_selection import SelectionKind
+from synpref_ray.tables.storage import Storage
 
 BASELINE = SelectionKind.RANDOM.value
 Flags = npt.NDArray[np.bool_]
+
+
+class Comparison(Settings):
+    """What was compared, for the run's record."""
+
+    kinds: tuple[str, ...]
+    seeds: tuple[int, ...]
+    num_pairs: int
+    rounds: int
+    seed_gold: int
+    round_gold: int
+    gold_rm: bool
+    config: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     others = {kind: found for kind, found in flags.items() if BASELINE in flags and kind != BASELINE}
     beside = {kind: paired_bootstrap(found, flags[BASELINE], groups=prompts) for kind, found in others.items()}
     print(compare(runs, accuracies, beside, arguments.seeds))
+    asked = Comparison(**{name: getattr(arguments, name) for name in Comparison.model_fields})
+    run = Run(Storage(str(arguments.workspace / "ws")), "selection", asked)
+    run.metrics["selection"] = comparison_record(runs, accuracies, beside)
+    run.finish()
     if arguments.out:
         figures = {kind: [vars(value) for value in values] for kind, values in accuracies.items()}
         found = {"held_out": figures, "minus_random": {kind: vars(value) for kind, value in beside.items()}, "runs": runs}
@@ -88,6 +109,24 @@ def _run_kind(kind: str, seed: int, data: Path, workspace: str, arguments: argpa
         "audit_gold": stage1["stage1"]["audit_gold_accuracy"]["best"],
         "best_rm": stage1["stage1"]["best_rm"]["name"],
     }
+
+
+def comparison_record(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], accuracies: Mapping[str, Sequence[Accuracy]], beside: Mapping[str, Difference]
+) -> dict[str, Any]:
+    """Return what the report of the workspace reads: every Stage 1 with what it spent and how right its best RM is, and differences to chance."""
+    spent = [
+        {
+            **{name: run[name] for name in ("seed", "selected", "called_for", "audit_gold")},
+            "kind": kind,
+            "silver": run["sets"]["silver"],
+            "gold": run["sets"]["gold-working"] + run["sets"]["gold-audit"],
+            "held_out": asdict(accuracy),
+        }
+        for kind, found in runs.items()
+        for run, accuracy in zip(found, accuracies[kind], strict=True)
+    ]
+    return {"baseline": BASELINE, "runs": spent, "minus_baseline": {kind: asdict(value) for kind, value in beside.items()}}
 
 
 def compare(

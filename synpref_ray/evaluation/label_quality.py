@@ -145,3 +145,14 @@ def flip_detection(
         removed=pairs.accuracy(wrong, gone, confidence),
         lost=pairs.accuracy(right, gone, confidence),
     )
+
+
+@dataclass(frozen=True)
+class LabelEvidence:
+    """What the truth says of one stage's labels, for one source; `is_total`: for all of them."""
+
+    stage: str
+    source: str
+    quality: LabelQuality
+    flips: FlipDetection
+    is_total: bool

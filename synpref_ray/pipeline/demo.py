@@ -115,7 +115,7 @@ def run_demo(config: DemoConfig, run: Run) -> str:
     stage2_table = run_stage2(stage2, run)
     models = _train_pair(config, training, run)
     final = _final_report(config, stage2.score, run, models)
-    page, *_ = write_report(config.storage, config.storage.join(f"{run.folder}/report.html"), current={run.folder: run.metrics})
+    page, *_ = write_report(config.storage, config.storage.join(f"{run.folder}/report.html"), current={run.folder: run.metrics}, truth=config.truth)
     return "\n\n".join([stage1_table, stage2_table, final, f"report: {page}"])
 
 

@@ -1,4 +1,5 @@
-"""How many labels are right before and after curation, and how well flips were found, by source, where the truth is known (`jobs/report.py labels`).
+"""How many labels are right before and after curation, and how well flips were found, by source, where the truth is known (`jobs/report.py labels`,
+and a section of its page).
 
 Paper: Table 19 (agreement of kept and flipped pairs with people); the truth takes the people's place. Our choice: a report of its own over decisions
 that are made, because no step may reach the truth (DESIGN 4): this module and the demo's final report read the truth, and nothing that decides
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.evaluation.accuracy import Accuracy
-from synpref_ray.evaluation.label_quality import FlipDetection, LabelQuality, flip_detection, label_quality
+from synpref_ray.evaluation.label_quality import LabelEvidence, flip_detection, label_quality
 from synpref_ray.human.simulated import TruthLookup
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.schema import Decision, LabelSource
@@ -34,37 +35,36 @@ STAGE2 = "Stage 2"
 SILVER = "Stage 1, silver"
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What the truth says of one stage's labels, for one source."""
-
-    stage: str
-    source: str
-    quality: LabelQuality
-    flips: FlipDetection
-
-
 def report_labels(storage: Storage, truth: str, *, as_json: bool) -> str:
-    """Return the report.
+    """Return the report; arguments and errors as for `labels_beside_truth`.
+
+    Raises:
+        ConfigError: no file is named.
+    """
+    if not truth:
+        raise ConfigError("name the file that knows which reply is better: truth=FILE (Parquet with pair_id and verdict)")
+    found = labels_beside_truth(storage, truth)
+    return json.dumps([asdict(entry) for entry in found], indent=2) if as_json else describe_labels(found, truth)
+
+
+def labels_beside_truth(storage: Storage, truth: str) -> list[LabelEvidence]:
+    """Return the evidence for every stage that has labels: all sources together, then each.
 
     Args:
         truth: a Parquet file with pair_id and verdict (chosen or rejected) of pairs as ingested, for as many pairs as are known.
 
     Raises:
-        ConfigError: no file is named.
         InputError: nothing has been decided yet, or the file knows no decided pair.
     """
-    if not truth:
-        raise ConfigError("name the file that knows which reply is better: truth=FILE (Parquet with pair_id and verdict)")
     found = list(measure_labels(storage, truth))
     if not found:
         raise InputError(f"{storage.url} holds no labels yet: run jobs/stage1.py, and jobs/stage2.py for decisions about the wild pool")
     if not any(entry.quality.raw.num_pairs for entry in found):
         raise InputError(f"{truth} knows none of the labelled pairs: are its pair_ids those of this workspace?")
-    return json.dumps([asdict(entry) for entry in found], indent=2) if as_json else describe_labels(found, truth)
+    return found
 
 
-def measure_labels(storage: Storage, truth: str) -> Iterator[Evidence]:
+def measure_labels(storage: Storage, truth: str) -> Iterator[LabelEvidence]:
     """Yield the evidence for Stage 1's last silver and for Stage 2's decisions, as far as they are there: all sources together, then each.
 
     The truth is read once, whatever the number of shards. Decisions are read shard by shard, and of them only counts are kept: by prompt for the
@@ -145,17 +145,17 @@ def _add_up(parts: Sequence[pa.Table]) -> pa.Table:
     return added.rename_columns([*KEYS, "count"]).cast(_COUNTED)
 
 
-def _measure(stage: str, counts: _Counts) -> Iterator[Evidence]:
+def _measure(stage: str, counts: _Counts) -> Iterator[LabelEvidence]:
     for source in (ALL, *counts.without_truth):
         table = counts.known if source == ALL else counts.known.filter(pc.equal(counts.known["source"], source))
         without = sum(counts.without_truth.values()) if source == ALL else counts.without_truth[source]
         decisions, better, groups, numbers = (table[name].to_pylist() for name in ("decision", "better", "prompt_group", "count"))
         entries = [*decisions, Decision.DROP.value], [*better, None]  # the last one stands for all whose truth is not known, whatever was decided
         more: dict[str, Any] = {"groups": [*groups, ""], "counts": [*numbers, without]}
-        yield Evidence(stage, source, label_quality(*entries, **more), flip_detection(*entries, **more))
+        yield LabelEvidence(stage, source, label_quality(*entries, **more), flip_detection(*entries, **more), source == ALL)
 
 
-def describe_labels(found: Sequence[Evidence], truth: str) -> str:
+def describe_labels(found: Sequence[LabelEvidence], truth: str) -> str:
     """Return the tables: label accuracy before and after, then flips."""
     header = ("labels", "source", "pairs", "right before", "right after", "pairs after", "kept", "flipped")
     before = [
@@ -181,7 +181,7 @@ def describe_labels(found: Sequence[Evidence], truth: str) -> str:
         )
         for entry in found
     ]
-    unknown = sum(entry.quality.num_without_truth for entry in found if entry.source == ALL)
+    unknown = sum(entry.quality.num_without_truth for entry in found if entry.is_total)
     lines = [
         format_table(header, before),
         format_table(("flip detection", "source", "wrong labels", "flips", "precision", "recall", "wrong ones gone", "right ones lost"), flips),

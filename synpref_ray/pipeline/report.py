@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ class ReportConfig(JobConfig):
     format: Literal["text", "json"] = "text"
     """explain, labels: json holds all of it; of a pair every table and the whole texts."""
     truth: str = ""
-    """labels: a Parquet file with pair_id and verdict of pairs as ingested, where the truth is known."""
+    """labels, html: a Parquet file with pair_id and verdict of pairs as ingested, where the truth is known; html then has labels by source."""
 
 
 def show_status(config: ReportConfig) -> str:
@@ -46,9 +46,8 @@ def write_html(config: ReportConfig) -> str:
     """Write the workspace's report; return where it is."""
     from synpref_ray.pipeline.report_page import write_report  # not above: a status should not wait for the plotting library
 
-    files = write_report(
-        config.storage, config.out, max_runs=config.max_report_runs, num_examples=config.num_examples, gpu_hour_price=config.gpu_hour_price
-    )
+    options: dict[str, Any] = {"max_runs": config.max_report_runs, "num_examples": config.num_examples, "gpu_hour_price": config.gpu_hour_price}
+    files = write_report(config.storage, config.out, truth=config.truth, **options)
     return "\n".join(f"report: {file}" for file in files)
 
 

@@ -11,6 +11,8 @@ from statistics import fmean
 from typing import Any
 from xml.etree import ElementTree
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
@@ -26,6 +28,7 @@ from synpref_ray.reporting.report.models import thinned
 from synpref_ray.reporting.report.page import render_html, report_csv, report_json
 from synpref_ray.reporting.report.pairs import MAX_TEXT_CHARACTERS, cut
 from synpref_ray.reporting.run import Run
+from synpref_ray.tables.pools import open_pool
 from synpref_ray.tables.storage import Storage
 from tests.human.test_rendering import HOSTILE
 from tests.reporting.small_workspace import SIZES, EvaluateSettings, make_workspace
@@ -245,6 +248,32 @@ def test_the_job_writes_three_files_and_changes_nothing(plain: Storage, tmp_path
     assert job.main(["html", f"workspace={plain.url}", f"out={tmp_path / 'r.pdf'}"]) == 2
     assert job.main(["html", f"workspace={tmp_path / 'none'}", f"out={tmp_path / 'r.html'}"]) == 2
     assert "ends in .html" in capsys.readouterr().err
+
+
+def test_with_a_known_truth_the_page_has_labels_and_flips_by_source(plain: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = Storage(str(shutil.copytree(plain.url, tmp_path / "ws")))
+    (tmp_path / "ws" / "rounds" / "stage1.json").unlink()  # its record names no sets
+    ids = open_pool(storage, "wild").read_all()["pair_id"].to_pylist()
+    truth = tmp_path / "truth.parquet"
+    pq.write_table(pa.table({"pair_id": ids[:-5], "verdict": ["rejected" if number % 3 == 0 else "chosen" for number in range(len(ids) - 5)]}), truth)
+    before = snapshot(Path(storage.url))
+    arguments = [f"workspace={storage.url}", f"truth={truth}"]
+    assert job.main(["html", *arguments, f"out={tmp_path / 'r.html'}"]) == 0
+    assert snapshot(Path(storage.url)) == before
+    capsys.readouterr()
+    assert job.main(["labels", *arguments, "format=json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = json.loads((tmp_path / "r.json").read_text())["sections"]["labels"]["tables"]
+    assert [row["source"] for row in found["label_quality_by_source"]] == ["all sources", "wild-a", "wild-b"]
+    assert found["label_quality_by_source"][0]["truth not known"] == 5
+    for entry, quality, flips in zip(printed, found["label_quality_by_source"], found["flip_detection"], strict=True):
+        assert quality["right before"] == entry["quality"]["raw"]["accuracy"]
+        assert quality["right after"] == entry["quality"]["kept_and_flipped"]["accuracy"]
+        assert (flips["precision"], flips["recall"]) == tuple(entry["flips"][name]["accuracy"] for name in ("precision", "recall"))
+    assert "Labels and flips by source" in (tmp_path / "r.html").read_text()
+    pq.write_table(pa.table({"pair_id": ["0" * 32], "verdict": ["chosen"]}), truth)
+    assert job.main(["html", *arguments, f"out={tmp_path / 'r.html'}"]) == 2
+    assert "knows none of the labelled pairs" in capsys.readouterr().err
 
 
 def test_a_workspace_that_has_just_begun_has_a_report(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sections about the pairs: what the workspace holds, where pairs went, Stage 1's rounds, Stage 2's decisions, and labels against known truth."""
+"""Sections about the pairs: what the workspace holds, where pairs went, Stage 1's rounds, Stage 2's decisions."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,11 @@ from synpref_ray.reporting.report.charts import (
     Point,
     bars_chart,
     draw,
-    forest_chart,
     lines_chart,
     sankey_chart,
     shares_chart,
 )
-from synpref_ray.reporting.report.content import Block, Chart, Note, Section, Table, columns, interval, share_cells, show_count
+from synpref_ray.reporting.report.content import Block, Chart, Note, Section, Table, columns, share_cells, show_count
 from synpref_ray.reporting.report.records import Records, Values
 from synpref_ray.reporting.status import PoolStatus, count_rejects
 
@@ -275,63 +274,3 @@ def stage2_section(records: Records) -> Section | None:
         "14 of 40 million pairs were flipped."
     )
     return Section("stage2", "Stage 2: keep, flip or drop", lead, (chart, table, note))
-
-
-def truth_section(records: Records) -> Section | None:
-    """Compare labels and models with known truth, where a run had it (the demo)."""
-    found = records.latest("demo")
-    if found is None:
-        return None
-    demo = found[1]
-    labels, held_out = demo["labels"], demo["held_out"]
-    named = {"as they came": "raw", "kept": "kept", "flipped": "flipped", "kept and flipped": "kept_and_flipped", "dropped (source label)": "dropped"}
-    label_rows = tuple((name, labels[key]["num_pairs"], *share_cells(labels[key])) for name, key in named.items())
-    models = [
-        (name if len(values) == 1 else f"{name}, run {place + 1}", value) for name, values in held_out.items() for place, value in enumerate(values)
-    ]
-    model_rows = tuple((_MODEL_NAMES.get(name, name), value["num_pairs"], *share_cells(value)) for name, value in models)
-    difference = demo["curated_minus_raw"]
-    gap = ("curated minus raw", difference["num_pairs"], difference["difference"], interval(difference["low"], difference["high"]))
-    colors = {"as they came": GREY, "kept": BLUE, "flipped": ORANGE, "kept and flipped": GREEN, "dropped (source label)": RED}
-    points = [(name, found_point, colors[name]) for name, key in named.items() if (found_point := point(labels[key]))]
-    others = [
-        (_MODEL_NAMES.get(name, name), found_point, BLUE if name.startswith("curated") else GREY)
-        for name, value in models
-        if (found_point := point(value))
-    ]
-    blocks: list[Block] = [
-        draw(
-            "truth-labels",
-            "Share of labels that are right before and after curation",
-            lambda figure: forest_chart(figure, "Labels that are right", points),
-            height=2.2,
-        ),
-        Table(
-            "label_quality",
-            columns("pairs of the wild pool", ("pairs", "count"), ("labels right", "share"), ("95 % interval", "interval")),
-            label_rows,
-        ),
-        draw(
-            "truth-models",
-            "Accuracy on held-out pairs by training data",
-            lambda figure: forest_chart(figure, "Held-out pairs ranked right", others, mark=0.5, mark_label="chance"),
-            height=0.9 + 0.33 * len(others),
-        ),
-        Table("held_out", columns("reward model", ("pairs", "count"), ("right", "share"), ("95 % interval", "interval")), model_rows),
-        Table(
-            "curated_minus_raw",
-            columns("difference, in points", ("pairs", "count"), ("difference", "points"), ("95 % interval", "points_interval")),
-            (gap,),
-            note="Curated and raw models: as many pairs, the same steps and seeds. The interval is over held-out prompts, not over training runs.",
-        ),
-    ]
-    lead = "Here the truth of every pair is known. Only the simulated annotator (for its budget) and this comparison read it."
-    return Section("truth", "Against known truth", lead, tuple(blocks))
-
-
-_MODEL_NAMES = {
-    "curated": "trained on curated pairs",
-    "raw": "trained on as many raw pairs",
-    "best": "best RM of Stage 1",
-    "gold": "gold RM of Stage 1",
-}

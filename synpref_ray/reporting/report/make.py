@@ -1,17 +1,18 @@
 """The report of a workspace, put together: its sections in the order of the pipeline, the figures at its top, and its warnings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from synpref_ray.reporting.report.audits import audits_section
 from synpref_ray.reporting.report.content import Figure, Report, Section, interval, show, show_count
-from synpref_ray.reporting.report.curation import SIMULATED, rounds_section, stage2_section, truth_section, workspace_section, yields_section
+from synpref_ray.reporting.report.curation import SIMULATED, rounds_section, stage2_section, workspace_section, yields_section
 from synpref_ray.reporting.report.models import benchmarks_section, best_of_n_section, training_section
 from synpref_ray.reporting.report.opinions import judges_section, people_section
 from synpref_ray.reporting.report.pairs import examples_section
 from synpref_ray.reporting.report.records import Records, Values, read_records
 from synpref_ray.reporting.report.spending import costs_section, runs_section
+from synpref_ray.reporting.report.truth import labels_section, selection_section, truth_section
 from synpref_ray.tables.storage import Storage
 from synpref_ray.versions import package_versions
 
@@ -26,11 +27,12 @@ class ReportOptions:
     gpu_hour_price: float = 0.0
 
 
-def make_report(storage: Storage, options: ReportOptions, *, current: Mapping[str, Values] | None = None) -> Report:
+def make_report(storage: Storage, options: ReportOptions, *, current: Mapping[str, Values] | None = None, labels: Sequence[Values] = ()) -> Report:
     """Read a workspace and return its report.
 
     Args:
         current: metrics of runs that are still going on, by run folder: a run's own report holds its own numbers.
+        labels: what a known truth says of the labels, as `jobs/report.py labels format=json` prints it.
 
     Raises:
         InputError: there is no workspace.
@@ -40,6 +42,8 @@ def make_report(storage: Storage, options: ReportOptions, *, current: Mapping[st
         workspace_section(records),
         yields_section(records),
         truth_section(records),
+        labels_section(labels),
+        selection_section(records),
         rounds_section(records),
         judges_section(records),
         people_section(records),
