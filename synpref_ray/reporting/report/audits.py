@@ -26,6 +26,7 @@ from synpref_ray.reporting.report.scores import Score, by_completeness, level_na
 MAX_OTHER_ROWS = 60
 LEVEL = "level of intervals"
 KNOWN_JOBS = {"ingest", "stage1", "stage2", "train", "score", "annotate", "hygiene", "export", "decontaminate", "preverify", "demo", "report"}
+KNOWN_JOBS |= {"selection"}  # a run of benchmarks/selection.py
 MAX_ROWS = 24  # ours: of a forest chart, about a screen
 STYLES = ("concise", "detailed", "markdown")
 """RM-Bench's, from plain to fancy, as its metrics name them."""
@@ -286,7 +287,16 @@ def _attack_blocks(records: Records) -> Iterator[Block]:
         for kind, counts in {**figures["by_kind"], "all but control": figures["overall"]}.items():
             moved = counts["moved_to_planted"]
             cells = (counts["clean_right"]["value"], *share_cells(moved), *share_cells(counts["changed"]))
-            rows.append((judge, kind.replace("_", " "), counts["num_planted"], sum(counts["not_judged"].values()), *cells))
+            rows.append(
+                (
+                    judge,
+                    kind.replace("_", " "),
+                    counts["num_planted"],
+                    sum(counts["not_judged"].values()),
+                    counts["other_exemplars"]["num_planted"],
+                    *cells,
+                )
+            )
             measured = point(moved)
             if measured is not None:
                 color = GREY if kind == "control" else RED if kind == "all but control" else ORANGE
@@ -299,10 +309,11 @@ def _attack_blocks(records: Records) -> Iterator[Block]:
             height=0.9 + 0.3 * len(points),
         )
     heads = columns(
-        *("judge", "planted", ("pairs", "count"), ("not judged", "count"), ("right before", "share")),
+        *("judge", "planted", ("pairs", "count"), ("not judged", "count"), ("other exemplars", "count"), ("right before", "share")),
         *(("moved to planted", "share"), ("95 % interval, moved", "interval"), ("changed", "share"), ("95 % interval, changed", "interval")),
     )
-    yield Table("judge_attacks", heads, tuple(rows), title="Instructions planted in the worse reply", note="What is planted: docs/judges.md.")
+    note = "What is planted: docs/judges.md. Pairs judged with other exemplars once planted (no room for all) are counted apart, and nowhere else."
+    yield Table("judge_attacks", heads, tuple(rows), title="Instructions planted in the worse reply", note=note)
 
 
 def _other_tables(records: Records) -> Iterator[Block]:
