@@ -70,14 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SynprefError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    flags = {kind: np.array([run.pop("flags") for run in found], dtype=bool) for kind, found in runs.items()}
+    margins = {kind: np.array([run.pop("margins") for run in found], dtype=float) for kind, found in runs.items()}
+    scored = np.all([np.isfinite(of_seed) for found in margins.values() for of_seed in found], axis=0)
+    flags = {kind: found[:, scored] > 0 for kind, found in margins.items()}
+    prompts = [prompt for prompt, is_scored in zip(prompts, scored.tolist(), strict=True) if is_scored]
     accuracies = {kind: [bootstrap_accuracy(of_seed, groups=prompts) for of_seed in found] for kind, found in flags.items()}
     others = {kind: found for kind, found in flags.items() if BASELINE in flags and kind != BASELINE}
     beside = {kind: paired_bootstrap(found, flags[BASELINE], groups=prompts) for kind, found in others.items()}
+    unscored = int((~scored).sum())
     print(compare(runs, accuracies, beside, arguments.seeds))
+    print(f"{unscored} held-out pairs that some model could not score are left out for all" if unscored else "")
     asked = Comparison(**{name: getattr(arguments, name) for name in Comparison.model_fields})
     run = Run(Storage(str(arguments.workspace / "ws")), "selection", asked)
-    run.metrics["selection"] = comparison_record(runs, accuracies, beside)
+    run.metrics["selection"] = comparison_record(runs, accuracies, beside, unscored)
     run.finish()
     if arguments.out:
         figures = {kind: [vars(value) for value in values] for kind, values in accuracies.items()}
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_kind(kind: str, seed: int, data: Path, workspace: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run Stage 1 under one rule; return what its rounds spent and whether its best RM is right about each held-out pair."""
+    """Run Stage 1 under one rule; return what its rounds spent and its best RM's margin on each held-out pair (None: it was not scored)."""
     selection = [f"selection.kind={kind}", f"selection.num_pairs={arguments.num_pairs}", f"selection.seed={seed}"]
     selection += ["selection.gold_rm=true"] if kind == SelectionKind.UNCERTAINTY and arguments.gold_rm else []
     seeds = [f"train.seed={seed}", f"gold_train.seed={seed}", f"stop.max_rounds={arguments.rounds}"]
@@ -100,7 +105,7 @@ def _run_kind(kind: str, seed: int, data: Path, workspace: str, arguments: argpa
     margins = pq.read_table(out, columns=["margin"])["margin"].to_pylist()
     rounds = stage1["rounds"]
     return {
-        "flags": [margin is not None and margin > 0 for margin in margins],
+        "margins": margins,
         "seed": seed,
         "selected": [entry["selected_pairs"] for entry in rounds],
         "called_for": [entry["selection"].get("called_for") for entry in rounds],
@@ -108,11 +113,31 @@ def _run_kind(kind: str, seed: int, data: Path, workspace: str, arguments: argpa
         "working_gold": [entry["best_rm_on_working_gold"] for entry in rounds],
         "audit_gold": stage1["stage1"]["audit_gold_accuracy"]["best"],
         "best_rm": stage1["stage1"]["best_rm"]["name"],
+        "gold_rms": sum(bool(entry["gold_rm"]) for entry in rounds),
     }
 
 
+def unequal_budgets(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Return, for every seed, in what the rules did not spend the same: selected pairs by round, verified pairs, trainings of a gold RM."""
+    lines = []
+    for of_seed in zip(*runs.values(), strict=True):
+        spent = {
+            "selected pairs": [sum(run["selected"]) for run in of_seed],
+            "verified pairs": [run["sets"]["gold-working"] + run["sets"]["gold-audit"] for run in of_seed],
+            "trainings of a gold RM in rounds": [run["gold_rms"] for run in of_seed],
+        }
+        for name, numbers in spent.items():
+            if len(set(numbers)) > 1:
+                told = ", ".join(f"{kind} {number}" for kind, number in zip(runs, numbers, strict=True))
+                lines.append(f"seed {of_seed[0]['seed']}, {name}: {told}")
+    return lines
+
+
 def comparison_record(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], accuracies: Mapping[str, Sequence[Accuracy]], beside: Mapping[str, Difference]
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    accuracies: Mapping[str, Sequence[Accuracy]],
+    beside: Mapping[str, Difference],
+    unscored: int,
 ) -> dict[str, Any]:
     """Return what the report of the workspace reads: every Stage 1 with what it spent and how right its best RM is, and differences to chance."""
     spent = [
@@ -126,7 +151,8 @@ def comparison_record(
         for kind, found in runs.items()
         for run, accuracy in zip(found, accuracies[kind], strict=True)
     ]
-    return {"baseline": BASELINE, "runs": spent, "minus_baseline": {kind: asdict(value) for kind, value in beside.items()}}
+    differences = {kind: asdict(value) for kind, value in beside.items()}
+    return {"baseline": BASELINE, "runs": spent, "minus_baseline": differences, "unequal": unequal_budgets(runs), "unscored": unscored}
 
 
 def compare(
@@ -144,11 +170,10 @@ def compare(
             measured = f"{100 * accuracy.accuracy:.1f} % of {accuracy.num_pairs} | {100 * accuracy.low:.1f} to {100 * accuracy.high:.1f}"
             lines.append(f"| {kind} | {seed} | {sum(run['selected'])} | {sizes['silver']} | {gold} | {measured} |")
     for kind, value in beside.items():
-        told = "told apart" if value.low > 0 or value.high < 0 else "not told apart"
         interval = f"{100 * value.low:+.1f} to {100 * value.high:+.1f}"
-        lines.append(
-            f"\n{kind} minus random: {100 * value.difference:+.1f} points ({interval}), {told}; seeds: {value.num_seeds}, same held-out pairs"
-        )
+        over = f"{value.num_pairs} pairs and {value.num_seeds} seeds; the interval is over other prompts, for these very models"
+        lines.append(f"\n{kind} minus random: {100 * value.difference:+.1f} points ({interval}), over {over}")
+    lines += [f"\nWARNING: the rules did not spend the same: {line}" for line in unequal_budgets(runs)]
     return "\n".join(lines)
 
 

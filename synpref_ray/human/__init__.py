@@ -1,6 +1,6 @@
 """Human verdicts on preference pairs: who gives them, and how they enter as gold.
 
-Paper: Sec. 3.2, Step 1 (human verification of the seed and of the pairs picked each round).
+Paper: Sec. 3.2 (human verification of the seed and of the pairs picked each round).
 """
 
 from synpref_ray.human.simulated import SimulatedAnnotator

@@ -2,7 +2,7 @@
 
 This module owns all that reads verdicts from a truth file; besides the annotator only a report after all decisions may use it, and a test holds
 that. (Verification also digests the file's bytes, as those of any verdict file, so that other truth makes other gold.)
-Paper: Sec. 3.2, Step 1, has people here. Our choice: a demo and a test have none, and must not pretend.
+Paper: Sec. 3.2, has people here. Our choice: a demo and a test have none, and must not pretend.
 """
 
 from collections.abc import Collection

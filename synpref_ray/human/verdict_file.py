@@ -1,6 +1,6 @@
 """Verdicts that people gave elsewhere, imported from a file: Parquet, JSONL or CSV with pair_id, verdict, annotator.
 
-Paper: Sec. 3.2, Step 1: each pair is verified by people; how several opinions become one is left open. Our choice: one vote per annotator
+Paper: Sec. 3.2: each pair is verified by people; how several opinions become one is left open. Our choice: one vote per annotator
 and pair (a later line replaces an earlier one of the same annotator), more than half of the votes decide, anything else is undecidable.
 """
 

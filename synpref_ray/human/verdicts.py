@@ -1,6 +1,6 @@
 """What every annotator gives back: one row of HUMAN_SCHEMA for each pair of a shard.
 
-Paper: Sec. 3.2, Step 1: annotators confirm or reverse a label, and pairs they cannot decide are discarded from gold. Our choice: such a
+Paper: Sec. 3.2: annotators confirm or reverse a label, and pairs they cannot decide are discarded from gold. Our choice: such a
 pair has the verdict `abstain` and the reason `undecidable`; a pair nobody was asked about, or nobody has answered, is null with the reason
 `not_selected`.
 """

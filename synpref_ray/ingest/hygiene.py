@@ -1,7 +1,8 @@
 """Hygiene of pairs: language, lengths, cycles of preference and near-duplicate prompts, found and marked; nothing is dropped here.
 
-Paper: Sec. 3 and App. D.4 (languages of the data; cycles are expected among subjective comparisons, and not removed). What is marked, and by which
-means, is our choice.
+Paper: Sec. 3 (languages of the data) and App. D.4 (cycles are expected among subjective comparisons; the pipeline is said to correct or down-weight
+them, without saying how). Our choice: what is marked, and by which means; cycles are marked and neither removed nor weighted, since judges and gate
+decide.
 
 - Language: py3langid (its model comes with the package) over a prompt's user turns; null where there is no letter. Short prompts are guesses, which
   is what `language_probability` says.

@@ -165,9 +165,8 @@ class VllmEngine:
                 idle = False
             while (next_job := self._backlog.next()) is not None:
                 self._admit(engine, next_job)
-            for output in engine.step():
-                if output.finished:
-                    self._deliver(output)
+            for output in engine.step():  # of finished requests only: see `_sampling`
+                self._deliver(output)
 
     def _admit(self, engine: Any, job: Job) -> None:
         from vllm.inputs.engine import tokens_input
@@ -277,7 +276,7 @@ def _stop(engine: Any) -> None:
 
 def _sampling(job: Job, config: EngineConfig) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     request = job.request
     guided = None
@@ -291,6 +290,7 @@ def _sampling(job: Job, config: EngineConfig) -> Any:
         structured_outputs=guided,
         logprob_token_ids=list(job.watched[1]) if job.watched is not None else None,
         seed=int(request.key[:8], 16) if config.seed_requests else None,
+        output_kind=RequestOutputKind.FINAL_ONLY,  # else an object of all tokens so far is made for every request at every step, and thrown away
     )
 
 

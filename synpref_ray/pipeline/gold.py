@@ -32,7 +32,7 @@ from synpref_ray.tables.sets import Member, PairSet, save_set
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar, zip_shard
 from synpref_ray.tables.storage import Storage
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 VOTE_COLUMN = "votes"
 
 
@@ -66,13 +66,44 @@ class LabelledPool:
         return replace(self, votes=tuple(votes))
 
 
-def gather_gold(storage: Storage, name: str, pools: Sequence[LabelledPool], config: GoldConfig, embeddings: pa.Schema) -> GoldTables:
+@dataclass(frozen=True)
+class Dropped:
+    """Unverified pairs that give benchmark items away, and which decisions say so."""
+
+    pair_ids: frozenset[str]
+    decisions: tuple[str, ...]
+
+    @classmethod
+    def of(cls, leaks: Sequence[Sidecar]) -> "Dropped":
+        """Return what these decisions drop."""
+        return cls(frozenset().union(*map(leaked_pairs, leaks)), tuple(sorted(found.fingerprint for found in leaks)))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What names the decisions in a fingerprint; nothing where there are none."""
+        return {"dropped": content_digest(self.decisions)} if self.decisions else {}
+
+
+NONE_DROPPED = Dropped(frozenset(), ())
+
+
+def gather_gold(
+    storage: Storage,
+    name: str,
+    pools: Sequence[LabelledPool],
+    config: GoldConfig,
+    embeddings: pa.Schema,
+    dropped: frozenset[str] = frozenset(),
+) -> GoldTables:
     """Gather every human-decided pair of the pools, in their order, with attributes, embeddings and verdicts beside them.
+
+    Args:
+        dropped: pair_ids that are left out.
 
     Raises:
         InputError: nobody has decided any pair yet.
     """
-    pieces = [piece for labelled in pools for piece in labelled.gold_pieces]
+    pieces = [kept for labelled in pools for piece in labelled.gold_pieces if (kept := _without(piece, dropped)).rows]
     if not pieces:
         raise InputError("no pair of these pools has a human verdict: raise the simulated budget, or give verdicts whose pair_ids are in the pools")
     pool = gather_pool(storage, name, pieces, inputs={f"human:{labelled.pool.name}": labelled.human.fingerprint for labelled in pools})
@@ -83,6 +114,13 @@ def gather_gold(storage: Storage, name: str, pools: Sequence[LabelledPool], conf
     gold = GoldTables(pool, attributes, vectors, human)
     check_split(gold.splits(), config)
     return gold
+
+
+def _without(piece: Piece, dropped: frozenset[str]) -> Piece:
+    if not dropped:
+        return piece
+    ids = piece.pool.read(piece.shard, ["pair_id"])["pair_id"].to_pylist()
+    return replace(piece, rows=tuple(row for row in piece.rows if ids[row] not in dropped))
 
 
 def gold_record(gold: GoldTables) -> dict[str, Any]:
@@ -109,7 +147,10 @@ def open_gold(storage: Storage, record: Mapping[str, Any]) -> GoldTables:
 
 
 def measure_judges(gold: GoldTables, votes: Sequence[Sidecar], config: TrustConfig) -> tuple[dict[str, JudgeTrust], dict[str, JudgeTrust]]:
-    """Measure every judge on working gold, which decides what it may decide, and on audit gold, which is what reports show."""
+    """Measure every judge on working gold, which decides what it may decide, and on audit gold, which is what reports show.
+
+    Our choice: a category is the taggers' here, also where people edited it, because it is theirs by which verdicts on other pairs are admitted.
+    """
     measured = []
     for split in GoldSplit:
         records: dict[str, Any] = {}
@@ -124,9 +165,28 @@ def measure_judges(gold: GoldTables, votes: Sequence[Sidecar], config: TrustConf
     return measured[0], measured[1]
 
 
+def measure_on_doubted(gold: GoldTables, votes: Sequence[Sidecar], rewards: Sidecar, config: TrustConfig) -> dict[str, JudgeTrust]:
+    """Measure every judge on the working gold whose source label the best RM rejects: the kind of pairs that Stage 2 asks judges about.
+
+    Our choice: reported, and decides nothing. These pairs are harder than working gold at large, by which a judge is trusted, and too few of them
+    are verified for a bound per category.
+
+    Args:
+        rewards: of the best RM on gold.
+    """
+    margins = pc.less_equal(rewards.read_all(["pair_id", "margin"])["margin"], 0.0)
+    doubted = rewards.read_all(["pair_id"])["pair_id"].filter(pc.fill_null(margins, False))
+    found: dict[str, JudgeTrust] = {}
+    for sidecar in votes:
+        table = _gold_votes(gold, sidecar)
+        table = table.filter(pc.and_(pc.equal(table["gold_split"], GoldSplit.WORKING.value), pc.is_in(table["pair_id"], value_set=doubted)))
+        found |= {judge: judge_trust(records, config) for judge, records in agreement_records(table).items()}
+    return found
+
+
 def _gold_votes(gold: GoldTables, votes: Sidecar) -> pa.Table:
     beside: list[tuple[Sidecar, Mapping[str, str]]] = [
-        (gold.attributes, {"task_category": "task_category"}),
+        (gold.as_targets.attributes, {"task_category": "task_category"}),
         (gold.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
         (votes, {"votes": VOTE_COLUMN}),
     ]
@@ -206,21 +266,21 @@ class LabelWorker:
         return label_shard(shard, self._gold_groups, self._leaked), {}
 
 
-def label_pool(labelled: LabelledPool, verdict: Sidecar, gold: GoldTables) -> Sidecar:
-    """Make the sidecar `label` of a pool, given all gold so far."""
-    groups, leaked = gold.prompt_groups(), leaked_pairs(labelled.leaks)
+def label_pool(labelled: LabelledPool, verdict: Sidecar, gold: GoldTables, dropped: Dropped = NONE_DROPPED) -> Sidecar:
+    """Make the sidecar `label` of a pool, given all gold so far, and the pairs that decisions about leaks drop wherever they stand."""
+    groups, leaked = gold.prompt_groups(), leaked_pairs(labelled.leaks) | dropped.pair_ids
     step = Step(
         name="label",
         version=RULES_VERSION,
         worker=LabelWorker,
         outputs=(Output("label", LABEL_SCHEMA),),
         settings={},
-        digests={"gold": gold.pool.digest, **({"leaks": labelled.leaks.fingerprint} if labelled.leaks else {})},
+        digests={"gold": gold.pool.digest, **({"leaks": labelled.leaks.fingerprint} if labelled.leaks else {}), **dropped.digests},
         worker_arguments=lambda _: {"gold_groups": groups, "leaked": leaked},
     )
     beside: tuple[tuple[Sidecar, Mapping[str, str]], ...] = (
         (labelled.human, {"human_verdict": "human_verdict", "gold_split": "gold_split"}),
-        (verdict, {"judge_verdict": "judge_verdict"}),
+        (verdict, {"judge_verdict": "judge_verdict", "verdict_reason": "verdict_reason"}),
     )
     return run_step(step, [StepInput(labelled.pool, ("prompt_group", "contradicted"), beside)]).sidecars[0][0]
 

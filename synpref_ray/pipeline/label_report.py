@@ -146,13 +146,14 @@ def _add_up(parts: Sequence[pa.Table]) -> pa.Table:
 
 
 def _measure(stage: str, counts: _Counts) -> Iterator[LabelEvidence]:
-    for source in (ALL, *counts.without_truth):
-        table = counts.known if source == ALL else counts.known.filter(pc.equal(counts.known["source"], source))
-        without = sum(counts.without_truth.values()) if source == ALL else counts.without_truth[source]
+    for place, source in enumerate((ALL, *counts.without_truth)):  # a source may be called what ALL is
+        is_total = place == 0
+        table = counts.known if is_total else counts.known.filter(pc.equal(counts.known["source"], source))
+        without = sum(counts.without_truth.values()) if is_total else counts.without_truth[source]
         decisions, better, groups, numbers = (table[name].to_pylist() for name in ("decision", "better", "prompt_group", "count"))
         entries = [*decisions, Decision.DROP.value], [*better, None]  # the last one stands for all whose truth is not known, whatever was decided
         more: dict[str, Any] = {"groups": [*groups, ""], "counts": [*numbers, without]}
-        yield LabelEvidence(stage, source, label_quality(*entries, **more), flip_detection(*entries, **more), source == ALL)
+        yield LabelEvidence(stage, source, label_quality(*entries, **more), flip_detection(*entries, **more), is_total)
 
 
 def describe_labels(found: Sequence[LabelEvidence], truth: str) -> str:

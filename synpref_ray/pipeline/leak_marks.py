@@ -1,7 +1,7 @@
 """Which pairs give benchmark items away, as the sidecar `decontamination` says: what Stage 1, Stage 2 and exports leave out.
 
-Paper: App. C (v3): what a judge confirms is dropped. Our choice: the decision is a column, written by jobs/decontaminate.py; a pool that has none is
-taken as it is.
+Paper: App. C (v3): a judge looks at overlaps. Our choice: what it confirms is dropped; the decision is a column, written by jobs/decontaminate.py; a
+pool that has none is taken as it is.
 """
 
 import pyarrow.compute as pc

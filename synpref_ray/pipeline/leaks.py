@@ -1,6 +1,6 @@
 """Overlaps with benchmarks before judges: proposals of ingest are gathered, judged, decided, and written beside the pools as `decontamination`.
 
-Paper: App. C (v3): n-grams of 5 to 13 words on the whole triple propose, a judge strikes false alarms, what it confirms is dropped. Our choice:
+Paper: App. C (v3): n-grams of 5 to 13 words on the whole triple propose, a judge strikes false alarms. Our choice: what it confirms is dropped;
 ingest reports the overlaps (`decontamination/` in the workspace); here every one that a pool still holds is put to the judges, once for each
 benchmark item; the decision is a column that Stage 1, Stage 2 and exports honour, and nothing is deleted. Proposals are read shard by shard: who
 writes the decisions beside a source shard holds one decided proposal for each of its pairs and a shard of proposals at a time, and the driver holds a

@@ -23,6 +23,7 @@ from synpref_ray.pipeline.clusters import AUTO
 from synpref_ray.pipeline.edited_tags import human_tags_file, use_edited_tags
 from synpref_ray.pipeline.gathering import gather_sidecars
 from synpref_ray.pipeline.gold import (
+    Dropped,
     LabelledPool,
     gather_gold,
     gold_record,
@@ -216,7 +217,9 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
                 gather_sidecars(name, schema, [(pool, source)])[0]
                 for name, schema, source in zip(("attributes", "embeddings"), (ATTRIBUTES_SCHEMA, config.embed.schema), sources, strict=True)
             )
-            labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs)
+            labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs, decided=leaks)
+        elif leaks:  # nothing joins, but what these decisions drop must not be trained on
+            labels = _label_without(config, number, labels, leaks)
         accuracies = [*(entry["first_gold_accuracy"] for entry in rounds[1:]), training.first_gold.get("accuracy", 0.0)]
         then = _then(config, accuracies, pool.num_rows, inputs)
         known = [*unverified.tables, *leaks]
@@ -312,13 +315,22 @@ def _label(
     embeddings: Sidecar,
     budget: int,
     leaks: Sidecar | None = None,
+    *,
+    decided: Sequence[Sidecar] = (),
 ) -> Labels:
-    """Verify part of a new pool, judge the rest with all gold as exemplars, and label every pool of Stage 1 anew under the grown gold."""
+    """Verify part of a new pool, judge the rest with all gold as exemplars, and label every pool of Stage 1 anew under the grown gold.
+
+    Args:
+        leaks: decisions about the new pool's own overlaps with benchmarks (the seed's).
+        decided: those about the unverified pool that the round goes by. Pairs that earlier rounds selected before they were made leave gold and
+            silver now.
+    """
     suffix = f"r{number:02d}"
     verified = verify_pool(run, f"verify, round {number}", pool, attributes, budget, config.annotator, config.gold, leaked_pairs(leaks))
     human = verified.sidecars[0][0]
     new = LabelledPool(pool, attributes, embeddings, human, leaks=leaks)
-    gathered = gather_gold(config.storage, f"gold-{suffix}", [*earlier, new], config.gold, config.embed.schema)
+    dropped = Dropped.of(decided)
+    gathered = gather_gold(config.storage, f"gold-{suffix}", [*earlier, new], config.gold, config.embed.schema, dropped.pair_ids)
     gold = use_edited_tags(run, f"round {number}", gathered, human_tags_file(config.storage, config.human_tags), config.embed)
     gold_votes, new_votes = [], []
     for judge in config.judges:
@@ -331,9 +343,17 @@ def _label(
         new_votes.append(votes[1])
     trust, audit = measure_judges(gold, gold_votes, config.trust)
     pools = [*earlier, new.judged(new_votes)]
-    labels = [label_pool(p, merge_pool_votes(p.pool, p.attributes, p.votes, trust, config.merge), gold) for p in pools]
+    labels = [label_pool(p, merge_pool_votes(p.pool, p.attributes, p.votes, trust, config.merge), gold, dropped) for p in pools]
     sets = save_label_sets(config.storage, suffix, labels)
     return Labels(gold, pools, labels, gold_votes, sets, trust, audit, report_judges(gold, gold_votes))
+
+
+def _label_without(config: Stage1Config, number: int, labels: Labels, decided: Sequence[Sidecar]) -> Labels:
+    """Return the labels without the pairs that decisions about leaks drop; gold's exemplars and votes stay, since no judge is asked any more."""
+    dropped = Dropped.of(decided)
+    merged = [merge_pool_votes(p.pool, p.attributes, p.votes, labels.trust, config.merge) for p in labels.pools]
+    left = [label_pool(p, verdict, labels.gold, dropped) for p, verdict in zip(labels.pools, merged, strict=True)]
+    return replace(labels, labels=left, sets=save_label_sets(config.storage, f"r{number:02d}", left))
 
 
 def _train_best(

@@ -21,7 +21,7 @@ from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import read_by_clusters
 from synpref_ray.pipeline.curated_sets import save_curated_sets
 from synpref_ray.pipeline.gathering import find_gathered, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecars
-from synpref_ray.pipeline.gold import measure_judges, merge_pool_votes, open_gold, report_judges
+from synpref_ray.pipeline.gold import measure_judges, measure_on_doubted, merge_pool_votes, open_gold, report_judges
 from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.job import JobConfig
@@ -50,7 +50,7 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.rules.gate import DECISION_SCHEMA, GateConfig, decide_shard, select_for_judge
-from synpref_ray.rules.judges import JudgeTrust, describe_trust
+from synpref_ray.rules.judges import JudgeTrust, describe_doubted, describe_trust
 from synpref_ray.rules.verdicts import VERDICT_SCHEMA
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, Decision
 from synpref_ray.tables.models import StoredModel
@@ -58,10 +58,11 @@ from synpref_ray.tables.pools import Pool, Shard, open_pool
 from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.selection import Piece
 from synpref_ray.tables.sets import PairSet, load_set
-from synpref_ray.tables.sidecars import Sidecar
+from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 
 GATE_VERSION = 2
 STAGE2_RECORD = "rounds/stage2.json"
+GOLD_REWARDS = "rewards.best"  # the best RM's on gold, among the tables of Stage 1's record
 SELECTED_SCHEMA = pa.schema([pa.field("pair_id", pa.string(), nullable=False), pa.field("ask_judge", pa.bool_(), nullable=False)])
 
 
@@ -83,6 +84,8 @@ class Stage1Result:
     gold_rm: StoredModel
     gold: GoldTables
     simulated_gold: bool
+    gold_rewards: Sidecar | None = None
+    """Of the best RM on gold."""
     near_duplicates: str = ""
     """The clusters by which it grouped prompts."""
 
@@ -98,16 +101,21 @@ def load_stage1(config: JobConfig) -> Stage1Result:
         raise InputError(f"Stage 1 has not finished in {storage.url}: run jobs/stage1.py with this workspace first")
     record = storage.read_json(STAGE1_RECORD)
     best, gold_rm = (StoredModel(storage, record[name]["name"], record[name]["digest"]) for name in ("best_rm", "gold_rm"))
-    return Stage1Result(best, gold_rm, open_gold(storage, record["gold"]), bool(record["simulated_gold"]), record.get("near_duplicates", ""))
+    gold = open_gold(storage, record["gold"])
+    rewards = next((open_sidecar(gold.pool, name, digest) for _, name, digest in record.get("tables", ()) if name == GOLD_REWARDS), None)
+    return Stage1Result(best, gold_rm, gold, bool(record["simulated_gold"]), rewards, record.get("near_duplicates", ""))
 
 
 @dataclass(frozen=True)
 class _Judges:
-    """How the judges of the mismatches did on gold: by judge on working and on audit gold, and their report by gold split."""
+    """How the judges of the mismatches did on gold: by judge on working and on audit gold, and their report by gold split; `doubted`: on working gold
+    whose label the best RM rejects.
+    """
 
     working: Mapping[str, JudgeTrust]
     audit: Mapping[str, JudgeTrust]
     report: Mapping[str, Any]
+    doubted: Mapping[str, JudgeTrust]
     votes: Sequence[Sidecar] = ()
     """On gold, as it was judged here."""
 
@@ -201,9 +209,9 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     gate_arguments = {"gate": config.gate, "gold_groups": gold_groups}
     selected = _select(config, pool, before.gold, [*margins, *left_out], gate_arguments)
     asked = _gather_mismatches(config, run, pool, before.gold, selected)
-    judges = _Judges({}, {}, {})
+    judges = _Judges({}, {}, {}, {})
     if asked.pools:
-        found, judges = _judge(config, run, pool, asked.pools, before.gold)
+        found, judges = _judge(config, run, pool, asked.pools, before)
         verdicts = scatter_sidecars(pool, list(zip(asked.pools, found, strict=True)), "judge_verdict", VERDICT_SCHEMA)
     else:
         verdicts = _no_verdicts(pool)
@@ -303,10 +311,11 @@ def _plan_answers(config: Stage2Config, pool: Pool, mismatches: Pool, gold: Gold
     return answers
 
 
-def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Sequence[Pool], gold: GoldTables) -> tuple[list[Sidecar], _Judges]:
+def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Sequence[Pool], before: Stage1Result) -> tuple[list[Sidecar], _Judges]:
     """Tag, embed, find exemplars and judge the mismatches, and return the verdicts on each pool of them; judges are measured on gold as in Stage 1
     (its stored votes, if they are the same).
     """
+    gold = before.gold
     if config.tag_scope == "all":
         whole = tag_pools(run, "tag", [pool], config.taggers).merged[0]
         attributes = gather_sidecars("attributes", ATTRIBUTES_SCHEMA, [(some, {pool.name: whole}) for some in mismatches])
@@ -326,7 +335,8 @@ def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Sequence[Pool
             said.append(new)
     trust, audit = measure_judges(gold, gold_votes, config.trust)
     found = [merge_pool_votes(*tables, trust, config.merge) for tables in zip(mismatches, attributes, votes, strict=True)]
-    return found, _Judges(trust, audit, report_judges(gold, gold_votes), gold_votes)
+    doubted = measure_on_doubted(gold, gold_votes, before.gold_rewards, config.trust) if before.gold_rewards else {}
+    return found, _Judges(trust, audit, report_judges(gold, gold_votes), doubted, gold_votes)
 
 
 class _NothingAsked:
@@ -368,6 +378,7 @@ def _finish(
         "reasons": {f"{what}/{why}": count for (what, why), count in sorted(reasons.items())},
         "judges_on_working_gold": {judge: measured.report() for judge, measured in judges.working.items()},
         "judges_on_audit_gold": {judge: measured.report() for judge, measured in judges.audit.items()},
+        "judges_on_doubted_gold": {judge: measured.report() for judge, measured in judges.doubted.items()},
         "judge_report": dict(judges.report),
         "tables": table_names(judges.votes),
         "sets": sets,
@@ -380,6 +391,7 @@ def _finish(
     lines = [format_table(("decision", "reason", "pairs", "share"), rows)]
     lines.append(f"asked a judge about {num_asked} pairs; where no judge decides, both reward models alone do")
     lines += [describe_trust(judge, measured.report()) for judge, measured in sorted(judges.working.items())]
+    lines += [describe_doubted(judge, measured.report()) for judge, measured in sorted(judges.doubted.items())]
     if before.simulated_gold:
         lines.append("gold is SIMULATED: an annotator that reads known truth for the budgeted pairs")
     return "\n".join(lines)

@@ -197,6 +197,18 @@ def describe_trust(judge: str, report: Mapping[str, Any]) -> str:
     return f"judge {judge}: {found}; decides in: {', '.join(report['decides']) or 'no category, so the stated fallback applies'}"
 
 
+def describe_doubted(judge: str, report: Mapping[str, Any]) -> str:
+    """Return one line for people: what a judge (its `JudgeTrust.report()`) showed on the working gold whose source label the best RM rejects."""
+    overall = report["overall"]
+    if not overall["num_verdicts"]:
+        return f"judge {judge}: no verdict on working gold whose label the best RM rejects, the kind of pairs that it is asked about here"
+    bound = f"lower bound {100 * overall['lower_bound']:.0f} %, {'above' if report['beats_chance_overall'] else 'not above'} chance"
+    return (
+        f"judge {judge}: on working gold whose label the best RM rejects, the kind of pairs that it is asked about here, it agrees on "
+        f"{100 * overall['agreement']:.0f} % of {overall['num_verdicts']} verdicts ({bound}); its trust is measured on all working gold"
+    )
+
+
 def _figures(agreement: Agreement) -> dict[str, float | int | None]:
     return {
         "num_pairs": agreement.num_pairs,

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import pyarrow as pa
 
+from synpref_ray.rules.votes import VoteReason
 from synpref_ray.schema import LabelSource, Verdict
 
 LABEL_SCHEMA = pa.schema(
@@ -32,6 +33,7 @@ class LabelReason(StrEnum):
     GOLD_PROMPT = "gold_prompt"
     JUDGE = "judge"
     JUDGE_ABSTAINED = "judge_abstained"
+    NOT_JUDGED = "not_judged"
     SOURCE_LABEL = "source_label"
     CONTRADICTED = "contradicted"
     CONTAMINATED = "contaminated"
@@ -39,13 +41,16 @@ class LabelReason(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about one pair; verdicts refer to the pair as ingested. No judge verdict: none was asked, or may decide here."""
+    """What is known about one pair; verdicts refer to the pair as ingested. No judge verdict: none may decide here, or (`unanswered`) one may, and
+    has no vote: the pair is too long for it, or has no attributes.
+    """
 
     human: Verdict | None
     judge: Verdict | None
     shares_gold_prompt: bool
     contradicted: bool
     leaked: bool = False
+    unanswered: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,9 @@ def label_pair(evidence: Evidence) -> Label:
 
     Paper: Sec. 3.2: a human verdict makes gold, an undecidable pair is discarded, a judge's verdict makes silver.
     Our choice: a pair that shares a prompt with gold makes no silver (gold would stop being a held-out check); a judge that may decide and
-    abstains makes no label; where the judge may not decide the source label stands in, except for comparisons that the sources contradict. A pair
-    that judges say gives a benchmark item away has no label, whatever else is known.
+    abstains makes no label, nor does one that could not be asked (else long pairs would join silver unjudged); where no judge may decide the source
+    label stands in, except for comparisons that the sources contradict. A pair that judges say gives a benchmark item away has no label, whatever
+    else is known.
     """
     if evidence.leaked:
         return Label(LabelSource.UNVERIFIED, False, LabelReason.CONTAMINATED)
@@ -77,6 +83,8 @@ def label_pair(evidence: Evidence) -> Label:
         return Label(LabelSource.UNVERIFIED, False, LabelReason.JUDGE_ABSTAINED)
     if evidence.judge is not None:
         return Label(LabelSource.SILVER, evidence.judge is Verdict.REJECTED, LabelReason.JUDGE)
+    if evidence.unanswered:
+        return Label(LabelSource.UNVERIFIED, False, LabelReason.NOT_JUDGED)
     if evidence.contradicted:
         return Label(LabelSource.UNVERIFIED, False, LabelReason.CONTRADICTED)
     return Label(LabelSource.SILVER, False, LabelReason.SOURCE_LABEL)
@@ -86,7 +94,7 @@ def label_shard(shard: pa.Table, gold_groups: Set[str], leaked: Set[str] = froze
     """Return the labels of a shard (schema `LABEL_SCHEMA`, rows in order).
 
     Args:
-        shard: columns pair_id, prompt_group, contradicted, human_verdict, gold_split, judge_verdict (null: the fallback).
+        shard: columns pair_id, prompt_group, contradicted, human_verdict, gold_split, judge_verdict and verdict_reason (`VERDICT_SCHEMA`).
         gold_groups: prompt groups of all gold, working and audit.
         leaked: pair_ids whose decision in the sidecar `decontamination` is to drop them.
     """
@@ -98,6 +106,7 @@ def label_shard(shard: pa.Table, gold_groups: Set[str], leaked: Set[str] = froze
             shares_gold_prompt=row["prompt_group"] in gold_groups,
             contradicted=bool(row["contradicted"]),
             leaked=row["pair_id"] in leaked,
+            unanswered=row["judge_verdict"] is None and row["verdict_reason"] != VoteReason.NO_JUDGE_DECIDES,
         )
         label = label_pair(evidence)
         rows.append(

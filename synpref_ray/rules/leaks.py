@@ -1,8 +1,8 @@
 """From judges' answers to a decision about a pair that shares words with a benchmark item: keep it, or drop it as a leak.
 
-Paper: App. C (v3): overlaps propose, a judge strikes false alarms, what it confirms is dropped. Our choice, all else: as with preferences, every
-judge is asked with the two statements in both orders, one that follows their position contradicts itself and abstains, the majority of judges
-decides, and a pair is dropped only where they confirm the leak: an abstention or a tie keeps it, and the report names it.
+Paper: App. C (v3): overlaps propose, a judge strikes false alarms (and found nothing beyond them). Our choice, all else: what it confirms is dropped;
+as with preferences, every judge is asked with the two statements in both orders, one that follows their position contradicts itself and abstains, the
+majority of judges decides, and a pair is dropped only where they confirm the leak: an abstention or a tie keeps it, and the report names it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -40,8 +40,9 @@ def add_verdicts(shard: pa.Table, trust: Mapping[str, JudgeTrust], config: Merge
         trust: by judge name; a judge that was never measured decides nothing.
 
     Returns:
-        `VERDICT_SCHEMA`: `judge_verdict` is null where no judge may decide or none was asked, and then the stated fallback applies;
-        `all_judges_verdict` is what every judge together says, each with the same weight, for reports.
+        `VERDICT_SCHEMA`: `judge_verdict` is null where no judge may decide (`verdict_reason` no_judge_decides: the stated fallback applies), or where
+        one may and has no vote (no_votes, no_deciding_vote: not asked, too long for it, without attributes); `all_judges_verdict` is what every
+        judge together says, each with the same weight, for reports.
     """
     require_columns(shard, ("pair_id", "votes", "task_category"), rule="add_verdicts")
     reasons = shard.column("drop_reason").to_pylist() if "drop_reason" in shard.column_names else [None] * shard.num_rows
@@ -57,13 +58,21 @@ def add_verdicts(shard: pa.Table, trust: Mapping[str, JudgeTrust], config: Merge
             {
                 "pair_id": pair_id,
                 "judge_verdict": merged.verdict,
-                "verdict_reason": merged.reason if allowed or not votes else VoteReason.NO_JUDGE_DECIDES,
+                "verdict_reason": merged.reason if allowed else _why_none(trust, category, bool(votes)),
                 "all_judges_verdict": merge_votes(votes).verdict,
                 "num_votes": len(votes),
                 "drop_reason": drop_reason,
             }
         )
     return pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA)
+
+
+def _why_none(trust: Mapping[str, JudgeTrust], category: str | None, has_votes: bool) -> VoteReason:
+    """Return why there is no verdict. A pair whose category is not known may be of any that a judge decides."""
+    categories = [category] if category is not None else [name for measured in trust.values() for name in measured.by_category]
+    if not any(measured.decides(name) for measured in trust.values() for name in categories):
+        return VoteReason.NO_JUDGE_DECIDES
+    return VoteReason.NO_DECIDING_VOTE if has_votes else VoteReason.NO_VOTES
 
 
 def read_votes(stored: list[dict[str, Any]] | None) -> list[VoteRecord]:

@@ -33,7 +33,8 @@ class VoteReason(StrEnum):
     ORDERS_DISAGREE = "orders_disagree"
     NO_CONSISTENT_ANSWER = "no_consistent_answer"
     NO_VOTES = "no_votes"
-    NO_JUDGE_DECIDES = "no_judge_decides"  # there are votes, but none by a judge that may decide the pair's category (rules/verdicts.py)
+    NO_DECIDING_VOTE = "no_deciding_vote"  # there are votes, none by a judge that may decide, or the pair's category is not known
+    NO_JUDGE_DECIDES = "no_judge_decides"  # no judge may decide the pair's category, whether or not there are votes (rules/verdicts.py)
 
 
 class MergedVerdict(NamedTuple):

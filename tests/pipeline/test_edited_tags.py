@@ -10,7 +10,7 @@ import pytest
 from synpref_ray.human.results import EDITED_SCHEMA
 from synpref_ray.pipeline import edited_tags
 from synpref_ray.pipeline.edited_tags import human_tags_file, use_edited_tags
-from synpref_ray.pipeline.gold import gather_gold, gold_record, measure_judges, open_gold
+from synpref_ray.pipeline.gold import gather_gold, gold_record, measure_judges, open_gold, report_judges
 from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.pipeline.retrieval import EmbedStepConfig
@@ -81,13 +81,15 @@ def test_gold_takes_over_what_people_changed(tmp_path: Path, gold: GoldTables, e
     assert use(gold, path) == edited
 
 
-def test_agreement_by_category_follows_the_edits(tmp_path: Path, gold: GoldTables, embedded: list[int]) -> None:
+def test_trust_goes_by_the_taggers_categories_and_reports_by_the_edited_ones(tmp_path: Path, gold: GoldTables, embedded: list[int]) -> None:
     ids = gold.pool.read_all(["pair_id"])["pair_id"].to_pylist()
     edited = use(gold, write(tmp_path / "t.jsonl", [{"pair_id": pair_id, "task_category": "planning"} for pair_id in ids]))
     votes = [vote_table(gold.pool, "chosen")]
     for tables, category in ((gold, "math"), (edited, "planning")):
         working, audit = measure_judges(tables, votes, TrustConfig())
-        assert {*working["j"].by_category, *audit["j"].by_category} == {category}
+        assert {*working["j"].by_category, *audit["j"].by_category} == {"math"}
+        reports = report_judges(tables, votes).values()
+        assert {name for report in reports for name in report["judges"]["j"]["agreement"]["task_category"]} == {category}
 
 
 def test_nothing_is_computed_or_named_anew_where_nobody_edited_gold(tmp_path: Path, gold: GoldTables, embedded: list[int]) -> None:

@@ -8,15 +8,25 @@ import pytest
 
 from synpref_ray.errors import CleanGoldError, InputError
 from synpref_ray.llm.judge import VOTES_SCHEMA
-from synpref_ray.pipeline.gold import LabelledPool, gather_gold, label_pool, measure_judges, merge_pool_votes, save_label_sets
+from synpref_ray.pipeline.gold import (
+    Dropped,
+    LabelledPool,
+    gather_gold,
+    label_pool,
+    measure_judges,
+    measure_on_doubted,
+    merge_pool_votes,
+    save_label_sets,
+)
 from synpref_ray.pipeline.judge_steps import pairs_to_judge, spread_rows
 from synpref_ray.pipeline.training_batches import read_member_tokens
 from synpref_ray.retrieval.embedder import embeddings_schema
 from synpref_ray.reward.training_plan import TOKENS_SCHEMA
 from synpref_ray.rules.gold import GoldConfig, check_best_rm_training, check_silver, split_gold
-from synpref_ray.rules.judges import TrustConfig
+from synpref_ray.rules.judges import TrustConfig, describe_doubted, judge_trust
+from synpref_ray.rules.leaks import LEAKS, LEAKS_SCHEMA
 from synpref_ray.rules.verdicts import MergeConfig
-from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA
+from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA, REWARDS_SCHEMA
 from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
 from synpref_ray.tables.sets import load_set, read_member
 from synpref_ray.tables.sidecars import Sidecar
@@ -155,3 +165,44 @@ def test_a_judge_is_asked_about_no_pair_that_a_person_has_judged_or_could_not() 
     assert pairs_to_judge(shard, pa.array(["g2"])).to_pylist() == [True, False, False, False, True]
     assert pairs_to_judge(shard, pa.array([], pa.string())).to_pylist() == [True, False, False, True, True]
     assert pairs_to_judge(shard.drop_columns(["human_drop_reason"]), pa.array(["g2"])).to_pylist() == [True] * 5  # nobody verifies this pool
+
+
+def test_pairs_found_to_be_leaks_after_a_round_selected_them_leave_gold_and_silver(tmp_path: Path) -> None:
+    labelled = labelled_pool(tmp_path, ["chosen", "rejected", "chosen", None, None])
+    storage, ids = labelled.pool.storage, labelled.pool.read_all(["pair_id"])["pair_id"].to_pylist()
+    leaked = [ids[1], ids[3]]
+    other = commit_pool(storage, "unverified", "e" * 32, [write_pool_shard(storage, "unverified", 0, labelled.pool.read_all())], {})
+    marks = [{"pair_id": name, "leak_decision": "drop" if name in leaked else "keep", "num_proposals": 1} for name in ids]
+    dropped = Dropped.of([seal(Sidecar(other, LEAKS, "9" * 32), pa.Table.from_pylist(marks, schema=LEAKS_SCHEMA))])
+    assert dropped.pair_ids == frozenset(leaked)
+    gold = gather_gold(storage, "gold-r01", [labelled], GOLD, EMBEDDINGS, dropped.pair_ids)
+    assert gold.read()["pair_id"].to_pylist() == [ids[0], ids[2]]
+    verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, "chosen")], {}, MergeConfig())
+    label = label_pool(labelled, verdict, gold, dropped)
+    rows = {row["pair_id"]: (row["label_source"], row["label_reason"]) for row in label.read(0).to_pylist()}
+    assert {name for name, found in rows.items() if found == ("unverified", "contaminated")} == set(leaked)
+    assert {source for name, (source, _) in rows.items() if name not in leaked} == {"gold", "silver"}
+    assert label.fingerprint != label_pool(labelled, verdict, gold).fingerprint
+
+
+def test_judges_are_measured_apart_where_the_best_rm_rejects_the_label(tmp_path: Path) -> None:
+    """A judge that is right on what the best RM agrees with, and wrong on the rest: trusted, and shown for what it is in Stage 2."""
+    labelled = labelled_pool(tmp_path, ["chosen"] * 40)
+    gold = gather_gold(labelled.pool.storage, "gold-r00", [labelled], GOLD, EMBEDDINGS)
+    names = gold.read()["pair_id"].to_pylist()
+    rejected = set(names[::4])
+    says = ["rejected" if name in rejected else "chosen" for name in names]
+    margins = [None if place == 1 else -1.0 if name in rejected else 1.0 for place, name in enumerate(names)]
+    rows = [{"pair_id": name, "margin": margin} for name, margin in zip(names, margins, strict=True)]
+    rewards = seal(Sidecar(gold.pool, "rewards.best", "8" * 32), pa.Table.from_pylist(rows, schema=REWARDS_SCHEMA))
+    votes = [vote_table(gold.pool, says)]
+    trust, _ = measure_judges(gold, votes, TrustConfig())
+    assert trust["j"].decides("math")
+    found = measure_on_doubted(gold, votes, rewards, TrustConfig())["j"]
+    working = dict(zip(names, gold.read()["gold_split"].to_pylist(), strict=True))
+    assert found.overall.num_pairs == sum(working[name] == "working" for name in rejected) > 0
+    assert found.overall.num_agreed == 0
+    line = describe_doubted("j", found.report())
+    assert "agrees on 0 % of" in line
+    assert "not above chance" in line
+    assert "no verdict" in describe_doubted("j", judge_trust([], TrustConfig()).report())

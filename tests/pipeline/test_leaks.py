@@ -277,6 +277,7 @@ def test_a_leak_becomes_no_gold_no_silver_and_no_curated_pair(tmp_path: Path) ->
 
     nothing = pa.nulls(len(ids), pa.string())
     shard = pairs.append_column("human_verdict", nothing).append_column("gold_split", nothing).append_column("judge_verdict", nothing)
+    shard = shard.append_column("verdict_reason", pa.array(["no_judge_decides"] * len(ids)))
     labels = {row["pair_id"]: (row["label_source"], row["label_reason"]) for row in label_shard(shard, frozenset(), leaked).to_pylist()}
     assert {name for name, (source, _) in labels.items() if source != "silver"} == leaked
     assert {reason for name, (_, reason) in labels.items() if name in leaked} == {"contaminated"}

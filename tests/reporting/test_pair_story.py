@@ -109,7 +109,7 @@ def test_a_pair_of_a_round_is_told_with_who_called_for_it_and_what_rests_on_whic
     text = " ".join(explain(workspace, seed[3], capsys).split())
     assert f"round 1: called for by gold pair {seed[0]} (p 0.2500 in the human label, so k = 8), its neighbour 3 of them, similarity 0.5000" in text
     assert "order 0 (chosen shown first), sample 0: chosen, logprob -0.100" in text
-    assert "rule merge votes 1, weights equal; 2 votes" in text
+    assert "rule merge votes 2, weights equal; 2 votes" in text
     assert "1 tables of other settings or earlier runs are not shown" in text
     assert "silver-r01 (label as ingested)" in text
     assert "filtered-r01" not in text  # no judge may decide here, so nobody has agreed with its label

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
@@ -19,10 +20,11 @@ from matplotlib.figure import Figure
 from jobs import report as job
 from synpref_ray.config import Settings
 from synpref_ray.evaluation.benchmarks import rm_bench
+from synpref_ray.evaluation.label_quality import LabelEvidence, flip_detection, label_quality
 from synpref_ray.pipeline.report_page import write_report
 from synpref_ray.reporting.report import audits, paper
 from synpref_ray.reporting.report.charts import Point, draw, forest_chart, range_chart
-from synpref_ray.reporting.report.content import Chart, Report, show, show_seconds
+from synpref_ray.reporting.report.content import Chart, Note, Report, show, show_seconds
 from synpref_ray.reporting.report.make import ReportOptions, make_report
 from synpref_ray.reporting.report.models import thinned
 from synpref_ray.reporting.report.page import render_html, report_csv, report_json
@@ -274,6 +276,25 @@ def test_with_a_known_truth_the_page_has_labels_and_flips_by_source(plain: Stora
     pq.write_table(pa.table({"pair_id": ["0" * 32], "verdict": ["chosen"]}), truth)
     assert job.main(["html", *arguments, f"out={tmp_path / 'r.html'}"]) == 2
     assert "knows none of the labelled pairs" in capsys.readouterr().err
+
+
+def test_every_stage_is_drawn_however_many_sources_there_are(tmp_path: Path) -> None:
+    def entry(stage: str, source: str, count: int) -> dict[str, Any]:
+        decisions, better = ["keep", "flip", "drop"] * count, ["chosen", "rejected", "rejected"] * count
+        return asdict(LabelEvidence(stage, source, label_quality(decisions, better), flip_detection(decisions, better), source == "all sources"))
+
+    names = [f"a-source-with-a-long-name-number-{number:02d}" for number in range(40)]
+    labels = [entry(stage, source, place + 1) for stage in ("Stage 1, silver", "Stage 2") for place, source in enumerate(["all sources", *names])]
+    report = make_report(make_workspace(tmp_path / "ws"), OPTIONS, labels=labels)
+    section = next(section for section in report.sections if section.name == "labels")
+    charts = [block for block in section.blocks if isinstance(block, Chart)]
+    assert [chart.title.rsplit(", ", 1)[-1] for chart in charts] == ["silver", "Stage 2"]
+    for chart in charts:
+        assert chart.svg.count("before: ") >= 12
+        assert "before: all sources" in chart.svg
+        assert "number-39" in chart.svg or "before: a-source" in chart.svg
+    assert [block.text for block in section.blocks if isinstance(block, Note)] == ["28 of 40 sources are in the table, not in the chart."] * 2
+    assert len(tables(report)["flip_detection"]) == len(labels)
 
 
 def test_a_workspace_that_has_just_begun_has_a_report(tmp_path: Path) -> None:

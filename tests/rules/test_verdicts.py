@@ -59,14 +59,17 @@ def test_only_judges_that_may_decide_decide():
     assert table["verdict_reason"].to_pylist() == [
         "agreed",
         "agreed",
+        "no_deciding_vote",
         "no_judge_decides",
-        "no_judge_decides",
-        "no_judge_decides",
+        "no_deciding_vote",
         "no_votes",
         "no_votes",
         "orders_disagree",
-        "no_judge_decides",
+        "no_deciding_vote",  # it may be of a category that a judge decides
     ]
+    nobody = add_verdicts(shard(rows), {"bad": BAD, "worse": BAD})
+    assert set(nobody["verdict_reason"].to_pylist()) == {"no_judge_decides"}
+    assert nobody["judge_verdict"].null_count == len(rows)
     everyone = ["chosen", "chosen", "rejected", "rejected", "rejected", None, None, "abstain", "chosen"]
     assert table["all_judges_verdict"].to_pylist() == everyone
     assert table["num_votes"].to_pylist() == [2, 6, 2, 2, 2, 0, 0, 2, 2]

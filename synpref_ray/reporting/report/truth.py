@@ -1,10 +1,9 @@
 """Sections that compare with a known truth: labels by source, the demo's models, and the rules that select pairs."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from synpref_ray.reporting.report.charts import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Point, draw, forest_chart
-from synpref_ray.reporting.report.content import Block, Cell, Note, Section, Table, columns, interval, share_cells
+from synpref_ray.reporting.report.content import Block, Cell, Note, Section, Table, columns, interval, left_out, share_cells
 from synpref_ray.reporting.report.curation import point
 from synpref_ray.reporting.report.records import Records, Values
 
@@ -76,17 +75,17 @@ def labels_section(evidence: Sequence[Values]) -> Section | None:
     """Say by source how many labels are right before and after, and how well wrong ones were found."""
     if not evidence:
         return None
-    drawn: list[tuple[str, Point, str]] = []
-    for entry in evidence[:MAX_SOURCES]:
-        for name, figure, color in (("before", entry["quality"]["raw"], GREY), ("after", entry["quality"]["kept_and_flipped"], GREEN)):
-            found = point(figure)
-            drawn += [(f"{entry['stage']}, {entry['source']}: {name}", found, color)] if found else []
-    chart = draw(
-        "labels-right",
-        "Share of labels that are right before and after curation, by stage and source",
-        lambda figure: forest_chart(figure, "Labels that are right", drawn),
-        height=0.9 + 0.3 * len(drawn),
-    )
+    charts: list[Block] = []
+    for stage in dict.fromkeys(entry["stage"] for entry in evidence):
+        of_stage = [entry for entry in evidence if entry["stage"] == stage]
+        largest = sorted(of_stage, key=lambda entry: (not entry["is_total"], -entry["quality"]["raw"]["num_pairs"]))[: MAX_SOURCES + 1]
+        drawn = [
+            (f"{name}: {entry['source']}", found, color)
+            for entry in largest
+            for name, key, color in (("before", "raw", GREY), ("after", "kept_and_flipped", GREEN))
+            if (found := point(entry["quality"][key]))
+        ]
+        charts += [_right_chart(stage, len(charts), drawn), *left_out("sources", len(of_stage) - 1, MAX_SOURCES)]
     quality_heads = columns(
         *("labels", "source", ("pairs before", "count"), ("right before", "share"), ("interval before", "interval")),
         *(("pairs after", "count"), ("right after", "share"), ("interval after", "interval"), ("truth not known", "count")),
@@ -122,7 +121,7 @@ def labels_section(evidence: Sequence[Values]) -> Section | None:
         f"The truth was read after all was decided; {unknown} labelled pairs that it lacks are left out. Gold is not here: people decided it. Table "
         "19 of the paper has the agreement of kept and flipped pairs with people.",
         (
-            chart,
+            *charts,
             Table(
                 "label_quality_by_source",
                 quality_heads,
@@ -137,6 +136,15 @@ def labels_section(evidence: Sequence[Values]) -> Section | None:
                 note="Precision: of the flips, those of a wrong label. Recall: of the wrong labels, those flipped. Gone, lost: flipped or dropped.",
             ),
         ),
+    )
+
+
+def _right_chart(stage: str, number: int, drawn: Sequence[tuple[str, Point, str]]) -> Block:
+    return draw(
+        f"labels-right-{number}",
+        f"Share of labels that are right before and after curation, {stage}",
+        lambda figure: forest_chart(figure, f"Labels that are right, {stage}", drawn),
+        height=0.9 + 0.3 * len(drawn),
     )
 
 
@@ -172,32 +180,33 @@ def selection_section(records: Records) -> Section | None:
         *(("best RM right", "share"), ("95 % interval", "interval"), ("right on its own audit gold", "share"), ("of audit gold", "interval")),
     )
     minus = tuple(
-        (f"{kind} minus {compared['baseline']}", value["num_pairs"], value["difference"], ends, "yes" if _differs(value) else "no")
+        (f"{kind} minus {compared['baseline']}", value["num_pairs"], value["num_seeds"], value["difference"], interval(value["low"], value["high"]))
         for kind, value in compared["minus_baseline"].items()
-        if (ends := interval(value["low"], value["high"])) is not None
     )
-    spent = {(tuple(run["selected"]), run["gold"]) for run in runs}
-    warning = (
-        () if len(spent) == 1 else (Note("The rules did not spend equal budgets of selected and of verified pairs; see the table.", warns=True),)
+    last = runs[-1]
+    notes = [Note(f"The rules did not spend the same: {line}.", warns=True) for line in compared["unequal"]]
+    notes.append(
+        Note(f"The rounds, judges, labels and figures elsewhere on this page are of the Stage 1 that ran last: {last['kind']}, seed {last['seed']}.")
     )
+    if compared["unscored"]:
+        notes.append(Note(f"{compared['unscored']} held-out pairs that some model could not score are left out for all.", warns=True))
     return Section(
         "selection",
         "Which rule should select pairs",
-        "Stage 1 under every rule, over the same pools with the same seeds, rounds and budgets of selected and of verified pairs; then the best RM "
-        "of each on the same held-out pairs (Sec. 3.2, Step 2 has similarity; App. F.4 names uncertainty as future work).",
+        "Stage 1 under every rule, over the same pools with the same seeds and rounds, meant to spend as many selected and as many verified pairs; "
+        "then the best RM of each on the same held-out pairs (Sec. 3.2, Step 2 has similarity; App. F.4 names uncertainty as future work).",
         (
-            *warning,
+            *notes,
             chart,
             Table("selection", heads, rows, note="Audit gold differs from rule to rule, since rules select other pairs: compare on held-out pairs."),
             Table(
                 "selection_differences",
-                columns("difference, in points", ("pairs", "count"), ("difference", "points"), ("95 % interval", "points_interval"), "told apart"),
+                columns(
+                    *("difference, in points", ("pairs", "count"), ("seeds", "count"), ("difference", "points"), ("95 % interval", "points_interval"))
+                ),
                 minus,
-                note="Over the same held-out pairs, paired; the interval is over prompts and seeds given, not over other data.",
+                note="Paired, over other held-out prompts for the very models that were trained here. How models of other seeds would scatter is "
+                "not in the interval: one seed tells no rule from another.",
             ),
         ),
     )
-
-
-def _differs(value: Mapping[str, Any]) -> bool:
-    return bool(value["low"] > 0 or value["high"] < 0)
