@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     beside = {kind: paired_bootstrap(found, flags[BASELINE], groups=prompts) for kind, found in others.items()}
     unscored = int((~scored).sum())
     print(compare(runs, accuracies, beside, arguments.seeds))
-    print(f"{unscored} held-out pairs that some model could not score are left out for all" if unscored else "")
+    if unscored:
+        print(f"{unscored} held-out pairs that some model could not score are left out for all")
     asked = Comparison(**{name: getattr(arguments, name) for name in Comparison.model_fields})
     run = Run(Storage(str(arguments.workspace / "ws")), "selection", asked)
     run.metrics["selection"] = comparison_record(runs, accuracies, beside, unscored)
@@ -118,7 +119,7 @@ def _run_kind(kind: str, seed: int, data: Path, workspace: str, arguments: argpa
 
 
 def unequal_budgets(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Return, for every seed, in what the rules did not spend the same: selected pairs by round, verified pairs, trainings of a gold RM."""
+    """Return, for every seed, in what the rules did not spend the same: selected pairs, verified pairs, trainings of a gold RM."""
     lines = []
     for of_seed in zip(*runs.values(), strict=True):
         spent = {

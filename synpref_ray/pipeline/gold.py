@@ -174,8 +174,8 @@ def measure_on_doubted(gold: GoldTables, votes: Sequence[Sidecar], rewards: Side
     Args:
         rewards: of the best RM on gold.
     """
-    margins = pc.less_equal(rewards.read_all(["pair_id", "margin"])["margin"], 0.0)
-    doubted = rewards.read_all(["pair_id"])["pair_id"].filter(pc.fill_null(margins, False))
+    scored = rewards.read_all(["pair_id", "margin"])
+    doubted = scored["pair_id"].filter(pc.fill_null(pc.less_equal(scored["margin"], 0.0), False))
     found: dict[str, JudgeTrust] = {}
     for sidecar in votes:
         table = _gold_votes(gold, sidecar)

@@ -349,7 +349,11 @@ def _label(
 
 
 def _label_without(config: Stage1Config, number: int, labels: Labels, decided: Sequence[Sidecar]) -> Labels:
-    """Return the labels without the pairs that decisions about leaks drop; gold's exemplars and votes stay, since no judge is asked any more."""
+    """Return the labels without the pairs that decisions about leaks drop, where a round selected nothing.
+
+    Our choice: no set holds them, so nothing is trained or picked on them; the gathered gold stays as it is, with such pairs among its exemplars,
+    since other gold would have to be judged anew.
+    """
     dropped = Dropped.of(decided)
     merged = [merge_pool_votes(p.pool, p.attributes, p.votes, labels.trust, config.merge) for p in labels.pools]
     left = [label_pool(p, verdict, labels.gold, dropped) for p, verdict in zip(labels.pools, merged, strict=True)]
