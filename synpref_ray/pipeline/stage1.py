@@ -44,14 +44,13 @@ from synpref_ray.pipeline.growth import (
     peek_inputs,
     pin_inputs,
     seed_leaks,
-    unverified_parts,
 )
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.judge_steps import JudgedPool, judge_pools
 from synpref_ray.pipeline.leak_marks import leaked_pairs
 from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.query_selection import Candidates
-from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars
+from synpref_ray.pipeline.retrieval import find_exemplars
 from synpref_ray.pipeline.round_record import (
     ROUND_FILE,
     Labels,
@@ -66,9 +65,8 @@ from synpref_ray.pipeline.round_record import (
 from synpref_ray.pipeline.round_selection import RoundSource, SelectionSettings, select_round
 from synpref_ray.pipeline.scoring import parity_for, score_pools
 from synpref_ray.pipeline.stage_config import StageConfig
-from synpref_ray.pipeline.tag_reports import report_taggers
-from synpref_ray.pipeline.tag_steps import TaggedPools, tag_pools
 from synpref_ray.pipeline.training import train_model
+from synpref_ray.pipeline.unverified import UnverifiedParts
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
 from synpref_ray.reporting.pair_story import SELECTED_FILE
 from synpref_ray.reporting.run import Run
@@ -81,7 +79,6 @@ from synpref_ray.rules.query_selection import SelectionConfig, SelectionKind
 from synpref_ray.rules.stop import StopConfig, StopReason, stop_reason
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
 from synpref_ray.tables.models import StoredModel
-from synpref_ray.tables.parts import PartedSidecar, join_parts
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.sidecars import Sidecar
 from synpref_ray.tables.storage import Storage
@@ -189,7 +186,7 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
     clusters = choose_round_clusters(storage, config.near_duplicates, inputs)
     seed = replace(open_seed(storage, inputs), clusters=clusters)
     report_verdict_file(config.annotator, run, [seed, open_pool(storage, UNVERIFIED)])
-    unverified = _Unverified(config, run, clusters)
+    unverified = UnverifiedParts(config, human_tags_file(storage, config.human_tags), run, clusters)
     attributes, embeddings = unverified.begin(seed, inputs)
     labels = _label(config, run, 0, [], seed, attributes, embeddings, config.annotator.seed_pairs, seed_leaks(seed, inputs))
     if small := describe_small_gold(labels.gold_sizes):
@@ -227,66 +224,6 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
     return _finish(config, run, labels, rounds)
 
 
-class _Unverified:
-    """The unverified pool with what is known about it, part by part as rounds come to read them."""
-
-    def __init__(self, config: Stage1Config, run: Run, clusters: str):
-        self._config = config
-        self._run = run
-        self._clusters = clusters
-        self.parts: list[Pool] = []
-        self._attributes: list[Sidecar] = []
-        self._embeddings: list[Sidecar] = []
-
-    @property
-    def attributes(self) -> Sidecar | PartedSidecar:
-        """The attributes of all parts."""
-        return join_parts(self._attributes)
-
-    @property
-    def embeddings(self) -> Sidecar | PartedSidecar:
-        """The embeddings of all parts."""
-        return join_parts(self._embeddings)
-
-    @property
-    def candidates(self) -> Candidates:
-        """What a round selects from."""
-        return Candidates(self.parts, self._embeddings)
-
-    @property
-    def num_rows(self) -> int:
-        """Pairs in all parts."""
-        return sum(part.num_rows for part in self.parts)
-
-    def begin(self, seed: Pool, inputs: RoundInputs) -> tuple[Sidecar, Sidecar]:
-        """Tag and embed the seed and what there is of the unverified pool; return the seed's attributes and embeddings."""
-        tagged, embeddings = self._read("", inputs, [seed])
-        pools = [seed, *self.parts]
-        self._run.metrics["tag_report"] = report_taggers(pools, tagged, human_tags_file(self._config.storage, self._config.human_tags))
-        return tagged.merged[0], embeddings[0]
-
-    def extend(self, number: int, inputs: RoundInputs) -> None:
-        """Tag and embed what has joined the pool before this round."""
-        self._read(f", round {number}", inputs, [])
-
-    @property
-    def tables(self) -> list[Sidecar]:
-        """What is known about the parts, table by table."""
-        return [*self._attributes, *self._embeddings]
-
-    def _read(self, suffix: str, inputs: RoundInputs, first: list[Pool]) -> tuple[TaggedPools, list[Sidecar]]:
-        parts = [replace(part, clusters=self._clusters) for part in unverified_parts(self._config.storage, inputs)]
-        new = parts[len(self.parts) :]
-        if not new and not first:
-            return TaggedPools([], {}), []
-        tagged = tag_pools(self._run, f"tag{suffix}", [*first, *new], self._config.taggers)
-        embeddings = embed_pools(self._run, f"embed{suffix}", list(zip([*first, *new], tagged.merged, strict=True)), self._config.embed)
-        self.parts += new
-        self._attributes += tagged.merged[len(first) :]
-        self._embeddings += embeddings[len(first) :]
-        return tagged, embeddings
-
-
 def _then(config: Stage1Config, accuracies: Sequence[float], num_new: int, read: RoundInputs) -> StopReason | None:
     """Return why no further round is run, None to go on; a pool that has run dry and then grown has new pairs."""
     has_grown = peek_inputs(config.storage, len(accuracies) + 1).unverified > read.unverified
@@ -294,7 +231,7 @@ def _then(config: Stage1Config, accuracies: Sequence[float], num_new: int, read:
 
 
 def _candidates(
-    config: Stage1Config, run: Run, number: int, labels: Labels, models: Mapping[str, StoredModel], unverified: _Unverified
+    config: Stage1Config, run: Run, number: int, labels: Labels, models: Mapping[str, StoredModel], unverified: UnverifiedParts
 ) -> tuple[Candidates, StoredModel | None]:
     """Return what a round selects from; the unverified pool is scored only where the rule asks for it, by a gold RM too if it asks for one."""
     if config.selection.kind is not SelectionKind.UNCERTAINTY:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from synpref_ray.llm.judge import VOTES_SCHEMA
-from synpref_ray.pipeline import stage1
+from synpref_ray.pipeline import stage1, unverified
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.judge_steps import JudgedPool, JudgeStepConfig
 from synpref_ray.pipeline.stage1 import Stage1Config, run_stage1
@@ -63,8 +63,9 @@ class Models:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put them in the place of Stage 1's models."""
-        for name in ("tag_pools", "embed_pools", "judge_pools", "score_pools", "train_model"):
-            monkeypatch.setattr(stage1, name, getattr(self, name))
+        for room, names in ((unverified, ("tag_pools", "embed_pools")), (stage1, ("judge_pools", "score_pools", "train_model"))):
+            for name in names:
+                monkeypatch.setattr(room, name, getattr(self, name))
 
     def _run(self, name: str, answer: Answer, outputs: Sequence[Output], inputs: Sequence[StepInput], digests: Mapping[str, str]) -> StepResult:
         return run_step(self._step(name, answer, outputs, digests), inputs)
