@@ -9,7 +9,7 @@ twice that), and 16 bytes (some 100 in Python's memory) for each contradicted co
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +21,13 @@ from synpref_ray.errors import ConfigError, InputError, RunConflictError
 from synpref_ray.ingest.accounts import normalise_licence
 from synpref_ray.pipeline.clusters import AUTO
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.leak_marks import open_leaks
+from synpref_ray.pipeline.leak_marks import leaked_pairs, leaks_about
 from synpref_ray.pipeline.pair_facts import PII, TOKEN_LENGTHS
 from synpref_ray.reporting.dataset_card import UNKNOWN, CardFacts, dataset_card
 from synpref_ray.reporting.histograms import count_lengths, length_histogram
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_table
-from synpref_ray.schema import MESSAGE, PROMPT, Decision, Role
+from synpref_ray.schema import MESSAGE, PROMPT, Role
 from synpref_ray.tables.pools import Pool, content_digest
 from synpref_ray.tables.sets import SET_COLUMNS, Member, PairSet, load_set, read_member
 from synpref_ray.tables.sidecars import Sidecar, list_sidecars, zip_shard
@@ -135,6 +135,7 @@ def check_export(config: ExportConfig) -> None:
     read_licences(config)
     for member in pairs.members:
         _beside(member.sidecar.pool, config)
+        leaks_about(member.sidecar.pool, config.decontamination)
         schema = member.sidecar.read(member.sidecar.pool.shards[0].number).schema if member.sidecar.pool.shards else EXPORT_SCHEMA
         for name in _filters(config):
             if name not in schema.names:
@@ -179,8 +180,7 @@ def _beside(pool: Pool, config: ExportConfig) -> dict[str, Sidecar]:
         found |= {name: there[0]} if there else {}
     if config.max_pii_score < _HIGHEST_PII and PII not in found:
         raise ConfigError(f"max_pii_score={config.max_pii_score}: pool {pool.name!r} was not scanned for personal data; run jobs/hygiene.py first")
-    leaks = open_leaks(pool, config.decontamination)
-    return found | ({"leaks": leaks} if leaks else {})
+    return found
 
 
 def run_export(config: ExportConfig, run: Run) -> str:
@@ -224,7 +224,11 @@ def _digest(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str]) -
     settings = config.model_dump(mode="json", include={"licences", "unknown_licences", "max_pii_score", "max_pairs_per_file", "title"})
     settings |= config.model_dump(mode="json", include={"where", "at_least", "at_most"}, exclude_defaults=True)
     settings |= {"scanned_whole": True} if config.max_pii_score < _HIGHEST_PII else {}  # earlier versions let others out
-    beside = [{name: sidecar.fingerprint for name, sidecar in _beside(member.sidecar.pool, config).items()} for member in pairs.members]
+    beside = []
+    for pool in (member.sidecar.pool for member in pairs.members):
+        leaks = [found.fingerprint for found in leaks_about(pool, config.decontamination)]
+        named = {name: sidecar.fingerprint for name, sidecar in _beside(pool, config).items()}
+        beside.append(named | ({"leaks": ",".join(leaks)} if leaks else {}))
     return content_digest([EXPORT_VERSION, pairs.name, pairs.digest, settings, dict(sorted(licences.items())), beside])
 
 
@@ -283,12 +287,13 @@ def _tables(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str], c
     settled: set[bytes] = set()
     for member in pairs.members:
         beside = _beside(member.sidecar.pool, config)
+        leaked = frozenset().union(*map(leaked_pairs, leaks_about(member.sidecar.pool, config.decontamination)))
         for shard in member.sidecar.pool.shards:
             table = _with_facts(member, shard.number, beside)
             wanted = _wanted(member, shard.number, config, table["pair_id"])
             counts.left_out.update({"filter": wanted.false_count} if wanted.false_count else {})
             rows = table.filter(wanted).to_pylist()
-            reasons = [_left_out(row, licences, config, settled) for row in rows]
+            reasons = [_left_out(row, licences, config, leaked, settled) for row in rows]
             counts.left_out.update(reason for reason in reasons if reason)
             counts.left_out_licences.update(
                 licences.get(row["source"], UNKNOWN) for row, reason in zip(rows, reasons, strict=True) if reason == "licence"
@@ -302,9 +307,7 @@ def _tables(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str], c
 def _with_facts(member: Member, number: int, beside: Mapping[str, Sidecar]) -> pa.Table:
     """Return the selected pairs of a shard with all that their sidecars say."""
     table = read_member(member, number, (*SET_COLUMNS, "contradicted"))
-    columns: list[tuple[Sidecar, Mapping[str, str]]] = [
-        (sidecar, {name: name for name in (_BESIDE.get(kind, ("leak_decision",)))}) for kind, sidecar in beside.items()
-    ]
+    columns: list[tuple[Sidecar, Mapping[str, str]]] = [(sidecar, {name: name for name in _BESIDE[kind]}) for kind, sidecar in beside.items()]
     facts = zip_shard(member.sidecar.pool, number, (), columns)
     rows = pc.index_in(table["pair_id"], value_set=facts["pair_id"].combine_chunks())
     for name in facts.column_names[1:]:
@@ -329,13 +332,13 @@ def _wanted(member: Member, number: int, config: ExportConfig, pair_ids: pa.Chun
     return wanted.combine_chunks()
 
 
-def _left_out(row: Mapping[str, Any], licences: Mapping[str, str], config: ExportConfig, settled: set[bytes]) -> str | None:
+def _left_out(row: Mapping[str, Any], licences: Mapping[str, str], config: ExportConfig, leaked: Set[str], settled: set[bytes]) -> str | None:
     """Return why a pair stays here, None if it goes out; `settled` has the digests of the contradicted comparisons that went out."""
     licence = licences.get(row["source"], UNKNOWN)
     allowed = config.unknown_licences if licence == UNKNOWN else not config.licences or licence in config.licences
     if not allowed:
         return "licence"
-    if row.get("leak_decision") == Decision.DROP:
+    if row["pair_id"] in leaked:
         return "contaminated"
     if row.get("pii_score") is not None and row["pii_score"] > config.max_pii_score:
         return "personal_data"

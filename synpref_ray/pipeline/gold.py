@@ -5,7 +5,7 @@ votes, so a new rule needs no model; the checks of `rules/gold.py` are made wher
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -68,23 +68,31 @@ class LabelledPool:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Unverified pairs that give benchmark items away, and which decisions say so."""
+    """Pairs of earlier rounds that decisions about leaks have dropped since: all of them, and those that people had decided, with their prompts."""
 
-    pair_ids: frozenset[str]
-    decisions: tuple[str, ...]
+    pair_ids: frozenset[str] = frozenset()
+    gold_ids: frozenset[str] = frozenset()
+    gold_groups: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, leaks: Sequence[Sidecar]) -> "Dropped":
-        """Return what these decisions drop."""
-        return cls(frozenset().union(*map(leaked_pairs, leaks)), tuple(sorted(found.fingerprint for found in leaks)))
+    def among(cls, pools: Sequence[LabelledPool], leaked: Set[str]) -> "Dropped":
+        """Return what is dropped of these pools, given all pairs of theirs that leak."""
+        if not leaked:
+            return cls()
+        wanted, found = pa.array(sorted(leaked), pa.string()), []
+        for piece in (piece for labelled in pools for piece in labelled.gold_pieces):
+            decided = piece.pool.read(piece.shard, ["pair_id", "prompt_group"]).take(pa.array(piece.rows, pa.int64()))
+            found.append(decided.filter(pc.is_in(decided["pair_id"], value_set=wanted)))
+        ids, groups = (frozenset(value for table in found for value in table[name].to_pylist()) for name in ("pair_id", "prompt_group"))
+        return cls(frozenset(leaked), ids, groups)
 
     @property
     def digests(self) -> dict[str, str]:
-        """What names the decisions in a fingerprint; nothing where there are none."""
-        return {"dropped": content_digest(self.decisions)} if self.decisions else {}
+        """What names these pairs in a fingerprint; nothing where there are none."""
+        return {"dropped": content_digest(sorted(self.pair_ids))} if self.pair_ids else {}
 
 
-NONE_DROPPED = Dropped(frozenset(), ())
+NONE_DROPPED = Dropped()
 
 
 def gather_gold(
@@ -180,6 +188,7 @@ def measure_on_doubted(gold: GoldTables, votes: Sequence[Sidecar], rewards: Side
     for sidecar in votes:
         table = _gold_votes(gold, sidecar)
         table = table.filter(pc.and_(pc.equal(table["gold_split"], GoldSplit.WORKING.value), pc.is_in(table["pair_id"], value_set=doubted)))
+        found[sidecar.name.removeprefix("votes.")] = judge_trust([], config)
         found |= {judge: judge_trust(records, config) for judge, records in agreement_records(table).items()}
     return found
 
@@ -267,8 +276,11 @@ class LabelWorker:
 
 
 def label_pool(labelled: LabelledPool, verdict: Sidecar, gold: GoldTables, dropped: Dropped = NONE_DROPPED) -> Sidecar:
-    """Make the sidecar `label` of a pool, given all gold so far, and the pairs that decisions about leaks drop wherever they stand."""
-    groups, leaked = gold.prompt_groups(), leaked_pairs(labelled.leaks) | dropped.pair_ids
+    """Make the sidecar `label` of a pool, given all gold so far, and the pairs that decisions about leaks drop wherever they stand.
+
+    Our choice: what shares a prompt with dropped gold makes no silver either. It has a benchmark item's prompt too, and no judge was asked about it.
+    """
+    groups, leaked = gold.prompt_groups() | dropped.gold_groups, leaked_pairs(labelled.leaks) | dropped.pair_ids
     step = Step(
         name="label",
         version=RULES_VERSION,

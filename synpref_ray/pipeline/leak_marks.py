@@ -4,13 +4,17 @@ Paper: App. C (v3): a judge looks at overlaps. Our choice: what it confirms is d
 pool that has none is taken as it is.
 """
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import pyarrow.compute as pc
 
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.pipeline.clusters import AUTO, OFF
+from synpref_ray.pipeline.gathering import SOURCES
 from synpref_ray.rules.leaks import LEAKS
 from synpref_ray.schema import Decision
-from synpref_ray.tables.pools import Pool
+from synpref_ray.tables.pools import Pool, open_pool, pool_versions
 from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.sidecars import Sidecar, list_sidecars
 
@@ -30,6 +34,37 @@ def open_leaks(pool: Pool, wanted: str) -> Sidecar | None:
     if found is None and wanted not in (AUTO, OFF):
         raise no_such_leaks(pool, wanted)
     return found
+
+
+def leaks_about(pool: Pool, wanted: str) -> list[Sidecar]:
+    """Return all decisions about a pool's pairs: its own, or for a gathered pool those about any version of the pools that its pairs come from.
+
+    Args:
+        wanted: see `open_leaks`; a name must be that of decisions about the pool, or about one of those that it was gathered from.
+
+    Raises:
+        ConfigError: there are several of one version.
+        InputError: the named ones are not there.
+    """
+    found = {leaks.fingerprint: leaks for leaks in _all_about(pool, wanted)}
+    if not found and wanted not in (AUTO, OFF):
+        sources = _sources(pool)
+        raise no_such_leaks(open_pool(pool.storage, sources[0]) if sources else pool, wanted)
+    return [found[name] for name in sorted(found)]
+
+
+def _all_about(pool: Pool, wanted: str) -> Iterator[Sidecar]:
+    sources = _sources(pool)
+    if not sources and (leaks := find_leaks(pool, wanted)):
+        yield leaks
+    for name in sources:
+        for version in pool_versions(pool.storage, name):
+            yield from _all_about(open_pool(pool.storage, name, version), wanted)
+
+
+def _sources(pool: Pool) -> list[str]:
+    """Return the names of the pools that a gathered pool's pairs come from; none of another pool."""
+    return sorted({name for places in pool.provenance().get(SOURCES, ()) for name, _ in places})
 
 
 def find_leaks(pool: Pool, wanted: str) -> Sidecar | None:
@@ -72,8 +107,12 @@ def _name_of(leaks: Sidecar) -> str:
 
 def leaked_pairs(leaks: Sidecar | None) -> frozenset[str]:
     """Return the pair_ids that the decisions drop; for pools whose ids one process can hold."""
-    if leaks is None:
-        return frozenset()
+    return _read_leaked(leaks) if leaks else frozenset()
+
+
+@lru_cache(maxsize=256)
+def _read_leaked(leaks: Sidecar) -> frozenset[str]:
+    """Read a table once in a process: it is sealed, and every round goes by those of the rounds before."""
     dropped: set[str] = set()
     for table in read_each(lambda shard: leaks.read(shard.number, ["pair_id", "leak_decision"]), leaks.pool.shards):
         dropped.update(table["pair_id"].filter(pc.equal(table["leak_decision"], Decision.DROP.value)).to_pylist())

@@ -5,15 +5,16 @@ accuracies carry a 95 % interval, bootstrapped over prompts.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from synpref_ray.evaluation.accuracy import accuracy_over_groups, is_correct
-from synpref_ray.pipeline.gold import LabelledPool, count_labels
+from synpref_ray.pipeline.gold import NONE_DROPPED, Dropped, LabelledPool, count_labels
 from synpref_ray.pipeline.gold_tables import GoldTables
-from synpref_ray.pipeline.growth import SEED, UNVERIFIED, RoundInputs
+from synpref_ray.pipeline.growth import INPUTS, SEED, UNVERIFIED, RoundInputs
 from synpref_ray.pipeline.round_selection import RoundSelection
+from synpref_ray.reporting.pair_story import SELECTED_FILE
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.rules.gold import GoldSplit, describe_small_gold
@@ -28,11 +29,14 @@ from synpref_ray.tables.sidecars import Sidecar, zip_shard
 from synpref_ray.tables.storage import Storage
 
 ROUND_FILE = "round.json"
+WITHOUT_LEAKS = "-without-leaks"  # the end of the names of sets and gold that a round began with after late decisions
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What labelling a round's pairs gave: all gold with its votes, pools with their labels, sets, the judges' measure and report by split."""
+    """What labelling a round's pairs gave: all gold with its votes, pools with their labels, sets, the judges' measure and report by split, and the
+    pairs that stay out because decisions about leaks dropped them later.
+    """
 
     gold: GoldTables
     pools: list[LabelledPool]
@@ -42,6 +46,7 @@ class Labels:
     trust: Mapping[str, JudgeTrust]
     audit: Mapping[str, JudgeTrust]
     judge_report: Mapping[str, Any]
+    dropped: Dropped = NONE_DROPPED
 
     @property
     def gold_sizes(self) -> dict[GoldSplit, int]:
@@ -154,7 +159,7 @@ def make_record(
         "set_sizes": sizes,
         "joined": {name: size - earlier.get(name, 0) for name, size in sizes.items()},
         "decided": {**counted, "then": then},
-        "tables": table_names(_tables(labels, training)),
+        "tables": table_names([*_tables(labels, training), *_tables_of_gold_anew(before)]),
         ROUND_SOURCES: table_names(candidates),
         "gold_rm": training.gold_rm.name if training.gold_rm else None,
         "simulated_gold": simulated,
@@ -203,6 +208,24 @@ def _tables(labels: Labels, training: Training) -> list[Sidecar]:
     gold = labels.gold
     scored = [*([training.rewards] if training.rewards else []), *(training.selected.tables if training.selected else ())]
     return [gold.attributes, gold.human, *labels.gold_votes, *scored]
+
+
+def _tables_of_gold_anew(before: tuple[Labels, Mapping[str, Any]] | None) -> list[Sidecar]:
+    """Return the tables beside gold that the round itself gathered before it trained, without pairs that leak; none where it took what it found."""
+    if before is None or before[0].gold.pool.name == before[1]["wrote"]["gold_pool"]:
+        return []
+    return _tables(before[0], Training())
+
+
+def forget_rounds(storage: Storage, number: int, sets: Iterable[str]) -> None:
+    """Remove the records and sets of round `number` and those after it: of an earlier run with other settings and more rounds."""
+    for path in storage.list_files("rounds"):
+        if path.endswith((f"/{ROUND_FILE}", f"/{SELECTED_FILE}", f"/{INPUTS}")) and int(path.split("/")[1]) >= number:
+            storage.delete(path)
+    for path in storage.list_files("sets"):
+        name, _, suffix = path.removeprefix("sets/").removesuffix(".json").removesuffix(WITHOUT_LEAKS).rpartition("-r")
+        if name in sets and suffix.isdigit() and int(suffix) >= number:
+            storage.delete(path)
 
 
 def closing_table(

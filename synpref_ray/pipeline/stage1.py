@@ -7,7 +7,7 @@ best. Every step is resumable by itself; running the job again goes on where it 
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -23,6 +23,7 @@ from synpref_ray.pipeline.clusters import AUTO
 from synpref_ray.pipeline.edited_tags import human_tags_file, use_edited_tags
 from synpref_ray.pipeline.gathering import gather_sidecars
 from synpref_ray.pipeline.gold import (
+    NONE_DROPPED,
     Dropped,
     LabelledPool,
     gather_gold,
@@ -33,8 +34,8 @@ from synpref_ray.pipeline.gold import (
     report_judges,
     save_label_sets,
 )
+from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.growth import (
-    INPUTS,
     UNVERIFIED,
     RoundInputs,
     check_leak_pins,
@@ -52,11 +53,12 @@ from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.query_selection import Candidates
 from synpref_ray.pipeline.retrieval import find_exemplars
 from synpref_ray.pipeline.round_record import (
-    ROUND_FILE,
+    WITHOUT_LEAKS,
     Labels,
     Training,
     accuracy_on,
     closing_table,
+    forget_rounds,
     gold_ids,
     gold_margins,
     make_record,
@@ -68,20 +70,19 @@ from synpref_ray.pipeline.stage_config import StageConfig
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.pipeline.unverified import UnverifiedParts
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
-from synpref_ray.reporting.pair_story import SELECTED_FILE
 from synpref_ray.reporting.run import Run
 from synpref_ray.retrieval.select import RetrievalConfig
 from synpref_ray.reward.model_card import CardConfig
 from synpref_ray.reward.parity_record import ParityConfig
 from synpref_ray.reward.training_config import TrainConfig
 from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_best_rm_training, check_gold_rm_training, check_silver, describe_small_gold
+from synpref_ray.rules.judges import JudgeTrust
 from synpref_ray.rules.query_selection import SelectionConfig, SelectionKind
 from synpref_ray.rules.stop import StopConfig, StopReason, stop_reason
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.pools import Pool, open_pool
 from synpref_ray.tables.sidecars import Sidecar
-from synpref_ray.tables.storage import Storage
 
 STAGE1_RECORD = "rounds/stage1.json"
 logger = logging.getLogger(__name__)
@@ -200,11 +201,12 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
         number = len(rounds)
         inputs = pin_inputs(storage, number, config.decontamination)
         unverified.extend(number, inputs)
+        leaks = leaks_so_far(storage, inputs)
+        labels = _drop_late_leaks(config, run, number, labels, selected & frozenset().union(*map(leaked_pairs, leaks)))
         best, trained = _train_best(config, run, number, labels, rounds[-1], config.round_parity)
         models = {f"best.r{number:02d}": best}
         rewards = score_pools(run, f"score gold, round {number}", [labels.gold.pool], models, config.score, config.round_parity).sidecars[0][0]
         candidates, gold_rm = _candidates(config, run, number, labels, models, unverified)
-        leaks = leaks_so_far(storage, inputs)
         chosen = select_round(storage, run, number, RoundSource(labels.gold, rewards, candidates, selected, leaks), config.selection_settings)
         selected, pool = selected | chosen.pair_ids, chosen.pool
         before, training = (labels, rounds[-1]), Training(trained, rewards, gold_margins(labels.gold, rewards, first_gold), chosen, gold_rm)
@@ -214,9 +216,9 @@ def run_stage1(config: Stage1Config, run: Run) -> str:
                 gather_sidecars(name, schema, [(pool, source)])[0]
                 for name, schema, source in zip(("attributes", "embeddings"), (ATTRIBUTES_SCHEMA, config.embed.schema), sources, strict=True)
             )
-            labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs, decided=leaks)
-        elif leaks:  # nothing joins, but what these decisions drop must not be trained on
-            labels = _label_without(config, number, labels, leaks)
+            labels = _label(config, run, number, labels.pools, pool, tags, vectors, config.annotator.round_pairs, dropped=labels.dropped)
+        else:  # nothing joins; a round has its sets by its own name all the same
+            labels = replace(labels, sets=save_label_sets(storage, f"r{number:02d}", labels.labels))
         accuracies = [*(entry["first_gold_accuracy"] for entry in rounds[1:]), training.first_gold.get("accuracy", 0.0)]
         then = _then(config, accuracies, pool.num_rows, inputs)
         known = [*unverified.tables, *leaks]
@@ -253,48 +255,66 @@ def _label(
     budget: int,
     leaks: Sidecar | None = None,
     *,
-    decided: Sequence[Sidecar] = (),
+    dropped: Dropped = NONE_DROPPED,
 ) -> Labels:
     """Verify part of a new pool, judge the rest with all gold as exemplars, and label every pool of Stage 1 anew under the grown gold.
 
     Args:
         leaks: decisions about the new pool's own overlaps with benchmarks (the seed's).
-        decided: those about the unverified pool that the round goes by. Pairs that earlier rounds selected before they were made leave gold and
-            silver now.
+        dropped: pairs of earlier rounds that stay out.
     """
-    suffix = f"r{number:02d}"
     verified = verify_pool(run, f"verify, round {number}", pool, attributes, budget, config.annotator, config.gold, leaked_pairs(leaks))
-    human = verified.sidecars[0][0]
-    new = LabelledPool(pool, attributes, embeddings, human, leaks=leaks)
-    dropped = Dropped.of(decided)
-    gathered = gather_gold(config.storage, f"gold-{suffix}", [*earlier, new], config.gold, config.embed.schema, dropped.pair_ids)
-    gold = use_edited_tags(run, f"round {number}", gathered, human_tags_file(config.storage, config.human_tags), config.embed)
-    gold_votes, new_votes = [], []
-    for judge in config.judges:
-        name = f"exemplars, round {number}"
-        targets = [(gold.pool, gold.as_targets.embeddings), (pool, embeddings)]
-        exemplars = find_exemplars(run, name, targets, gold, judge.judge.max_exemplars, config.index)
-        judged = [JudgedPool(gold.pool, gold.as_targets.attributes, exemplars[0], None), JudgedPool(pool, attributes, exemplars[1], human)]
-        votes = judge_pools(run, f"judge ({judge.judge.judge}), round {number}", judged, gold, judge)
-        gold_votes.append(votes[0])
-        new_votes.append(votes[1])
-    trust, audit = measure_judges(gold, gold_votes, config.trust)
-    pools = [*earlier, new.judged(new_votes)]
-    labels = [label_pool(p, merge_pool_votes(p.pool, p.attributes, p.votes, trust, config.merge), gold, dropped) for p in pools]
-    sets = save_label_sets(config.storage, suffix, labels)
-    return Labels(gold, pools, labels, gold_votes, sets, trust, audit, report_judges(gold, gold_votes))
+    new = LabelledPool(pool, attributes, embeddings, verified.sidecars[0][0], leaks=leaks)
+    return _judge_and_label(config, run, f"round {number}", f"r{number:02d}", earlier, new, dropped)
 
 
-def _label_without(config: Stage1Config, number: int, labels: Labels, decided: Sequence[Sidecar]) -> Labels:
-    """Return the labels without the pairs that decisions about leaks drop, where a round selected nothing.
+def _drop_late_leaks(config: Stage1Config, run: Run, number: int, labels: Labels, leaked: Set[str]) -> Labels:
+    """Return the labels that a round begins with, without the pairs of earlier rounds that the decisions it goes by drop.
 
-    Our choice: no set holds them, so nothing is trained or picked on them; the gathered gold stays as it is, with such pairs among its exemplars,
-    since other gold would have to be judged anew.
+    Our choice: before the round trains and selects, so that no such pair trains its RM, is an exemplar, or calls for pairs like itself. All gold is
+    judged anew where one of them was gold (or is again, under another setting), for exemplars are others then; the rest are labels alone.
+
+    Args:
+        leaked: these pairs.
     """
-    dropped = Dropped.of(decided)
-    merged = [merge_pool_votes(p.pool, p.attributes, p.votes, labels.trust, config.merge) for p in labels.pools]
-    left = [label_pool(p, verdict, labels.gold, dropped) for p, verdict in zip(labels.pools, merged, strict=True)]
-    return replace(labels, labels=left, sets=save_label_sets(config.storage, f"r{number:02d}", left))
+    if leaked == labels.dropped.pair_ids:
+        return labels
+    dropped, suffix = Dropped.among(labels.pools, leaked), f"r{number:02d}{WITHOUT_LEAKS}"
+    logger.info(
+        "round %d: %d pairs of earlier rounds leak by the decisions that it goes by; %d of them were gold", number, len(leaked), len(dropped.gold_ids)
+    )
+    if dropped.gold_ids != labels.dropped.gold_ids:
+        return _judge_and_label(config, run, f"round {number}, without leaks", suffix, labels.pools, None, dropped)
+    left = _label_pools(config, labels.pools, labels.trust, labels.gold, dropped)
+    return replace(labels, labels=left, sets=save_label_sets(config.storage, suffix, left), dropped=dropped)
+
+
+def _judge_and_label(
+    config: Stage1Config, run: Run, where: str, suffix: str, earlier: Sequence[LabelledPool], new: LabelledPool | None, dropped: Dropped
+) -> Labels:
+    """Gather all gold and judge it, and the new pool's pairs with it as exemplars; label all pools under it."""
+    pools = [*earlier, *([new] if new else [])]
+    gathered = gather_gold(config.storage, f"gold-{suffix}", pools, config.gold, config.embed.schema, dropped.pair_ids)
+    gold = use_edited_tags(run, where, gathered, human_tags_file(config.storage, config.human_tags), config.embed)
+    votes: list[list[Sidecar]] = []
+    for judge in config.judges:
+        targets = [(gold.pool, gold.as_targets.embeddings), *([(new.pool, new.embeddings)] if new else [])]
+        exemplars = find_exemplars(run, f"exemplars, {where}", targets, gold, judge.judge.max_exemplars, config.index)
+        judged = [JudgedPool(gold.pool, gold.as_targets.attributes, exemplars[0], None)]
+        judged += [JudgedPool(new.pool, new.attributes, exemplars[1], new.human)] if new else []
+        votes.append(judge_pools(run, f"judge ({judge.judge.judge}), {where}", judged, gold, judge))
+    gold_votes = [of_judge[0] for of_judge in votes]
+    pools = [*earlier, *([new.judged([of_judge[1] for of_judge in votes])] if new else [])]
+    trust, audit = measure_judges(gold, gold_votes, config.trust)
+    labels = _label_pools(config, pools, trust, gold, dropped)
+    sets = save_label_sets(config.storage, suffix, labels)
+    return Labels(gold, pools, labels, gold_votes, sets, trust, audit, report_judges(gold, gold_votes), dropped)
+
+
+def _label_pools(
+    config: Stage1Config, pools: Sequence[LabelledPool], trust: Mapping[str, JudgeTrust], gold: GoldTables, dropped: Dropped
+) -> list[Sidecar]:
+    return [label_pool(p, merge_pool_votes(p.pool, p.attributes, p.votes, trust, config.merge), gold, dropped) for p in pools]
 
 
 def _train_best(
@@ -325,8 +345,9 @@ def _train_best(
         card=with_source_licences(config.card, config.storage),
         data_name=silver.name,
     )
-    sizes = record["set_sizes"]
-    return model, {"model": model.name, "silver_pairs": sizes["silver"], **_training_summary(trained.model_dump(mode="json"))}
+    num_silver = record["set_sizes"]["silver"] if record["wrote"]["silver"] == silver.digest else silver.count()
+    summary = {key: value for key, value in trained.model_dump(mode="json").items() if isinstance(value, int | float | str)}
+    return model, {"model": model.name, "silver_pairs": num_silver, **summary}
 
 
 def _train_gold(config: Stage1Config, run: Run, name: str, labels: Labels, parity: ParityConfig) -> StoredModel:
@@ -353,10 +374,6 @@ def _train_gold(config: Stage1Config, run: Run, name: str, labels: Labels, parit
     return model
 
 
-def _training_summary(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if isinstance(value, int | float | str)}
-
-
 def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[str, Any]]) -> str:
     best, _ = _train_best(config, run, len(rounds), labels, rounds[-1], config.final_parity)
     gold_rm = _train_gold(config, run, "gold", labels, config.final_parity)
@@ -376,17 +393,6 @@ def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[st
         **({"near_duplicates": clusters} if (clusters := labels.pools[0].pool.clusters) else {}),
     }
     config.storage.write_json(STAGE1_RECORD, record)
-    _forget_rounds(config.storage, len(rounds), labels.sets)  # after what no longer names them
+    forget_rounds(config.storage, len(rounds), labels.sets)  # after what no longer names them
     run.metrics.update({"stage1": record, "rounds": rounds})
     return closing_table(rounds, final, labels.gold_sizes, simulated=config.simulated)
-
-
-def _forget_rounds(storage: Storage, number: int, sets: Iterable[str]) -> None:
-    """Remove the records and sets of round `number` and those after it: of an earlier run with other settings and more rounds."""
-    for path in storage.list_files("rounds"):
-        if path.endswith((f"/{ROUND_FILE}", f"/{SELECTED_FILE}", f"/{INPUTS}")) and int(path.split("/")[1]) >= number:
-            storage.delete(path)
-    for path in storage.list_files("sets"):
-        name, _, suffix = path.removeprefix("sets/").removesuffix(".json").rpartition("-r")
-        if name in sets and suffix.isdigit() and int(suffix) >= number:
-            storage.delete(path)

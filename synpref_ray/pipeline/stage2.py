@@ -19,14 +19,14 @@ import pyarrow.compute as pc
 from synpref_ray.bundled import find_model
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import read_by_clusters
-from synpref_ray.pipeline.curated_sets import save_curated_sets
+from synpref_ray.pipeline.curated_sets import save_curated_sets, without_leaks
 from synpref_ray.pipeline.gathering import find_gathered, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecars
 from synpref_ray.pipeline.gold import measure_judges, measure_on_doubted, merge_pool_votes, open_gold, report_judges
 from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.judge_steps import JudgedPool, judge_pools, plan_votes
-from synpref_ray.pipeline.leak_marks import open_leaks
+from synpref_ray.pipeline.leak_marks import leaks_about, open_leaks
 from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars, plan_embeddings, plan_exemplars
 from synpref_ray.pipeline.round_record import table_names
@@ -145,7 +145,9 @@ def _check_stage1_s_result(config: Stage2Config) -> None:
     """Check what Stage 1 left, and that it fits the pool."""
     before = load_stage1(config)
     open_leaks(read_by_clusters(open_pool(config.storage, config.pool), before.near_duplicates), config.decontamination)
-    _load_silver(config)
+    silver = _load_silver(config)
+    for member in silver.members if silver else ():
+        leaks_about(member.sidecar.pool, config.decontamination)
     for stored in (before.best, before.gold_rm):
         require_parity(stored, parity_for(config.score, config.parity))
 
@@ -364,7 +366,8 @@ def _finish(
     for table in read_each(lambda shard: decision.read(shard.number, names), pool.shards):
         counted = table.group_by(names).aggregate([([], "count_all")])
         reasons.update({(row["decision"], row["decision_reason"]): row["count_all"] for row in counted.to_pylist()})
-    sets = save_curated_sets(decision, _load_silver(config))
+    silver = _load_silver(config)
+    sets = save_curated_sets(decision, without_leaks(silver, config.decontamination) if silver else None)
     counts = {name.value: sum(count for (what, _), count in reasons.items() if what == name) for name in Decision}
     record: dict[str, Any] = {
         "pool": pool.name,

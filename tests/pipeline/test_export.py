@@ -15,14 +15,17 @@ from jobs.export import main
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
 from synpref_ray.ingest.pii import PII_SCHEMA
 from synpref_ray.pipeline.export import EXPORT_SCHEMA, ExportConfig, check_export, run_export
+from synpref_ray.pipeline.gathering import gather_pool
 from synpref_ray.pipeline.hygiene import HygieneConfig, run_hygiene
 from synpref_ray.pipeline.ingest import run_ingest
 from synpref_ray.pipeline.ingest_sources import IngestConfig
 from synpref_ray.reporting.run import Run
 from synpref_ray.rules.gate import DECISION_SCHEMA
+from synpref_ray.rules.labels import LABEL_SCHEMA
 from synpref_ray.rules.leaks import LEAKS_SCHEMA
 from synpref_ray.schema import ATTRIBUTES_SCHEMA
 from synpref_ray.tables.pools import open_pool
+from synpref_ray.tables.selection import Piece
 from synpref_ray.tables.sets import Member, save_set
 from synpref_ray.tables.sidecars import Sidecar
 from tests.ingest.test_token_lengths import write_tokenizer
@@ -110,6 +113,23 @@ def test_what_goes_out_is_counted_and_so_is_what_does_not(tmp_path: Path) -> Non
     assert [row["chosen"] for row in flipped] == [[{"role": "assistant", "content": "Wrong 4."}]] * 2
     assert [(row["chosen_tokens"], row["rejected_tokens"]) for row in flipped] == [(2, 3)] * 2
     assert {row["licence"] for row in rows} == {"mit", "cc-by-4.0"}
+
+
+def test_what_rounds_selected_is_left_out_by_the_decisions_about_the_pool_that_it_comes_from(tmp_path: Path) -> None:
+    ws = workspace(tmp_path)
+    storage = ExportConfig(workspace=str(ws), set=NAME).storage
+    wild = open_pool(storage, "wild")
+    chosen = gather_pool(storage, "round-01-selected", [Piece(wild, shard.number, tuple(range(shard.rows))) for shard in wild.shards], inputs={})
+    label = Sidecar(chosen, "label", "1" * 32)
+    says = {"label_source": "silver", "label_reason": "judge", "flipped": False}
+    seal(label, [{"pair_id": name, **says} for name in chosen.read_all(["pair_id"])["pair_id"].to_pylist()], LABEL_SCHEMA)
+    save_set(storage, "silver", [Member(label, (("label_source", ("silver",)),))])
+    every = {"set": "silver", "unknown_licences": True}
+    assert export(ws, **every)["left_out"] == {"contaminated": 4}  # one of each source
+    assert export(ws, **every, decontamination="c" * 8)["left_out"] == {"contaminated": 4}
+    assert export(ws, **every, decontamination="off")["left_out"] == {}
+    with pytest.raises(InputError, match="pool 'wild' version 0 has no decisions of that name"):
+        export(ws, **every, decontamination="cafe")
 
 
 def test_what_was_not_scanned_whole_stays_here_where_scores_count(tmp_path: Path) -> None:

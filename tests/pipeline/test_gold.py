@@ -24,7 +24,6 @@ from synpref_ray.retrieval.embedder import embeddings_schema
 from synpref_ray.reward.training_plan import TOKENS_SCHEMA
 from synpref_ray.rules.gold import GoldConfig, check_best_rm_training, check_silver, split_gold
 from synpref_ray.rules.judges import TrustConfig, describe_doubted, judge_trust
-from synpref_ray.rules.leaks import LEAKS, LEAKS_SCHEMA
 from synpref_ray.rules.verdicts import MergeConfig
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA, REWARDS_SCHEMA
 from synpref_ray.tables.pools import Pool, commit_pool, write_pool_shard
@@ -171,10 +170,9 @@ def test_pairs_found_to_be_leaks_after_a_round_selected_them_leave_gold_and_silv
     labelled = labelled_pool(tmp_path, ["chosen", "rejected", "chosen", None, None])
     storage, ids = labelled.pool.storage, labelled.pool.read_all(["pair_id"])["pair_id"].to_pylist()
     leaked = [ids[1], ids[3]]
-    other = commit_pool(storage, "unverified", "e" * 32, [write_pool_shard(storage, "unverified", 0, labelled.pool.read_all())], {})
-    marks = [{"pair_id": name, "leak_decision": "drop" if name in leaked else "keep", "num_proposals": 1} for name in ids]
-    dropped = Dropped.of([seal(Sidecar(other, LEAKS, "9" * 32), pa.Table.from_pylist(marks, schema=LEAKS_SCHEMA))])
-    assert dropped.pair_ids == frozenset(leaked)
+    dropped = Dropped.among([labelled], {*leaked})
+    assert (dropped.pair_ids, dropped.gold_ids) == (frozenset(leaked), frozenset({ids[1]}))
+    assert Dropped.among([labelled], set()) == Dropped()
     gold = gather_gold(storage, "gold-r01", [labelled], GOLD, EMBEDDINGS, dropped.pair_ids)
     assert gold.read()["pair_id"].to_pylist() == [ids[0], ids[2]]
     verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, "chosen")], {}, MergeConfig())

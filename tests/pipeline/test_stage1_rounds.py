@@ -13,8 +13,10 @@ import pytest
 from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.pipeline import stage1
 from synpref_ray.pipeline.clean import CleanConfig, remove_garbage
+from synpref_ray.pipeline.curated_sets import without_leaks
 from synpref_ray.pipeline.growth import check_leak_pins
 from synpref_ray.pipeline.job import JobConfig
+from synpref_ray.pipeline.leak_marks import leaks_about
 from synpref_ray.pipeline.stage1 import Stage1Config
 from synpref_ray.reporting.pair_story import tell_pair
 from synpref_ray.reporting.run import Run
@@ -399,6 +401,74 @@ def test_a_round_keeps_the_leaks_that_it_began_with(tmp_path: Path, models: Mode
     assert {**after[2]["decontamination"]["unverified"], **pinned["unverified"]} == after[2]["decontamination"]["unverified"]
     assert list(after[2]["decontamination"]["unverified"]) == ["0", "1"]
     assert not joined & {row["pair_id"] for number in (2, 3) for row in picks(more, number)}
+
+
+def with_rounds(config: Stage1Config, number: int) -> Stage1Config:
+    return config.model_copy(update={"stop": config.stop.model_copy(update={"max_rounds": number})})
+
+
+def held_by(config: Stage1Config, name: str) -> set[str]:
+    return {*load_set(config.storage, name).read()["pair_id"].to_pylist()}
+
+
+def leak_row(config: Stage1Config) -> int:
+    """Return a row of every shard of the unverified pool among which a round selected one that became gold, and one that became silver."""
+    pool, gold, silver = open_pool(config.storage, "unverified"), held_by(config, "gold-working-r01"), held_by(config, "silver-r01")
+    shards = [ids_of(pool, shard.number) for shard in pool.shards]
+    return next(row for row in range(8) if all({ids[row] for ids in shards} & some for some in (gold, silver)))
+
+
+@pytest.mark.parametrize("k_max", [pytest.param(4, id="selects"), pytest.param(64, id="runs dry")])
+def test_what_is_found_to_leak_after_a_round_is_gone_before_the_next_trains(tmp_path: Path, models: Models, k_max: int) -> None:
+    config = start(tmp_path, retrieval={"k_max": k_max}, stop={"max_rounds": 1})
+    run_rounds(config)
+    first = records(config)
+    leaked = decide_leaks(config.storage, "unverified", "d" * 32, leak_row(config))
+    more = with_rounds(config, 2)
+    models.kill_after = models.num_shards + 1
+    with pytest.raises(Killed):
+        run_rounds(more)
+    models.kill_after = 10**9
+    run_rounds(more)
+    after = records(more)
+    assert [entry["wrote"] for entry in after[:2]] == [entry["wrote"] for entry in first]
+    assert bool(after[2]["selected_pairs"]) == (k_max == 4)
+    names = ("silver", "gold-working", "gold-audit", "original", "filtered", "corrected")
+    for suffix in ("r02-without-leaks", "r02"):
+        assert not leaked & set().union(*(held_by(more, f"{name}-{suffix}") for name in names))
+        for name in ("silver", "gold-working"):
+            assert held_by(more, f"{name}-r01") & leaked
+    assert after[2]["read"]["silver"] == load_set(more.storage, "silver-r02-without-leaks").digest != after[1]["wrote"]["silver"]
+    assert after[2]["training"]["silver_pairs"] == len(held_by(more, "silver-r02-without-leaks"))
+    assert not leaked & {row["gold_pair_id"] for row in picks(more, 2)}
+    gold = open_pool(more.storage, more.storage.read_json("rounds/stage1.json")["gold"]["pool"])
+    assert after[2]["set_sizes"]["gold-working"] + after[2]["set_sizes"]["gold-audit"] == gold.num_rows
+    assert not leaked & set(gold.read_all(["pair_id"])["pair_id"].to_pylist())
+    remove_garbage(CleanConfig(workspace=config.workspace, unfinished=True), Run(config.storage, "clean", JobConfig(workspace=config.workspace)))
+    shards, trained = models.num_shards, list(models.trained)
+    run_rounds(more)
+    assert (records(more), models.num_shards, models.trained) == (after, shards, trained)
+    run_rounds(config)
+    assert [entry["wrote"] for entry in records(config)] == [entry["wrote"] for entry in first]
+    assert not [path for path in config.storage.list_files("sets") if "-r02" in path]
+
+
+def test_silver_that_is_found_to_leak_after_the_last_round_is_in_no_curated_set(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, retrieval={"k_max": 4}, stop={"max_rounds": 1})
+    run_rounds(config)
+    silver = load_set(config.storage, "silver-r01")
+    assert without_leaks(silver, "auto") == silver
+    leaked = decide_leaks(config.storage, "unverified", "d" * 32, leak_row(config))
+    left = without_leaks(silver, "auto")
+    assert {*left.read()["pair_id"].to_pylist()} == held_by(config, "silver-r01") - leaked < held_by(config, "silver-r01")
+    assert without_leaks(silver, "off") == silver
+    with pytest.raises(InputError, match="decontamination=dddd: pool 'seed' version 0 has no decisions of that name"):
+        without_leaks(silver, "dddd")
+    decide_leaks(config.storage, "seed", "d" * 32, 0)
+    assert without_leaks(silver, "dddd").digest != left.digest
+    [round_1] = [member.sidecar.pool for member in silver.members if member.sidecar.pool.name.startswith("round-01")]
+    with pytest.raises(InputError, match="decontamination=cafe: pool 'unverified' version 0 has no decisions of that name"):
+        leaks_about(round_1, "cafe")
 
 
 def ids_of(pool: Pool, number: int) -> list[str]:
