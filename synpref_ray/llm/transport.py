@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx2
@@ -18,6 +18,7 @@ import openai
 
 from synpref_ray.errors import ConfigError, EndpointError, SynprefError
 from synpref_ray.llm.endpoint_config import EndpointConfig
+from synpref_ray.llm.wire import read_usage
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # it writes a line per request
 
@@ -120,9 +121,10 @@ class Transport:
         except openai.APIStatusError as error:
             return self._status(error)
         try:
-            return Answered(json.loads(response.content))
+            body = json.loads(response.content)
         except ValueError:
             return malformed(f"its body is not JSON: {_line(response.text)}")
+        return _error_in(body, response.headers) or Answered(body)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -133,15 +135,8 @@ class Transport:
         words = {str(error.code or "").lower(), str(error.type or "").lower()}
         if status == 402 or (status in {400, 403, 429} and words & _NO_MONEY):
             return Fatal(EndpointError(f"{self._where}: the account has no credit or quota left ({said}); finished replies are kept"))
-        if status in _TRANSIENT or status >= 500:
-            asked = _retry_after(error.response.headers)
-            return Failed(
-                f"HTTP {status}: {said}",
-                may_be_billed=status in _MAYBE_BILLED,
-                retry_after_seconds=asked,
-                for_all=status == 429 and asked > 0,
-                may_be_the_text=status == 408 or status >= 500,
-            )
+        if _may_pass(status):
+            return _failed(status, f"HTTP {status}: {said}", error.response.headers)
         if status == 401 or (status == 403 and not _is_refusal(words, error)):
             variable = f"the variable {self._config.api_key_env} (api_key_env)" if self._config.api_key_env else "no key, as api_key_env is empty"
             wrong_key = ConfigError(f"{self._where}: HTTP {status}, the key was not accepted ({said}); it comes from {variable}")
@@ -162,16 +157,45 @@ def malformed(reason: str) -> Failed:
 
 
 def no_answer(body: Any, reason: str) -> Failed:
-    """Return the failure that a body of HTTP 200 without an answer is.
+    """Return the failure that a body of HTTP 200 with choices or usage, and without an answer, is: of the status that its error names, or malformed.
 
-    Of the status that its error names (so some gateways pass on what their providers say), or malformed.
+    It may have been paid for.
     """
+    status = _status_in(body)
+    if _may_pass(status):
+        return replace(_failed(status, f"HTTP 200 with error {status}: {reason}", {}), may_be_billed=True)
+    return malformed(reason)
+
+
+def _error_in(body: Any, headers: Mapping[str, str]) -> Failed | None:
+    """Return the failure that a body of HTTP 200 says and nothing else, as that status: so some gateways pass on what their providers say."""
+    status = _status_in(body)
+    if not _may_pass(status) or body.get("choices") or read_usage(body) is not None:
+        return None
+    said = _line(str(body["error"].get("message") or body["error"]))
+    return _failed(status, f"HTTP 200 with error {status}: {said}", headers)
+
+
+def _status_in(body: Any) -> int:
+    """Return the HTTP status that a body's error names, 0 if it names none."""
     error = body.get("error") if isinstance(body, Mapping) else None
     code = str(error.get("code") if isinstance(error, Mapping) else "")
-    status = int(code) if code.isascii() and code.isdecimal() and len(code) == 3 else 0
-    if status in _TRANSIENT or status >= 500:
-        return Failed(f"HTTP 200 with error {status}: {reason}", may_be_billed=True, may_be_the_text=status == 408 or status >= 500)
-    return malformed(reason)
+    return int(code) if code.isascii() and code.isdecimal() and len(code) == 3 else 0
+
+
+def _may_pass(status: int) -> bool:
+    return status in _TRANSIENT or status >= 500
+
+
+def _failed(status: int, reason: str, headers: Mapping[str, str]) -> Failed:
+    asked = _retry_after(headers)
+    return Failed(
+        reason,
+        may_be_billed=status in _MAYBE_BILLED,
+        retry_after_seconds=asked,
+        for_all=status == 429 and asked > 0,
+        may_be_the_text=status == 408 or status >= 500,
+    )
 
 
 def _is_refusal(words: set[str], error: openai.APIStatusError) -> bool:

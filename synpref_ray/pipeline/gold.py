@@ -7,7 +7,7 @@ votes, so a new rule needs no model; the checks of `rules/gold.py` are made wher
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyarrow as pa
@@ -25,8 +25,10 @@ from synpref_ray.rules.gold import GoldConfig, GoldSplit, check_split
 from synpref_ray.rules.judges import JudgeTrust, TrustConfig, judge_trust
 from synpref_ray.rules.labels import LABEL_SCHEMA, LabelReason, label_shard
 from synpref_ray.rules.verdicts import VERDICT_SCHEMA, MergeConfig, add_verdicts, agreement_records
+from synpref_ray.rules.votes import VoteReason
 from synpref_ray.schema import ATTRIBUTES_SCHEMA, HUMAN_SCHEMA, LabelSource
 from synpref_ray.tables.pools import Pool, content_digest, open_pool
+from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.selection import Piece
 from synpref_ray.tables.sets import Member, PairSet, save_set
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar, zip_shard
@@ -262,6 +264,15 @@ def merge_pool_votes(pool: Pool, attributes: Sidecar, votes: Sequence[Sidecar], 
     beside: list[tuple[Sidecar, Mapping[str, str]]] = [(attributes, {"task_category": "task_category"})]
     beside += [(sidecar, {"votes": f"{VOTE_COLUMN}.{number}"}) for number, sidecar in enumerate(votes)]
     return run_step(step, [StepInput(pool, (), tuple(beside))]).sidecars[0][0]
+
+
+def count_unanswered(verdicts: Sequence[Sidecar]) -> int:
+    """Return how many pairs judges may decide that have no vote of one, by the sidecars `verdict` of some pools."""
+    reasons = Counter[str]()
+    for table in verdicts:
+        for shard in read_each(partial(table.read, columns=["verdict_reason"]), [shard.number for shard in table.pool.shards]):
+            reasons.update(shard["verdict_reason"].to_pylist())
+    return reasons[VoteReason.NO_VOTES] + reasons[VoteReason.NO_DECIDING_VOTE]
 
 
 class LabelWorker:

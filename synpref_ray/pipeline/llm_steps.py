@@ -6,6 +6,7 @@ The steps themselves: `tag_steps.py`, `judge_steps.py`, `leaks.py` and `preverif
 
 import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,11 +25,13 @@ from synpref_ray.llm.journal import Journal
 from synpref_ray.llm.spending import Budget, SpendingRecord
 from synpref_ray.llm.vllm_engine import VllmEngine
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
+from synpref_ray.pipeline.shard_io import count_values
 from synpref_ray.pipeline.shared_budget import SharedBudget
-from synpref_ray.pipeline.steps import Resources, ShardKey, Step, StepInput, StepResult, num_workers, plan_sidecars, run_step
+from synpref_ray.pipeline.steps import TELLING_REJECTS, Resources, ShardKey, Step, StepInput, StepResult, num_workers, plan_sidecars, run_step
 from synpref_ray.reporting.run import Run
-from synpref_ray.schema import DropReason
+from synpref_ray.schema import REJECT_REASONS, DropReason
 from synpref_ray.tables.leases import Lease
+from synpref_ray.tables.reading import read_each
 from synpref_ray.tables.selection import GATHERED_SHARD_PAIRS
 from synpref_ray.tables.sidecars import Sidecar
 from synpref_ray.versions import engine_version
@@ -244,3 +247,22 @@ def _report(run: Run, result: StepResult, name: str) -> StepResult:
     notes = {key: int(value) if value == int(value) else round(value, 6) for key, value in result.counters.items()}
     run.step(name, rows=result.rows, computed=result.rows_computed, rejected=rejected, seconds=result.seconds, **notes)
     return result
+
+
+def num_unanswered(table: Sidecar, max_failed_fraction: float) -> int:
+    """Return how many pairs of a table's pool have no answer in it yet; what a shard in flight has in its journal does not count.
+
+    0 where every shard is there and only the seal is not: a step seals its tables together, so one that was cut off leaves such tables. But all pairs
+    where so many were rejected that finishing the table would end in the same error.
+    """
+    if table.is_sealed:
+        return 0
+    finished = table.finished()
+    missing = sum(shard.rows for shard in table.pool.shards if shard.number not in finished)
+    if missing:
+        return missing
+    counted = Counter[str]()
+    for shard in read_each(lambda shard: table.read(shard.number, ["drop_reason"]), [shard for shard in table.pool.shards if shard.rows]):
+        counted.update(count_values(shard["drop_reason"]))
+    failed = sum(count for reason, count in counted.items() if reason in REJECT_REASONS)
+    return table.pool.num_rows if failed >= TELLING_REJECTS and failed > max_failed_fraction * table.pool.num_rows else 0

@@ -21,12 +21,13 @@ from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import read_by_clusters
 from synpref_ray.pipeline.curated_sets import save_curated_sets, without_leaks
 from synpref_ray.pipeline.gathering import find_gathered, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecars
-from synpref_ray.pipeline.gold import measure_judges, measure_on_doubted, merge_pool_votes, open_gold, report_judges
+from synpref_ray.pipeline.gold import count_unanswered, measure_judges, measure_on_doubted, merge_pool_votes, open_gold, report_judges
 from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.judge_steps import JudgedPool, judge_pools, plan_votes
 from synpref_ray.pipeline.leak_marks import leaks_about, open_leaks
+from synpref_ray.pipeline.llm_steps import num_unanswered
 from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars, plan_embeddings, plan_exemplars
 from synpref_ray.pipeline.round_record import table_names
@@ -211,7 +212,7 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     gate_arguments = {"gate": config.gate, "gold_groups": gold_groups}
     selected = _select(config, pool, before.gold, [*margins, *left_out], gate_arguments)
     asked = _gather_mismatches(config, run, pool, before.gold, selected)
-    judges = _Judges({}, {}, {}, {})
+    judges, found = _Judges({}, {}, {}, {}), list[Sidecar]()
     if asked.pools:
         found, judges = _judge(config, run, pool, asked.pools, before)
         verdicts = scatter_sidecars(pool, list(zip(asked.pools, found, strict=True)), "judge_verdict", VERDICT_SCHEMA)
@@ -230,7 +231,7 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     result = run_step(step, [StepInput(pool, ("prompt_group",), beside)])
     run.step("decide", rows=result.rows, computed=result.rows_computed, rejected={}, seconds=result.seconds)
     decision = result.sidecars[0][0]
-    return _finish(config, run, pool, decision, asked.num_pairs, judges, before)
+    return _finish(config, run, pool, decision, (asked.num_pairs, count_unanswered(found)), judges, before)
 
 
 def _select(
@@ -273,9 +274,7 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTab
     pieces = [Piece(pool, shard.number, rows) for shard, rows in found if rows]
     name = f"{pool.name}-mismatches"
     num_models = len(config.judges) + (len(config.taggers) if config.tag_scope == "mismatches" else 0)
-    gathered, missing = find_gathered(
-        config.storage, name, pieces, lambda other: sum(map(_num_missing, _plan_answers(config, pool, other, gold))), num_models
-    )
+    gathered, missing = find_gathered(config.storage, name, pieces, lambda other: _num_lacking(config, pool, other, gold), num_models)
     if missing:  # named by its rows: same pairs, same votes
         gathered.append(gather_pool(config.storage, name, missing, inputs={}, max_pairs=config.gathered_shard_pairs))
     num_asked, num_new = (sum(len(piece.rows) for piece in some) for some in (pieces, missing))
@@ -284,33 +283,23 @@ def _gather_mismatches(config: Stage2Config, run: Run, pool: Pool, gold: GoldTab
     return _Mismatches(selected, num_asked, sorted(gathered, key=lambda one: one.name))
 
 
-def _num_missing(table: Sidecar) -> int:
-    """Return how many pairs of a table's pool have no answer in it yet; what a shard in flight has in its journal does not count.
-
-    All, where every shard is there and no seal: too many of its pairs were rejected, and finishing it would end in the same error.
-    """
-    if table.is_sealed:
-        return 0
-    finished = table.finished()
-    missing = sum(shard.rows for shard in table.pool.shards if shard.number not in finished)
-    return missing or table.pool.num_rows
-
-
-def _plan_answers(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTables) -> list[Sidecar]:
-    """Return the tables of taggers and judges that `_judge` would make of a gathered pool, without making them."""
-    answers: list[Sidecar] = []
+def _num_lacking(config: Stage2Config, pool: Pool, mismatches: Pool, gold: GoldTables) -> int:
+    """Return how many answers the tables of taggers and judges lack that `_judge` would make of a gathered pool, without making them."""
+    lacking = 0
     if config.tag_scope == "all":
         whole = plan_tags([pool], config.taggers).merged[0]
         attributes = plan_gathered_sidecar("attributes", ATTRIBUTES_SCHEMA, mismatches, {pool.name: whole})
     else:
         tags = plan_tags([mismatches], config.taggers)
         attributes = tags.merged[0]
-        answers += [tables[0] for tables in tags.by_tagger.values()]
+        of_taggers = zip(config.taggers, tags.by_tagger.values(), strict=True)
+        lacking += sum(num_unanswered(tables[0], tagger.max_failed_fraction) for tagger, tables in of_taggers)
     embeddings = plan_embeddings(mismatches, attributes, config.embed)
     for judge in config.judges:
         exemplars = plan_exemplars(mismatches, embeddings, gold, judge.judge.max_exemplars, config.index)
-        answers.append(plan_votes(JudgedPool(mismatches, attributes, exemplars, None), gold, judge))
-    return answers
+        votes = plan_votes(JudgedPool(mismatches, attributes, exemplars, None), gold, judge)
+        lacking += num_unanswered(votes, judge.max_failed_fraction)
+    return lacking
 
 
 def _judge(config: Stage2Config, run: Run, pool: Pool, mismatches: Sequence[Pool], before: Stage1Result) -> tuple[list[Sidecar], _Judges]:
@@ -358,10 +347,11 @@ def _finish(
     run: Run,
     pool: Pool,
     decision: Sidecar,
-    num_asked: int,
+    asked: tuple[int, int],
     judges: _Judges,
     before: Stage1Result,
 ) -> str:
+    num_asked, num_without = asked
     names, reasons = ["decision", "decision_reason"], Counter[tuple[str, str]]()
     for table in read_each(lambda shard: decision.read(shard.number, names), pool.shards):
         counted = table.group_by(names).aggregate([([], "count_all")])
@@ -377,6 +367,7 @@ def _finish(
         "gold_rm": before.gold_rm.name,
         "pairs": pool.num_rows,
         "judged_pairs": num_asked,
+        "unanswered_pairs": num_without,
         "decisions": counts,
         "reasons": {f"{what}/{why}": count for (what, why), count in sorted(reasons.items())},
         "judges_on_working_gold": {judge: measured.report() for judge, measured in judges.working.items()},
@@ -393,6 +384,10 @@ def _finish(
     rows.append(("all", "", str(pool.num_rows), format_share(pool.num_rows, pool.num_rows)))
     lines = [format_table(("decision", "reason", "pairs", "share"), rows)]
     lines.append(f"asked a judge about {num_asked} pairs; where no judge decides, both reward models alone do")
+    if num_without:
+        lines.append(
+            f"{num_without} pairs that a judge may decide have no answer of one (rejected, as its votes say why): both reward models alone do"
+        )
     lines += [describe_trust(judge, measured.report()) for judge, measured in sorted(judges.working.items())]
     lines += [describe_doubted(judge, measured.report()) for judge, measured in sorted(judges.doubted.items())]
     if before.simulated_gold:

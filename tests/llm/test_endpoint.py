@@ -329,11 +329,13 @@ def test_answers_to_what_was_sent_before_a_key_died_leave_no_text_out() -> None:
 
 
 def test_an_error_with_its_status_in_a_body_is_waited_out_like_that_status() -> None:
-    """Some gateways pass their providers' rate limits on so; six of them are no reason to leave the text out."""
+    """Some gateways pass their providers' rate limits on so; six of them are no reason to leave the text out, and cost nothing."""
     limited = Answer({"error": {"code": 429, "message": "Provider returned error"}})
-    with serve(lambda seen, number: limited if number < MAX_MALFORMED + 1 else echo(seen)) as (server, engine):
+    prices = {"price_per_million_prompt_tokens": 1e6, "price_per_million_output_tokens": 1e6}
+    with serve(lambda seen, number: limited if number < MAX_MALFORMED + 1 else echo(seen), **prices) as (server, engine):
         [reply] = engine.generate([request("p")])
         assert (reply.finish_reason, server.num_seen()) == ("stop", MAX_MALFORMED + 2)
+        assert engine.counts().cost == reply.prompt_tokens + reply.output_tokens > 0
     down = Answer({"error": {"code": "502", "message": "Bad gateway"}})
     with serve(lambda seen, number: down, give_up_seconds=0.05) as (_, engine), pytest.raises(EndpointError, match="HTTP 200 with error 502"):
         engine.generate([request("p")])
