@@ -1,4 +1,4 @@
-"""Attributes that people edited, in the place of the taggers' on gold: in exemplars, in retrieval and in agreement by category.
+"""Attributes that people edited, in the place of the taggers' on gold: in exemplars, in retrieval and in reported agreement by category.
 
 Paper: Sec. 3.1 (attributes of gold pairs are edited and verified by people, those of others are an LLM's alone). Our choice: only where somebody
 changed something is anything computed; a gold pair that a judge is measured on keeps the taggers' attributes, as the pairs have that the judge will

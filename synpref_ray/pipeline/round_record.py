@@ -246,7 +246,7 @@ def closing_table(
     if fallback := decided.get(f"{LabelSource.SILVER}/{LabelReason.SOURCE_LABEL}"):
         lines.append(f"of the silver pairs {fallback} have their source label, as no judge may decide there; filtered and corrected leave them out")
     if left := decided.get(f"{LabelSource.UNVERIFIED}/{LabelReason.NOT_JUDGED}"):
-        lines.append(f"{left} pairs that a judge may decide had no answer of one (too long for it, or without attributes): they make no silver")
+        lines.append(f"{left} pairs that a judge may decide had no answer of one (too long for it, say; its votes say why): they make no silver")
     lines += [f"final {name} RM on audit gold: {_share_of(accuracy)}" for name, accuracy in final.items()]
     lines += [describe_trust(judge, report) for judge, report in sorted(rounds[-1]["judges_on_working_gold"].items())]
     lines.append("intervals are 95 %, bootstrapped over prompts (Wilson's where all are right, or none); audit gold is what nothing was tuned on")

@@ -42,7 +42,7 @@ class LabelReason(StrEnum):
 @dataclass(frozen=True)
 class Evidence:
     """What is known about one pair; verdicts refer to the pair as ingested. No judge verdict: none may decide here, or (`unanswered`) one may, and
-    has no vote: the pair is too long for it, or has no attributes.
+    has no vote: the pair is too long for it, say, or has no attributes.
     """
 
     human: Verdict | None
