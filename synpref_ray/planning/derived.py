@@ -28,7 +28,7 @@ class Compute(Settings):
 
     prompt_tokens: PositiveInt = 400  # ours: assumed; with replies of 600 a conversation has 1,000 tokens
     reply_tokens: PositiveInt = 600  # ours: assumed
-    attribute_tokens: PositiveInt = 80  # ours: what a tagger writes, and what an exemplar shows of it: texts of half their bounds (200 and 300 characters)
+    attribute_tokens: PositiveInt = 80  # ours: what a tagger writes, and what an exemplar shows of it: texts half as long as their bounds
     max_exemplars: NonNegativeInt = 8  # Sec. 3.2, Step 3
     judge_input_tokens: PositiveInt = 14_000  # ours: as max_input_tokens of stage1.yaml and stage2.yaml; exemplars that do not fit are left out
     guideline_tokens: PositiveInt = 600  # ours: about what the judge's full guideline takes
