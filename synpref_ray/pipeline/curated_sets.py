@@ -13,7 +13,8 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from synpref_ray.pipeline.leak_marks import leaked_pairs, leaks_about
+from synpref_ray.pipeline.growth import pinned_leaks
+from synpref_ray.pipeline.leak_marks import leaked_pairs, leaks_of_set
 from synpref_ray.pipeline.steps import Output, ShardKey, Step, StepInput, run_step
 from synpref_ray.rules.labels import LABEL_SCHEMA, LabelReason
 from synpref_ray.schema import Decision, LabelSource
@@ -53,13 +54,19 @@ def without_leaks(silver: PairSet, wanted: str) -> PairSet:
     """Return silver without the pairs that decisions about leaks drop now: those made after Stage 1's last round began count here too.
 
     Args:
-        wanted: the setting `decontamination` (errors: `leaks_about`).
+        wanted: the setting `decontamination` (errors: `silver_leaks`).
     """
     members = []
-    for member in silver.members:
-        leaked = frozenset().union(*map(leaked_pairs, leaks_about(member.sidecar.pool, wanted)))
+    for member, leaks in zip(silver.members, silver_leaks(silver, wanted), strict=True):
+        leaked = frozenset().union(*map(leaked_pairs, leaks))
         members.append(replace(member, sidecar=_label_without(member.sidecar, leaked)) if leaked else member)
     return replace(silver, members=tuple(members))
+
+
+def silver_leaks(silver: PairSet, wanted: str) -> list[list[Sidecar]]:
+    """Return the decisions about leaks that silver goes by, by member (errors: `leaks_of_set`)."""
+    pools = [member.sidecar.pool for member in silver.members]
+    return leaks_of_set(pools, wanted, pinned_leaks(pools[0].storage)) if pools else []
 
 
 def _label_without(label: Sidecar, leaked: Set[str]) -> Sidecar:

@@ -20,8 +20,9 @@ from pydantic import Field, field_validator
 from synpref_ray.errors import ConfigError, InputError, RunConflictError
 from synpref_ray.ingest.accounts import normalise_licence
 from synpref_ray.pipeline.clusters import AUTO
+from synpref_ray.pipeline.growth import pinned_leaks
 from synpref_ray.pipeline.job import JobConfig
-from synpref_ray.pipeline.leak_marks import leaked_pairs, leaks_about
+from synpref_ray.pipeline.leak_marks import leaked_pairs, leaks_of_set
 from synpref_ray.pipeline.pair_facts import PII, TOKEN_LENGTHS
 from synpref_ray.reporting.dataset_card import UNKNOWN, CardFacts, dataset_card
 from synpref_ray.reporting.histograms import count_lengths, length_histogram
@@ -133,9 +134,9 @@ def check_export(config: ExportConfig) -> None:
     """
     pairs = load_set(config.storage, config.set)
     read_licences(config)
+    _leaks(pairs, config)
     for member in pairs.members:
         _beside(member.sidecar.pool, config)
-        leaks_about(member.sidecar.pool, config.decontamination)
         schema = member.sidecar.read(member.sidecar.pool.shards[0].number).schema if member.sidecar.pool.shards else EXPORT_SCHEMA
         for name in _filters(config):
             if name not in schema.names:
@@ -183,6 +184,11 @@ def _beside(pool: Pool, config: ExportConfig) -> dict[str, Sidecar]:
     return found
 
 
+def _leaks(pairs: PairSet, config: ExportConfig) -> list[list[Sidecar]]:
+    """Return the decisions about leaks that the export goes by, by the set's members (errors: `leaks_of_set`)."""
+    return leaks_of_set([member.sidecar.pool for member in pairs.members], config.decontamination, pinned_leaks(config.storage))
+
+
 def run_export(config: ExportConfig, run: Run) -> str:
     """Write the files and the card; return the closing table.
 
@@ -225,10 +231,9 @@ def _digest(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str]) -
     settings |= config.model_dump(mode="json", include={"where", "at_least", "at_most"}, exclude_defaults=True)
     settings |= {"scanned_whole": True} if config.max_pii_score < _HIGHEST_PII else {}  # earlier versions let others out
     beside = []
-    for pool in (member.sidecar.pool for member in pairs.members):
-        leaks = [found.fingerprint for found in leaks_about(pool, config.decontamination)]
-        named = {name: sidecar.fingerprint for name, sidecar in _beside(pool, config).items()}
-        beside.append(named | ({"leaks": ",".join(leaks)} if leaks else {}))
+    for member, leaks in zip(pairs.members, _leaks(pairs, config), strict=True):
+        named = {name: sidecar.fingerprint for name, sidecar in _beside(member.sidecar.pool, config).items()}
+        beside.append(named | ({"leaks": ",".join(sorted(found.fingerprint for found in leaks))} if leaks else {}))
     return content_digest([EXPORT_VERSION, pairs.name, pairs.digest, settings, dict(sorted(licences.items())), beside])
 
 
@@ -285,9 +290,9 @@ def _is_simulated(storage: Storage) -> bool:
 def _tables(config: ExportConfig, pairs: PairSet, licences: Mapping[str, str], counts: _Counts) -> Iterator[pa.Table]:
     """Yield the pairs that may go out, shard by shard; a comparison whose contradicting labels were settled the same way goes out once."""
     settled: set[bytes] = set()
-    for member in pairs.members:
+    for member, leaks in zip(pairs.members, _leaks(pairs, config), strict=True):
         beside = _beside(member.sidecar.pool, config)
-        leaked = frozenset().union(*map(leaked_pairs, leaks_about(member.sidecar.pool, config.decontamination)))
+        leaked = frozenset().union(*map(leaked_pairs, leaks))
         for shard in member.sidecar.pool.shards:
             table = _with_facts(member, shard.number, beside)
             wanted = _wanted(member, shard.number, config, table["pair_id"])

@@ -7,7 +7,7 @@ votes, so a new rule needs no model; the checks of `rules/gold.py` are made wher
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -103,17 +103,17 @@ def gather_gold(
     pools: Sequence[LabelledPool],
     config: GoldConfig,
     embeddings: pa.Schema,
-    dropped: frozenset[str] = frozenset(),
+    dropped: Dropped = NONE_DROPPED,
 ) -> GoldTables:
     """Gather every human-decided pair of the pools, in their order, with attributes, embeddings and verdicts beside them.
 
     Args:
-        dropped: pair_ids that are left out.
+        dropped: pairs that are left out; their prompts stay gold's.
 
     Raises:
         InputError: nobody has decided any pair yet.
     """
-    pieces = [kept for labelled in pools for piece in labelled.gold_pieces if (kept := _without(piece, dropped)).rows]
+    pieces = [kept for labelled in pools for piece in labelled.gold_pieces if (kept := _without(piece, dropped.gold_ids)).rows]
     if not pieces:
         raise InputError("no pair of these pools has a human verdict: raise the simulated budget, or give verdicts whose pair_ids are in the pools")
     pool = gather_pool(storage, name, pieces, inputs={f"human:{labelled.pool.name}": labelled.human.fingerprint for labelled in pools})
@@ -121,7 +121,7 @@ def gather_gold(
         gather_sidecars(sidecar, schema, [(pool, {labelled.pool.name: getattr(labelled, sidecar) for labelled in pools})])[0]
         for sidecar, schema in (("attributes", ATTRIBUTES_SCHEMA), ("embeddings", embeddings), ("human", HUMAN_SCHEMA))
     )
-    gold = GoldTables(pool, attributes, vectors, human)
+    gold = GoldTables(pool, attributes, vectors, human, left_groups=dropped.gold_groups)
     check_split(gold.splits(), config)
     return gold
 
@@ -136,6 +136,8 @@ def _without(piece: Piece, dropped: frozenset[str]) -> Piece:
 def gold_record(gold: GoldTables) -> dict[str, Any]:
     """Return what names gold in a job's record; `open_gold` reads it."""
     record: dict[str, Any] = {"pool": gold.pool.name, **{name: getattr(gold, name).fingerprint for name in ("attributes", "embeddings", "human")}}
+    if gold.left_groups:
+        record["left_groups"] = sorted(gold.left_groups)
     if gold.tagged:
         record["tagged"] = {name: getattr(gold.tagged, name).fingerprint for name in ("attributes", "embeddings")}
     return record
@@ -149,7 +151,7 @@ def open_gold(storage: Storage, record: Mapping[str, Any]) -> GoldTables:
     """
     pool = open_pool(storage, record["pool"])
     attributes, embeddings, human = (open_sidecar(pool, name, record[name]) for name in ("attributes", "embeddings", "human"))
-    gold = GoldTables(pool, attributes, embeddings, human)
+    gold = GoldTables(pool, attributes, embeddings, human, left_groups=frozenset(record.get("left_groups", ())))
     if "tagged" not in record:
         return gold
     attributes, embeddings = (open_sidecar(pool, name, record["tagged"][name]) for name in ("attributes", "embeddings"))
@@ -266,13 +268,21 @@ def merge_pool_votes(pool: Pool, attributes: Sidecar, votes: Sequence[Sidecar], 
     return run_step(step, [StepInput(pool, (), tuple(beside))]).sidecars[0][0]
 
 
-def count_unanswered(verdicts: Sequence[Sidecar]) -> int:
-    """Return how many pairs judges may decide that have no vote of one, by the sidecars `verdict` of some pools."""
-    reasons = Counter[str]()
-    for table in verdicts:
-        for shard in read_each(partial(table.read, columns=["verdict_reason"]), [shard.number for shard in table.pool.shards]):
-            reasons.update(shard["verdict_reason"].to_pylist())
-    return reasons[VoteReason.NO_VOTES] + reasons[VoteReason.NO_DECIDING_VOTE]
+def count_unanswered(asked: Sidecar, verdicts: Sidecar) -> int:
+    """Return how many pairs that judges are asked about, and may decide, have no vote of one.
+
+    Args:
+        asked: of a pool, with `ask_judge`.
+        verdicts: beside it (`VERDICT_SCHEMA`).
+    """
+    without = pa.array([VoteReason.NO_VOTES.value, VoteReason.NO_DECIDING_VOTE.value])
+
+    def count(number: int) -> int:
+        reasons = verdicts.read(number, ["verdict_reason"])["verdict_reason"].filter(asked.read(number, ["ask_judge"])["ask_judge"])
+        found: int = pc.sum(pc.is_in(reasons, value_set=without)).as_py() or 0
+        return found
+
+    return sum(read_each(count, [shard.number for shard in asked.pool.shards]))
 
 
 class LabelWorker:
@@ -287,18 +297,15 @@ class LabelWorker:
 
 
 def label_pool(labelled: LabelledPool, verdict: Sidecar, gold: GoldTables, dropped: Dropped = NONE_DROPPED) -> Sidecar:
-    """Make the sidecar `label` of a pool, given all gold so far, and the pairs that decisions about leaks drop wherever they stand.
-
-    Our choice: what shares a prompt with dropped gold makes no silver either. It has a benchmark item's prompt too, and no judge was asked about it.
-    """
-    groups, leaked = gold.prompt_groups() | dropped.gold_groups, leaked_pairs(labelled.leaks) | dropped.pair_ids
+    """Make the sidecar `label` of a pool, given all gold so far, and the pairs that decisions about leaks drop wherever they stand."""
+    groups, leaked = gold.prompt_groups(), leaked_pairs(labelled.leaks) | dropped.pair_ids
     step = Step(
         name="label",
         version=RULES_VERSION,
         worker=LabelWorker,
         outputs=(Output("label", LABEL_SCHEMA),),
         settings={},
-        digests={"gold": gold.pool.digest, **({"leaks": labelled.leaks.fingerprint} if labelled.leaks else {}), **dropped.digests},
+        digests={"gold": gold.digest, **({"leaks": labelled.leaks.fingerprint} if labelled.leaks else {}), **dropped.digests},
         worker_arguments=lambda _: {"gold_groups": groups, "leaked": leaked},
     )
     beside: tuple[tuple[Sidecar, Mapping[str, str]], ...] = (

@@ -151,6 +151,15 @@ def choose_round_clusters(storage: Storage, wanted: str, inputs: RoundInputs) ->
     return choose_clusters([open_seed(storage, inputs), open_pool(storage, UNVERIFIED, inputs.unverified)], wanted)
 
 
+def pinned_leaks(storage: Storage) -> frozenset[str]:
+    """Return the decisions about leaks that the last round goes by that has begun, by fingerprint; none where Stage 1 has not begun."""
+    number = 0
+    while storage.exists(inputs_path(number)):
+        number += 1
+    pins = storage.read_json(inputs_path(number - 1)).get("decontamination") if number else None
+    return frozenset(filter(None, [pins[SEED], *pins[UNVERIFIED].values()])) if pins else frozenset()
+
+
 def seed_leaks(seed: Pool, inputs: RoundInputs) -> Sidecar | None:
     """Return the decisions about the seed that round 0 pinned."""
     return open_sidecar(seed, LEAKS, inputs.leaks.seed) if inputs.leaks.seed else None

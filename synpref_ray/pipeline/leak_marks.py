@@ -4,7 +4,7 @@ Paper: App. C (v3): a judge looks at overlaps. Our choice: what it confirms is d
 pool that has none is taken as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from functools import lru_cache
 
 import pyarrow.compute as pc
@@ -36,30 +36,39 @@ def open_leaks(pool: Pool, wanted: str) -> Sidecar | None:
     return found
 
 
-def leaks_about(pool: Pool, wanted: str) -> list[Sidecar]:
-    """Return all decisions about a pool's pairs: its own, or for a gathered pool those about any version of the pools that its pairs come from.
+def leaks_of_set(pools: Sequence[Pool], wanted: str, pinned: Set[str] = frozenset()) -> list[list[Sidecar]]:
+    """Return, for the pool of each member of a set, all decisions about its pairs: its own, or for a gathered pool those about any version of the
+    pools that its pairs come from.
+
+    Our choice: where `auto` finds several of one version, those that rounds of Stage 1 go by count; a named run need not have judged every pool.
 
     Args:
-        wanted: see `open_leaks`; a name must be that of decisions about the pool, or about one of those that it was gathered from.
+        wanted: see `open_leaks`.
+        pinned: fingerprints of the decisions that Stage 1's last round goes by.
 
     Raises:
-        ConfigError: there are several of one version.
-        InputError: the named ones are not there.
+        ConfigError: there are several of one version, and no round goes by one of them.
+        InputError: none of the pools has the named ones.
     """
-    found = {leaks.fingerprint: leaks for leaks in _all_about(pool, wanted)}
-    if not found and wanted not in (AUTO, OFF):
-        sources = _sources(pool)
-        raise no_such_leaks(open_pool(pool.storage, sources[0]) if sources else pool, wanted)
-    return [found[name] for name in sorted(found)]
+    found = [list({leaks.fingerprint: leaks for leaks in _all_about(pool, wanted, pinned)}.values()) for pool in pools]
+    if pools and wanted not in (AUTO, OFF) and not any(found):
+        sources = _sources(pools[0])
+        raise no_such_leaks(open_pool(pools[0].storage, sources[0]) if sources else pools[0], wanted)
+    return found
 
 
-def _all_about(pool: Pool, wanted: str) -> Iterator[Sidecar]:
+def _all_about(pool: Pool, wanted: str, pinned: Set[str]) -> Iterator[Sidecar]:
     sources = _sources(pool)
-    if not sources and (leaks := find_leaks(pool, wanted)):
-        yield leaks
     for name in sources:
         for version in pool_versions(pool.storage, name):
-            yield from _all_about(open_pool(pool.storage, name, version), wanted)
+            yield from _all_about(open_pool(pool.storage, name, version), wanted, pinned)
+    if sources:
+        return
+    there = list_leaks(pool, wanted)
+    kept = [leaks for leaks in there if leaks.fingerprint in pinned] if len(there) > 1 and wanted == AUTO else there
+    one = kept[0] if len(kept) == 1 else find_leaks(pool, wanted)
+    if one is not None:
+        yield one
 
 
 def _sources(pool: Pool) -> list[str]:

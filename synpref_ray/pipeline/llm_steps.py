@@ -27,7 +27,7 @@ from synpref_ray.llm.vllm_engine import VllmEngine
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.shard_io import count_values
 from synpref_ray.pipeline.shared_budget import SharedBudget
-from synpref_ray.pipeline.steps import TELLING_REJECTS, Resources, ShardKey, Step, StepInput, StepResult, num_workers, plan_sidecars, run_step
+from synpref_ray.pipeline.steps import Resources, ShardKey, Step, StepInput, StepResult, num_workers, plan_sidecars, run_step
 from synpref_ray.reporting.run import Run
 from synpref_ray.schema import REJECT_REASONS, DropReason
 from synpref_ray.tables.leases import Lease
@@ -253,7 +253,7 @@ def num_unanswered(table: Sidecar, max_failed_fraction: float) -> int:
     """Return how many pairs of a table's pool have no answer in it yet; what a shard in flight has in its journal does not count.
 
     0 where every shard is there and only the seal is not: a step seals its tables together, so one that was cut off leaves such tables. But all pairs
-    where so many were rejected that finishing the table would end in the same error.
+    where more than `max_failed_fraction` were rejected: finishing the table may end in the same error, and what failed is better asked anew.
     """
     if table.is_sealed:
         return 0
@@ -265,4 +265,4 @@ def num_unanswered(table: Sidecar, max_failed_fraction: float) -> int:
     for shard in read_each(lambda shard: table.read(shard.number, ["drop_reason"]), [shard for shard in table.pool.shards if shard.rows]):
         counted.update(count_values(shard["drop_reason"]))
     failed = sum(count for reason, count in counted.items() if reason in REJECT_REASONS)
-    return table.pool.num_rows if failed >= TELLING_REJECTS and failed > max_failed_fraction * table.pool.num_rows else 0
+    return table.pool.num_rows if failed > max_failed_fraction * table.pool.num_rows else 0

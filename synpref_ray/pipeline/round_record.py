@@ -4,6 +4,7 @@ Paper: Sec. 3.2 names no record. Our choice: enough that every figure of the clo
 accuracies carry a 95 % interval, bootstrapped over prompts.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from synpref_ray.pipeline.gold import NONE_DROPPED, Dropped, LabelledPool, count
 from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.growth import INPUTS, SEED, UNVERIFIED, RoundInputs
 from synpref_ray.pipeline.round_selection import RoundSelection
-from synpref_ray.reporting.pair_story import SELECTED_FILE
+from synpref_ray.reporting.pair_story import SELECTED_FILE, WITHOUT_LEAKS
 from synpref_ray.reporting.run import Run
 from synpref_ray.reporting.table import format_share, format_table
 from synpref_ray.rules.gold import GoldSplit, describe_small_gold
@@ -29,7 +30,6 @@ from synpref_ray.tables.sidecars import Sidecar, zip_shard
 from synpref_ray.tables.storage import Storage
 
 ROUND_FILE = "round.json"
-WITHOUT_LEAKS = "-without-leaks"  # the end of the names of sets and gold that a round began with after late decisions
 
 
 @dataclass(frozen=True)
@@ -217,14 +217,20 @@ def _tables_of_gold_anew(before: tuple[Labels, Mapping[str, Any]] | None) -> lis
     return _tables(before[0], Training())
 
 
-def forget_rounds(storage: Storage, number: int, sets: Iterable[str]) -> None:
-    """Remove the records and sets of round `number` and those after it: of an earlier run with other settings and more rounds."""
+def forget_rounds(storage: Storage, rounds: Sequence[Mapping[str, Any]], sets: Iterable[str]) -> None:
+    """Remove the records and sets of rounds after these, and the sets without leaks of those of these that began with what the round before left: of
+    an earlier run with other settings, more rounds, or later decisions.
+    """
+    number = len(rounds)
+    began_anew = {entry["round"] for before, entry in itertools.pairwise(rounds) if entry["read"] != before["wrote"]}
     for path in storage.list_files("rounds"):
         if path.endswith((f"/{ROUND_FILE}", f"/{SELECTED_FILE}", f"/{INPUTS}")) and int(path.split("/")[1]) >= number:
             storage.delete(path)
     for path in storage.list_files("sets"):
-        name, _, suffix = path.removeprefix("sets/").removesuffix(".json").removesuffix(WITHOUT_LEAKS).rpartition("-r")
-        if name in sets and suffix.isdigit() and int(suffix) >= number:
+        stem = path.removeprefix("sets/").removesuffix(".json")
+        name, _, suffix = stem.removesuffix(WITHOUT_LEAKS).rpartition("-r")
+        is_stale = suffix.isdigit() and (int(suffix) >= number or (stem.endswith(WITHOUT_LEAKS) and int(suffix) not in began_anew))
+        if name in sets and is_stale:
             storage.delete(path)
 
 

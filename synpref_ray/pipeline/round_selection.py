@@ -109,7 +109,7 @@ def select_round(storage: Storage, run: Run, number: int, source: RoundSource, s
 def _names_of_pool(source: RoundSource, settings: SelectionSettings) -> dict[str, str]:
     """Return what names the gathered pool beside its rows."""
     embeddings = join_parts(source.candidates.embeddings).fingerprint
-    inputs = {"gold": source.gold.pool.digest, "rewards": source.rewards.fingerprint, "embeddings": embeddings}
+    inputs = {"gold": source.gold.digest, "rewards": source.rewards.fingerprint, "embeddings": embeddings}
     if settings.selection != SelectionConfig():
         inputs["selection"] = content_digest(settings.selection.model_dump(mode="json"))
     return inputs
@@ -129,7 +129,7 @@ def _inputs_digest(source: RoundSource, settings: SelectionSettings) -> str:
         "already": content_digest(sorted(source.already)),
         "versions": faiss_version(),
     }
-    digests = {"gold": gold.pool.digest, "embeddings": gold.embeddings.fingerprint, "human": gold.human.fingerprint}
+    digests = {"gold": gold.digest, "embeddings": gold.embeddings.fingerprint, "human": gold.human.fingerprint}
     return fingerprint("select", SELECT_VERSION, values, {**digests, "rewards": source.rewards.fingerprint})
 
 

@@ -53,7 +53,6 @@ from synpref_ray.pipeline.licences import with_source_licences
 from synpref_ray.pipeline.query_selection import Candidates
 from synpref_ray.pipeline.retrieval import find_exemplars
 from synpref_ray.pipeline.round_record import (
-    WITHOUT_LEAKS,
     Labels,
     Training,
     accuracy_on,
@@ -70,6 +69,7 @@ from synpref_ray.pipeline.stage_config import StageConfig
 from synpref_ray.pipeline.training import train_model
 from synpref_ray.pipeline.unverified import UnverifiedParts
 from synpref_ray.pipeline.verification import AnnotatorConfig, verify_pool
+from synpref_ray.reporting.pair_story import WITHOUT_LEAKS
 from synpref_ray.reporting.run import Run
 from synpref_ray.retrieval.select import RetrievalConfig
 from synpref_ray.reward.model_card import CardConfig
@@ -294,7 +294,7 @@ def _judge_and_label(
 ) -> Labels:
     """Gather all gold and judge it, and the new pool's pairs with it as exemplars; label all pools under it."""
     pools = [*earlier, *([new] if new else [])]
-    gathered = gather_gold(config.storage, f"gold-{suffix}", pools, config.gold, config.embed.schema, dropped.pair_ids)
+    gathered = gather_gold(config.storage, f"gold-{suffix}", pools, config.gold, config.embed.schema, dropped)
     gold = use_edited_tags(run, where, gathered, human_tags_file(config.storage, config.human_tags), config.embed)
     votes: list[list[Sidecar]] = []
     for judge in config.judges:
@@ -393,6 +393,6 @@ def _finish(config: Stage1Config, run: Run, labels: Labels, rounds: list[dict[st
         **({"near_duplicates": clusters} if (clusters := labels.pools[0].pool.clusters) else {}),
     }
     config.storage.write_json(STAGE1_RECORD, record)
-    forget_rounds(config.storage, len(rounds), labels.sets)  # after what no longer names them
+    forget_rounds(config.storage, rounds, labels.sets)  # after what no longer names them
     run.metrics.update({"stage1": record, "rounds": rounds})
     return closing_table(rounds, final, labels.gold_sizes, simulated=config.simulated)

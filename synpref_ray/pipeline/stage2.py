@@ -19,14 +19,14 @@ import pyarrow.compute as pc
 from synpref_ray.bundled import find_model
 from synpref_ray.errors import InputError
 from synpref_ray.pipeline.clusters import read_by_clusters
-from synpref_ray.pipeline.curated_sets import save_curated_sets, without_leaks
+from synpref_ray.pipeline.curated_sets import save_curated_sets, silver_leaks, without_leaks
 from synpref_ray.pipeline.gathering import find_gathered, gather_pool, gather_sidecars, plan_gathered_sidecar, scatter_sidecars
 from synpref_ray.pipeline.gold import count_unanswered, measure_judges, measure_on_doubted, merge_pool_votes, open_gold, report_judges
 from synpref_ray.pipeline.gold_tables import GoldTables
 from synpref_ray.pipeline.input_checks import check_each, check_gpus
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.judge_steps import JudgedPool, judge_pools, plan_votes
-from synpref_ray.pipeline.leak_marks import leaks_about, open_leaks
+from synpref_ray.pipeline.leak_marks import open_leaks
 from synpref_ray.pipeline.llm_steps import num_unanswered
 from synpref_ray.pipeline.parity import require_parity
 from synpref_ray.pipeline.retrieval import embed_pools, find_exemplars, plan_embeddings, plan_exemplars
@@ -146,9 +146,8 @@ def _check_stage1_s_result(config: Stage2Config) -> None:
     """Check what Stage 1 left, and that it fits the pool."""
     before = load_stage1(config)
     open_leaks(read_by_clusters(open_pool(config.storage, config.pool), before.near_duplicates), config.decontamination)
-    silver = _load_silver(config)
-    for member in silver.members if silver else ():
-        leaks_about(member.sidecar.pool, config.decontamination)
+    if (silver := _load_silver(config)) is not None:
+        silver_leaks(silver, config.decontamination)
     for stored in (before.best, before.gold_rm):
         require_parity(stored, parity_for(config.score, config.parity))
 
@@ -212,7 +211,7 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
     gate_arguments = {"gate": config.gate, "gold_groups": gold_groups}
     selected = _select(config, pool, before.gold, [*margins, *left_out], gate_arguments)
     asked = _gather_mismatches(config, run, pool, before.gold, selected)
-    judges, found = _Judges({}, {}, {}, {}), list[Sidecar]()
+    judges = _Judges({}, {}, {}, {})
     if asked.pools:
         found, judges = _judge(config, run, pool, asked.pools, before)
         verdicts = scatter_sidecars(pool, list(zip(asked.pools, found, strict=True)), "judge_verdict", VERDICT_SCHEMA)
@@ -224,14 +223,14 @@ def run_stage2(config: Stage2Config, run: Run) -> str:
         worker=DecideWorker,
         outputs=(Output("decision", DECISION_SCHEMA),),
         settings=config.gate.model_dump(mode="json"),
-        digests={"gold": before.gold.pool.digest},
+        digests={"gold": before.gold.digest},
         worker_arguments=lambda _: gate_arguments,
     )
     beside = (*margins, (asked.flags, {"ask_judge": "ask_judge"}), (verdicts, {"judge_verdict": "judge_verdict"}), *left_out)
     result = run_step(step, [StepInput(pool, ("prompt_group",), beside)])
     run.step("decide", rows=result.rows, computed=result.rows_computed, rejected={}, seconds=result.seconds)
     decision = result.sidecars[0][0]
-    return _finish(config, run, pool, decision, (asked.num_pairs, count_unanswered(found)), judges, before)
+    return _finish(config, run, pool, decision, (asked.num_pairs, count_unanswered(asked.flags, verdicts)), judges, before)
 
 
 def _select(
@@ -248,7 +247,7 @@ def _select(
         worker=SelectWorker,
         outputs=(Output("selected", SELECTED_SCHEMA),),
         settings=config.gate.model_dump(mode="json"),
-        digests={"gold": gold.pool.digest},
+        digests={"gold": gold.digest},
         worker_arguments=lambda _: arguments,
     )
     return run_step(step, [StepInput(pool, ("prompt_group",), tuple(beside))]).sidecars[0][0]

@@ -22,6 +22,8 @@ from synpref_ray.tables.storage import Storage
 
 SELECTED_FILE = "selected.parquet"
 STAGE2 = "stage 2"
+WITHOUT_LEAKS = "-without-leaks"
+"""The end of the names of sets and gold that a round begins with where decisions about leaks were made after the round before."""
 OMITTED = ("embeddings", "text_keys", "selected")
 """Tables that say nothing a person could read: vectors and hashes, and what other tables repeat."""
 _WHY_OUTSIDE = {
@@ -131,13 +133,21 @@ def _roots(storage: Storage) -> Iterator[tuple[str, tuple[str, str, str]]]:
         user = f"round {record['round']}"
         for pool, table, fingerprint in [*record.get("tables", ()), *record.get(ROUND_SOURCES, ())]:
             yield user, (pool, table, fingerprint)
-        suffix = f"-r{record['round']:02d}.json"
-        for name in (name for name in storage.list_files("sets") if name.endswith(suffix)):
-            for member in storage.read_json(name)["members"]:
-                yield user, (member["pool"], member["sidecar"], member["fingerprint"])
+        ends = tuple(f"-r{record['round']:02d}{end}.json" for end in ("", WITHOUT_LEAKS))
+        for name in (name for name in storage.list_files("sets") if name.endswith(ends)):
+            yield from ((user, member) for member in _members(storage, name))
     if storage.exists("rounds/stage2.json"):
         record = storage.read_json("rounds/stage2.json")
         yield STAGE2, (record["pool"], "decision", record["decision"])
+        for name in record.get("sets", {}).values():
+            yield from ((STAGE2, member) for member in _members(storage, f"sets/{name}.json"))
+
+
+def _members(storage: Storage, path: str) -> list[tuple[str, str, str]]:
+    """Return the tables that a set's members are of."""
+    return (
+        [(member["pool"], member["sidecar"], member["fingerprint"]) for member in storage.read_json(path)["members"]] if storage.exists(path) else []
+    )
 
 
 def _round_files(storage: Storage, name: str) -> list[str]:

@@ -173,7 +173,7 @@ def test_pairs_found_to_be_leaks_after_a_round_selected_them_leave_gold_and_silv
     dropped = Dropped.among([labelled], {*leaked})
     assert (dropped.pair_ids, dropped.gold_ids) == (frozenset(leaked), frozenset({ids[1]}))
     assert Dropped.among([labelled], set()) == Dropped()
-    gold = gather_gold(storage, "gold-r01", [labelled], GOLD, EMBEDDINGS, dropped.pair_ids)
+    gold = gather_gold(storage, "gold-r01", [labelled], GOLD, EMBEDDINGS, dropped)
     assert gold.read()["pair_id"].to_pylist() == [ids[0], ids[2]]
     verdict = merge_pool_votes(labelled.pool, labelled.attributes, [vote_table(labelled.pool, "chosen")], {}, MergeConfig())
     label = label_pool(labelled, verdict, gold, dropped)
