@@ -336,6 +336,10 @@ def test_an_error_with_its_status_in_a_body_is_waited_out_like_that_status() -> 
         [reply] = engine.generate([request("p")])
         assert (reply.finish_reason, server.num_seen()) == ("stop", MAX_MALFORMED + 2)
         assert engine.counts().cost == reply.prompt_tokens + reply.output_tokens > 0
+    billed = Answer({"error": {"code": 429, "message": "late"}, "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}})
+    with serve(lambda seen, number: billed if not number else echo(seen), **prices) as (_, engine):
+        [reply] = engine.generate([request("p")])
+        assert engine.counts().cost == reply.prompt_tokens + reply.output_tokens + 7
     down = Answer({"error": {"code": "502", "message": "Bad gateway"}})
     with serve(lambda seen, number: down, give_up_seconds=0.05) as (_, engine), pytest.raises(EndpointError, match="HTTP 200 with error 502"):
         engine.generate([request("p")])

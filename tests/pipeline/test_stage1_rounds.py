@@ -14,6 +14,7 @@ from synpref_ray.errors import ConfigError, InputError
 from synpref_ray.pipeline import stage1
 from synpref_ray.pipeline.clean import CleanConfig, remove_garbage
 from synpref_ray.pipeline.curated_sets import without_leaks
+from synpref_ray.pipeline.gold import open_gold
 from synpref_ray.pipeline.growth import check_leak_pins
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.stage1 import Stage1Config
@@ -22,10 +23,11 @@ from synpref_ray.reporting.run import Run
 from synpref_ray.rules.leaks import LEAKS, LEAKS_SCHEMA
 from synpref_ray.rules.query_selection import SELECTION_SCHEMA
 from synpref_ray.rules.stop import stop_reason
-from synpref_ray.tables.pools import Pool, content_digest, open_pool
+from synpref_ray.tables.pools import Pool, commit_pool, content_digest, open_pool, write_pool_shard
 from synpref_ray.tables.sets import load_set
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 from synpref_ray.tables.storage import Storage
+from tests.builders import make_pairs
 from tests.pipeline.stand_ins import Killed, Models, add_shards, run_rounds, stage1_config, write_truth
 
 
@@ -450,6 +452,32 @@ def test_what_is_found_to_leak_after_a_round_is_gone_before_the_next_trains(tmp_
     run_rounds(config)
     assert [entry["wrote"] for entry in records(config)] == [entry["wrote"] for entry in first]
     assert not [path for path in config.storage.list_files("sets") if "-r02" in path]
+
+
+def test_prompts_that_gold_left_stay_gold_s_and_pairs_come_back_where_decisions_are_off(tmp_path: Path, models: Models) -> None:
+    config = start(tmp_path, retrieval={"k_max": 64}, stop={"max_rounds": 1})
+    run_rounds(config)
+    leaked = decide_leaks(config.storage, "unverified", "d" * 32, leak_row(config))
+    left = leaked & (held_by(config, "gold-working-r01") | held_by(config, "gold-audit-r01"))
+    pool = open_pool(config.storage, "unverified")
+    rows = [row for row in pool.read_all().to_pylist() if row["pair_id"] in left]
+    mates = [{**row, "pair_id": row["pair_id"][::-1]} for row in rows]  # other pairs of the same prompts
+    shard = write_pool_shard(config.storage, "unverified", 3, pa.Table.from_pylist(mates, schema=make_pairs(1).schema))
+    other = write_pool_shard(config.storage, "unverified", 4, make_pairs(4, "others"))
+    commit_pool(config.storage, "unverified", "f" * 32, [*pool.shards, shard, other], {})
+    run_rounds(with_rounds(config, 2))
+    assert {row["pair_id"] for row in picks(config, 2)} == set(ids_of(open_pool(config.storage, "unverified"), 4))
+    gold = open_gold(config.storage, config.storage.read_json("rounds/stage1.json")["gold"])
+    assert gold.prompt_groups() >= {row["prompt_group"] for row in rows}
+    assert gold.digest != gold.pool.digest
+    off = with_rounds(config, 3).model_copy(update={"decontamination": "off"})
+    run_rounds(off)
+    assert left <= held_by(off, "gold-working-r03") | held_by(off, "gold-audit-r03")
+    assert leaked & held_by(off, "silver-r03")
+    assert open_gold(config.storage, config.storage.read_json("rounds/stage1.json")["gold"]).left_groups == frozenset()
+    after = records(off)
+    run_rounds(off)
+    assert records(off) == after
 
 
 def test_silver_that_is_found_to_leak_after_the_last_round_is_in_no_curated_set(tmp_path: Path, models: Models) -> None:

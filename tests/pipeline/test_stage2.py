@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from synpref_ray.pipeline import stage2
+from synpref_ray.pipeline.clean import CleanConfig, remove_garbage
 from synpref_ray.pipeline.job import JobConfig
 from synpref_ray.pipeline.llm_steps import num_unanswered
 from synpref_ray.pipeline.stage2 import STAGE2_RECORD, Stage2Config, run_stage2
 from synpref_ray.pipeline.steps import Output, StepInput, StepResult, plan_sidecars
 from synpref_ray.reporting.run import Run
+from synpref_ray.rules.leaks import LEAKS, LEAKS_SCHEMA
 from synpref_ray.schema import DropReason, stable_uniform
 from synpref_ray.tables.pools import Pool, commit_pool, open_pool, write_pool_shard
+from synpref_ray.tables.sets import load_set
 from synpref_ray.tables.sidecars import Sidecar, open_sidecar
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
@@ -220,6 +224,31 @@ def test_a_table_without_a_seal_lacks_what_is_missing_or_all_that_it_failed_at(t
     assert (num_unanswered(table, 0.5), num_unanswered(table, 0.6)) == (10, 0)
     storage.write_json(f"{table.folder}/manifest.json", {})
     assert num_unanswered(table, 0.5) == 0
+
+
+def test_silver_that_leaks_is_in_no_curated_set(after_stage1: Path, tmp_path: Path, models: Stage2Models) -> None:
+    workspace = copied(after_stage1, tmp_path / "ws")
+    storage = Storage(str(workspace))
+    silver = load_set(storage, **storage.read_json("rounds/stage1.json")["sets"]["silver"])
+    labels = {member.sidecar.fingerprint for member in silver.members}
+    curate(workspace)
+    assert {member["fingerprint"] for member in storage.read_json("sets/curated-wild-silver-kept.json")["members"]} > labels
+    pool, leaked = open_pool(storage, "unverified"), set(silver.read()["pair_id"].to_pylist())
+    leaks = Sidecar(pool, LEAKS, "7" * 32)
+    for shard in pool.shards:
+        names = pool.read(shard.number, ["pair_id"])["pair_id"].to_pylist()
+        rows = [{"pair_id": name, "leak_decision": "drop" if name in leaked else None, "num_proposals": 0} for name in names]
+        leaks.write(shard.number, pa.Table.from_pylist(rows, schema=LEAKS_SCHEMA))
+    storage.write_json(f"{leaks.folder}/manifest.json", {"pool_digest": pool.digest, "fingerprint": leaks.fingerprint, "rejected": {}})
+    record = curate(workspace)
+    members = load_set(storage, "curated-wild-silver-kept").members
+    [late] = [member.sidecar for member in members if member.sidecar.pool.name.startswith("round-01")]
+    assert late.fingerprint not in labels
+    assert set(late.read_all(["label_reason"])["label_reason"].to_pylist()) >= {"contaminated"}
+    assert not {*late.read_all().filter(pc.equal(late.read_all()["label_source"], "silver"))["pair_id"].to_pylist()} & leaked
+    remove_garbage(CleanConfig(workspace=str(workspace), unfinished=True), Run(storage, "clean", JobConfig(workspace=str(workspace))))
+    assert curate(workspace) == record
+    assert load_set(storage, "curated-wild-silver-kept").members == members
 
 
 def test_pairs_that_judges_may_decide_and_did_not_answer_are_counted(
