@@ -41,6 +41,7 @@ from synpref_ray.pipeline.shard_io import (
     without_shards,
 )
 from synpref_ray.pipeline.usage import UsageRecord
+from synpref_ray.priority import MODEL_ENVIRONMENT
 from synpref_ray.reporting.metrics import ShardWork, shard_samples
 from synpref_ray.reporting.usage import OF_JOURNAL, USAGE, read_usage
 from synpref_ray.schema import REJECT_REASONS
@@ -312,8 +313,8 @@ def plan_dataset(step: Step, tables: list[list[Sidecar]], source: ShardSource, p
     place: dict[str, Any] = {"num_cpus": resources.num_cpus}
     if resources.num_gpus:
         place["num_gpus"] = resources.num_gpus
-    if resources.environment:
-        place["runtime_env"] = {"env_vars": dict(resources.environment)}
+    if environment := {**(MODEL_ENVIRONMENT if resources.num_workers else {}), **dict(resources.environment)}:
+        place["runtime_env"] = {"env_vars": environment}
     around = retries if resources.num_workers else {**place, **retries}
     dataset = ray.data.read_datasource(source, override_num_blocks=len(pending), ray_remote_args=around)
     # `map_batches` refuses whole blocks for workers with GPUs, since it cannot know that a block is a shard; it is this function after that check.

@@ -22,6 +22,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from synpref_ray import errors
 from synpref_ray.bundled import resolve_model
 from synpref_ray.errors import ConfigError, InputError, NonFiniteLossError, SynprefError
+from synpref_ray.priority import MODEL_ENVIRONMENT
 from synpref_ray.reward.checkpoints import TrainingFolder
 from synpref_ray.reward.communication_op import drop_stale_locks, extensions_environment
 from synpref_ray.reward.model import RewardModule, load_tokenizer
@@ -137,8 +138,8 @@ def _as_json(error: SynprefError) -> str:
 def _environment(config: TrainConfig) -> dict[str, str]:
     """Workers share cores: OpenMP threads must not spin while they wait (168 against 45 tokens/s in a trial on two busy cores)."""
     if config.use_gpu:
-        return {}
-    return {"OMP_NUM_THREADS": str(config.num_threads), "OMP_WAIT_POLICY": "PASSIVE", **extensions_environment()}
+        return MODEL_ENVIRONMENT
+    return {**MODEL_ENVIRONMENT, "OMP_NUM_THREADS": str(config.num_threads), "OMP_WAIT_POLICY": "PASSIVE", **extensions_environment()}
 
 
 def _cause(error: TrainingFailedError) -> Exception:
