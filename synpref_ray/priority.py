@@ -1,7 +1,7 @@
 """Which processes of a node give way: models before Ray's own housekeeping, which otherwise runs above them.
 
 Ray starts its workers at nice 15 and everything else that a node runs (raylet, agents, dashboard, GCS) at nice 0. With as many busy threads as cores,
-each wake-up of those then halts an engine: on 2 cores the tagging step ran at 0.89 of bare vLLM so (docs/llm.md).
+each wake-up of those then halts an engine (docs/llm.md).
 """
 
 import logging
