@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "synpref_ray"
 
-BASE = {"schema", "errors", "credentials", "config", "bundled", "versions"}
+BASE = {"schema", "errors", "credentials", "config", "bundled", "versions", "priority"}
 FOUNDATION = {"tables", "rules"}
 MIDDLE = {"ingest", "llm", "reward", "retrieval", "human", "evaluation", "reporting", "planning"}
 MAY_IMPORT = {
@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "config": {"errors", "credentials"},
     "bundled": {"errors", "credentials"},
     "versions": set(),
-    "rules": BASE - {"bundled"},
+    "priority": set(),
+    "rules": BASE - {"bundled", "priority"},
     "tables": BASE | {"rules"},
     **{room: BASE | FOUNDATION for room in MIDDLE},
     "pipeline": BASE | FOUNDATION | MIDDLE,
