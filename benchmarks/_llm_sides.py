@@ -22,6 +22,7 @@ from synpref_ray.llm.engine import EngineConfig, Reply, Request, engine_environm
 from synpref_ray.llm.vllm_engine import VllmEngine
 from synpref_ray.pipeline import judge_steps, tag_steps
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
+from synpref_ray.priority import MODEL_ENVIRONMENT
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.storage import Storage
 
@@ -203,7 +204,9 @@ def run_ray_data_side(task: str, folder: Path, setup: Setup, batch_size: int, co
             batch_size=batch_size,
             max_concurrent_batches=concurrent_batches,
             concurrency=1,
-            runtime_env={"env_vars": engine_environment(config)},  # with it the engine's child runs the model itself, not yet another child
+            runtime_env={
+                "env_vars": {**MODEL_ENVIRONMENT, **engine_environment(config)}
+            },  # with it the engine's child runs the model itself, not yet another child
             placement_group_config={"bundles": [{"CPU": 1}]},
             chat_template_stage=False,
             tokenize_stage=False,

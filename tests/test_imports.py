@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "synpref_ray"
 
-BASE = {"schema", "errors", "credentials", "config", "bundled", "versions", "priority"}
+BASE = {"schema", "errors", "credentials", "config", "bundled", "versions"}
 FOUNDATION = {"tables", "rules"}
 MIDDLE = {"ingest", "llm", "reward", "retrieval", "human", "evaluation", "reporting", "planning"}
 MAY_IMPORT = {
@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "bundled": {"errors", "credentials"},
     "versions": set(),
     "priority": set(),
-    "rules": BASE - {"bundled", "priority"},
+    "rules": BASE - {"bundled"},
     "tables": BASE | {"rules"},
     **{room: BASE | FOUNDATION for room in MIDDLE},
-    "pipeline": BASE | FOUNDATION | MIDDLE,
+    "reward": BASE | FOUNDATION | {"priority"},
+    "pipeline": BASE | FOUNDATION | MIDDLE | {"priority"},
     "jobs": BASE | FOUNDATION | MIDDLE | {"pipeline"},
 }
 ROOMS_OF = {

@@ -17,7 +17,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from synpref_ray.config import Settings
 from synpref_ray.errors import InputError, SynprefError
-from synpref_ray.priority import lower_housekeeping
 from synpref_ray.tables.pools import MAX_BYTES_PER_SHARD
 from synpref_ray.tables.storage import Storage
 
@@ -112,7 +111,6 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
             include_dashboard=config.dashboard,
             logging_level=logging.WARNING,
         )
-        lower_housekeeping()
         if config.dashboard:
             logger.info("Ray dashboard: http://%s (if it asks for a token: ray get-auth-token)", context.dashboard_url)
     configure_ray_data(max_cpus)

@@ -1,9 +1,6 @@
-"""Who gives way on a full machine: Ray's housekeeping and tasks before the actors that hold models."""
+"""Who gives way on a full machine: tasks before steps' actors and training workers."""
 
 import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +9,7 @@ import pytest
 
 from synpref_ray.pipeline import steps
 from synpref_ray.pipeline.steps import Output, Resources, ShardKey, Step, StepInput, run_step
-from synpref_ray.priority import HOUSEKEEPING_NICE, MODEL_ENVIRONMENT
+from synpref_ray.priority import MODEL_ENVIRONMENT
 from synpref_ray.reward import ray_trainer
 from synpref_ray.reward.training_config import TrainConfig
 from tests.pipeline.test_steps import make_pool
@@ -29,31 +26,6 @@ class Niceness:
 def test_training_workers_run_at_ordinary_priority(use_gpu: bool) -> None:
     environment = ray_trainer._environment(TrainConfig(backbone="m", use_gpu=use_gpu))
     assert environment.items() >= MODEL_ENVIRONMENT.items()
-
-
-SCRIPT = """
-import subprocess, sys, psutil
-from synpref_ray.priority import lower_housekeeping
-children = [subprocess.Popen([program, "60"]) for program in sys.argv[1:]]
-try:
-    psutil.Process(children[-1].pid).nice(19)
-    lower_housekeeping()
-    print([psutil.Process(child.pid).nice() - psutil.Process().nice() for child in children])
-finally:
-    for child in children:
-        child.kill()
-"""
-
-
-def test_housekeeping_gives_way_but_the_raylet_does_not_and_nothing_is_raised(tmp_path: Path) -> None:
-    sleep = shutil.which("sleep")
-    assert sleep is not None
-    (tmp_path / "raylet").symlink_to(sleep)
-    (tmp_path / "gcs_server").symlink_to(sleep)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "gcs_server"), str(tmp_path / "raylet"), sleep]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    mine = os.getpriority(os.PRIO_PROCESS, 0)
-    assert done.stdout.strip() == str([max(0, HOUSEKEEPING_NICE - mine), 0, 19 - mine])
 
 
 @pytest.mark.ray
