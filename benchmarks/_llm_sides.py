@@ -21,7 +21,7 @@ from synpref_ray.bundled import resolve_model
 from synpref_ray.llm.engine import EngineConfig, Reply, Request, engine_environment
 from synpref_ray.llm.vllm_engine import VllmEngine
 from synpref_ray.pipeline import judge_steps, tag_steps
-from synpref_ray.pipeline.cluster import RayConfig, ray_session
+from synpref_ray.pipeline.cluster import RayConfig, local_ray_settings, ray_session
 from synpref_ray.priority import MODEL_ENVIRONMENT
 from synpref_ray.reporting.run import Run
 from synpref_ray.tables.storage import Storage
@@ -197,7 +197,8 @@ def run_ray_data_side(task: str, folder: Path, setup: Setup, batch_size: int, co
     config = setup.engine(task)
     with tempfile.TemporaryDirectory() as scratch:
         os.environ[NOTES] = f"{scratch}/notes.jsonl"
-        ray.init(address="local", num_cpus=RayConfig().num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        settings = local_ray_settings(dashboard=False)  # as the step's session has them
+        ray.init(address="local", num_cpus=RayConfig().num_cpus, include_dashboard=False, logging_level=logging.WARNING, _system_config=settings)
         processor_config = vLLMEngineProcessorConfig(
             model_source=resolve_model(config.model),
             engine_kwargs=engine_arguments(config),

@@ -246,7 +246,7 @@ def _start(config: EngineConfig, model_dir: str) -> tuple[Any, PlainEncoder]:
         max_num_batched_tokens=config.max_batched_tokens,
         enforce_eager=config.enforce_eager,
         tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend="uni" if config.in_process else "mp",
+        distributed_executor_backend="mp" if config.tensor_parallel_size > 1 else "uni",  # a single device needs no process beside the engine's
         enable_prefix_caching=config.prefix_caching,
         generation_config="vllm",  # the checkpoint's own sampling defaults must not creep in
         structured_outputs_config=StructuredOutputsConfig(backend="xgrammar", disable_any_whitespace=True),

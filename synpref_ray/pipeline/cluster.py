@@ -8,6 +8,7 @@ import uuid
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from pydantic import Field
@@ -110,6 +111,7 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
             object_store_memory=config.object_store_memory_bytes,
             include_dashboard=config.dashboard,
             logging_level=logging.WARNING,
+            _system_config=local_ray_settings(config.dashboard),
         )
         if config.dashboard:
             logger.info("Ray dashboard: http://%s (if it asks for a token: ray get-auth-token)", context.dashboard_url)
@@ -126,6 +128,19 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
         probe_nodes(storage, probed)
     finally:
         ray.shutdown()
+
+
+def local_ray_settings(dashboard: bool) -> dict[str, Any]:
+    """Return what a local Ray is told besides its size (`ray.init(_system_config=…)`): to leave a small machine's cores to models.
+
+    Our choice: Ray keeps as many idle workers as it has logical CPUs, of which `RayConfig.num_cpus` gives it more than cores, and starts them before
+    anything asks; here as many as cores, when asked. Metrics and the history of tasks are for the dashboard. Idle workers and what collects these cost
+    0.4 CPU seconds in every ten of a two-core machine, where each wake-up halts a model's threads (docs/llm.md, "The machine's cores").
+    """
+    settings: dict[str, Any] = {"num_workers_soft_limit": os.cpu_count() or 1, "enable_worker_prestart": False}
+    if not dashboard:
+        settings |= {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
+    return settings
 
 
 def _connect() -> None:

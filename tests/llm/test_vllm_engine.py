@@ -51,5 +51,5 @@ def test_two_threads_share_one_engine_and_a_second_run_sends_nothing() -> None:
 @pytest.mark.slow
 def test_an_engine_in_child_processes_dies_loudly_and_leaves_none_behind() -> None:
     seen = run_session("children")
-    assert seen["children_while_up"] >= 2
+    assert seen["children_while_up"] >= 1
     check_end(seen)

@@ -1,6 +1,8 @@
-"""Who gives way on a full machine: tasks before steps' actors and training workers."""
+"""Who gives way on a full machine: tasks before steps' actors and training workers; and what a local Ray leaves to them."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +17,29 @@ from synpref_ray.reward.training_config import TrainConfig
 from tests.pipeline.test_steps import make_pool
 
 NICE = pa.schema([pa.field("pair_id", pa.string(), nullable=False), ("nice", pa.int64())])
+
+IDLE_AFTER_WORK = """
+import os, sys, time, psutil, ray
+from synpref_ray.pipeline.cluster import RayConfig, ray_session
+from synpref_ray.tables.storage import Storage
+
+@ray.remote
+def work():
+    time.sleep(5)
+    return os.getpid()
+
+def count_idle():
+    return sum((process.cmdline() or [""])[0].startswith("ray::IDLE") for process in psutil.Process().children(recursive=True))
+
+cores = os.cpu_count() or 1
+with ray_session(RayConfig(dashboard=False, num_cpus=cores + 3), Storage(sys.argv[1])):
+    assert len(set(ray.get([work.remote() for _ in range(cores + 3)]))) == cores + 3
+    assert count_idle() > cores
+    deadline = time.monotonic() + 60
+    while count_idle() > cores and time.monotonic() < deadline:
+        time.sleep(0.5)
+    print(count_idle())
+"""
 
 
 class Niceness:
@@ -38,3 +63,11 @@ def test_actors_come_before_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         [[sidecar]] = run_step(step, [StepInput(pool, ("chosen",))]).sidecars
         [seen[workers]] = set(sidecar.read(0)["nice"].to_pylist())
     assert seen[1] < seen[0]
+
+
+@pytest.mark.ray
+def test_a_local_ray_keeps_no_more_idle_workers_than_cores(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", IDLE_AFTER_WORK, str(tmp_path)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= (os.cpu_count() or 1)
