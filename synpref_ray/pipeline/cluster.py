@@ -133,9 +133,10 @@ def ray_session(config: RayConfig, storage: Storage) -> Iterator[None]:
 def local_ray_settings(dashboard: bool) -> dict[str, Any]:
     """Return what a local Ray is told besides its size (`ray.init(_system_config=…)`): to leave a small machine's cores to models.
 
-    Our choice: Ray keeps as many idle workers as it has logical CPUs, of which `RayConfig.num_cpus` gives it more than cores, and starts them before
-    anything asks; here as many as cores, when asked. Metrics and the history of tasks are for the dashboard. Idle workers and what collects these cost
-    0.4 CPU seconds in every ten of a two-core machine, where each wake-up halts a model's threads (docs/llm.md, "The machine's cores").
+    Our choice: Ray starts as many workers ahead as it has logical CPUs, of which `RayConfig.num_cpus` gives it more than cores, and keeps an idle one
+    for every CPU that nothing takes; here they start when asked and as many stay as there are cores. Metrics and the history of tasks are for the
+    dashboard. On a two-core machine all that cost 0.4 CPU seconds in every ten, and each wake-up halts a model's threads (docs/llm.md, "The machine's
+    cores").
     """
     settings: dict[str, Any] = {"num_workers_soft_limit": os.cpu_count() or 1, "enable_worker_prestart": False}
     if not dashboard:
