@@ -84,6 +84,9 @@ def run_tasks(
 ) -> list[Result]:
     """Return `function(shared, *values)` for all values, in their order; `shared` travels to each worker once.
 
+    Our choice: after an error what runs or waits goes on until the job ends, and is not cancelled: `ray.cancel` of a task that is just done may abort
+    the driver, and the error with it (seen with Ray 2.60: "Tried to complete task that was not pending"; akin to ray#54785).
+
     Args:
         inline: run in this process, as it is also done where no Ray is running: for work that takes less time than a worker's start.
         title: of the lines in the log that say how far a long pass is (empty: none), or that it waits for a node.
@@ -118,8 +121,6 @@ def run_tasks(
             _collect(running, results)
             progress.tell(len(results))
     except ray.exceptions.RayError as error:
-        for waiting in running:
-            ray.cancel(waiting, force=False)
         raise unwrap(error) from error
     return [results[number] for number in range(len(arguments))]
 

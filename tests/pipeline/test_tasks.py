@@ -3,6 +3,7 @@
 import math
 import time
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +121,23 @@ def test_on_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_tasks(multiply, 3, [(number,) for number in range(30)]) == [3 * number for number in range(30)]
     with pytest.raises(InputError, match="-4 is below zero"):
         run_tasks(multiply, 3, [(1,), (-4,), (2,)])
+
+
+def fail_or_write(folder: Path, name: str) -> None:
+    if not name:
+        raise InputError("no name")
+    while not (folder / "failed").exists():
+        time.sleep(0.05)
+    (folder / name).touch()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray")
+def test_after_an_error_no_task_is_cancelled(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no name"):
+        run_tasks(fail_or_write, tmp_path, [("",), ("other",)])
+    (tmp_path / "failed").touch()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "other").exists():
+        assert time.monotonic() < deadline, "cancelling a task that is just done may abort the driver"
+        time.sleep(0.05)
