@@ -22,6 +22,7 @@ from synpref_ray.llm.judge import JudgeConfig, judge_pairs
 from synpref_ray.llm.tagger import ADDS, TaggerConfig, tag_pairs
 from synpref_ray.llm.vllm_engine import VllmEngine
 from tests.builders import make_pairs
+from tests.processes import children_of
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -48,7 +49,7 @@ class FolderStorage:
 
 def engine_children() -> list[int]:
     """Return the processes below this one, but for Python's own resource tracker, which ends with us."""
-    return [child.pid for child in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
+    return [child.pid for child, command in children_of(psutil.Process()).items() if "resource_tracker" not in command]
 
 
 def greet(engine: VllmEngine, prompt: str, **settings: object) -> Reply:

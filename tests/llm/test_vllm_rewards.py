@@ -15,6 +15,7 @@ import pytest
 
 from synpref_ray.errors import SynprefError
 from synpref_ray.llm.vllm_rewards import ClassifierConfig, classify_tokens
+from tests.processes import children_of
 from tests.reward.conftest import save_tiny_backbone
 
 CONFIG = ClassifierConfig(num_threads=1, kv_cache_bytes=1 << 26, timeout_seconds=300)
@@ -26,27 +27,27 @@ classify_tokens(sys.argv[1], [np.arange(9, dtype=np.int32)], ["float32"], Classi
 """
 
 
-def children_of(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children(recursive=True) if "resource_tracker" not in " ".join(child.cmdline())]
+def engines_of(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child, command in children_of(process).items() if "resource_tracker" not in command]
 
 
 @pytest.mark.engine
 @pytest.mark.slow
 def test_what_vllm_cannot_load_is_one_line(tmp_path: Path) -> None:
     folder = save_tiny_backbone(tmp_path / "rm", head=True)  # heads of 8, which its attention on a CPU does not have
-    before = children_of(psutil.Process())  # a Ray of other tests may be up
+    before = engines_of(psutil.Process())  # a Ray of other tests may be up
     with pytest.raises(SynprefError, match="vLLM cannot score") as error:
         classify_tokens(folder, [np.arange(9, dtype=np.int32)], ["float32"], CONFIG)
     assert "\n" not in str(error.value)
-    assert [child for child in children_of(psutil.Process()) if child not in before] == []
+    assert [child for child in engines_of(psutil.Process()) if child not in before] == []
 
 
 @pytest.mark.engine
 def test_a_vllm_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    before = children_of(psutil.Process())
+    before = engines_of(psutil.Process())
     with pytest.raises(SynprefError, match="within 1 s"):
         classify_tokens(str(tmp_path), [np.arange(9, dtype=np.int32)], ["float32"], CONFIG.model_copy(update={"timeout_seconds": 1.0}))
-    assert [child for child in children_of(psutil.Process()) if child not in before] == []
+    assert [child for child in engines_of(psutil.Process()) if child not in before] == []
 
 
 @pytest.mark.engine
@@ -54,8 +55,8 @@ def test_a_killed_parent_leaves_no_vllm_behind(tmp_path: Path) -> None:
     folder = save_tiny_backbone(tmp_path / "rm", head=True)
     parent = subprocess.Popen([sys.executable, "-c", PARENT, folder], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
     process = psutil.Process(parent.pid)
-    wait_until(lambda: children_of(process) != [])
-    children = children_of(process)
+    wait_until(lambda: engines_of(process) != [])
+    children = engines_of(process)
     time.sleep(1.0)  # so that the child is past its first lines, where its lifeline is
     assert all(child.is_running() for child in children)
     os.kill(parent.pid, signal.SIGKILL)

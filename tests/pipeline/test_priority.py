@@ -22,23 +22,24 @@ IDLE_AFTER_WORK = """
 import os, sys, time, psutil, ray
 from synpref_ray.pipeline.cluster import RayConfig, ray_session
 from synpref_ray.tables.storage import Storage
+from tests.processes import children_of
 
 @ray.remote
 def work():
     time.sleep(5)
     return os.getpid()
 
-def count_idle():
-    return sum((process.cmdline() or [""])[0].startswith("ray::IDLE") for process in psutil.Process().children(recursive=True))
+def count_living(workers):
+    return sum(child.pid in workers for child in children_of(psutil.Process()))
 
 cores = os.cpu_count() or 1
 with ray_session(RayConfig(dashboard=False, num_cpus=cores + 3), Storage(sys.argv[1])):
-    assert len(set(ray.get([work.remote() for _ in range(cores + 3)]))) == cores + 3
-    assert count_idle() > cores
+    workers = set(ray.get([work.remote() for _ in range(cores + 3)]))
+    assert len(workers) == cores + 3
     deadline = time.monotonic() + 60
-    while count_idle() > cores and time.monotonic() < deadline:
+    while count_living(workers) > cores and time.monotonic() < deadline:
         time.sleep(0.5)
-    print(count_idle())
+    print(count_living(workers))
 """
 
 

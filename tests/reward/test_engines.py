@@ -31,6 +31,7 @@ from synpref_ray.reward.trainer import TrainConfig, train_in_process
 from synpref_ray.reward.training_data import StepLoader, prepare_data
 from synpref_ray.reward.training_record import TrainingRecord
 from synpref_ray.tables.storage import Storage
+from tests.processes import children_of
 from tests.reward.conftest import random_pairs
 from tests.reward.killing import DyingFolder, train_with
 from tests.reward.test_scorer import plain_rewards
@@ -104,7 +105,7 @@ def kill_a_worker(training: Path, after_step: int) -> None:
     deadline = time.monotonic() + 300
     while not seal.is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
-    workers = [process for process in psutil.Process().children(recursive=True) if "RayTrainWorker" in process.name() + " ".join(process.cmdline())]
+    workers = [process for process, command in children_of(psutil.Process()).items() if "RayTrainWorker" in command]
     if seal.is_file() and workers:
         workers[0].kill()
 
